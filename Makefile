@@ -1,0 +1,48 @@
+PYTHON ?= python3
+# Which extras to install, for instance EXTRAS=dev,all.
+EXTRAS ?= dev
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
+STAMP := $(VENV)/.installed-$(EXTRAS)
+TORCH := $(shell grep -E '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## Compile a few layers, check them against their definition, and write a report
+	@$(BIN)/tttc demo
+
+test: $(STAMP) ## Run the tests, but for the slow ones
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: $(STAMP) ## Run all the tests
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p tttc
+
+bench: $(STAMP) ## Measure the torch backend
+	$(BIN)/python -m benchmarks.torch_backend
+
+clean: ## Remove what builds and tests leave behind (.venv stays)
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# torch goes first and by its exact version: asked for by a range, pip would take the newest release, whose default
+# Linux build brings several gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "tttc needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is not one: try make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Installing tttc[$(EXTRAS)] with $(TORCH) into $(VENV), which takes a minute or two ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
+	@$(PIP) install -c constraints.txt "$(TORCH)"
+	@$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@

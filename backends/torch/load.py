@@ -1,0 +1,58 @@
+"""Generated PyTorch source as callables."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tttc.backends.interface import Source
+from tttc.ir.program import Program, Scan
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TorchScan:
+    """One scan, run by the functions of a generated module."""
+
+    scan: Scan
+    module: ModuleType
+
+    def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
+        if self.scan.loops:
+            outputs, kept = self._call("")(*inputs, self._chunk(inputs), checkpoint)
+            return outputs, kept
+        *outputs, saved = self._call("_step_saving")(*inputs)
+        return tuple(outputs), saved
+
+    def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+        carried, fixed = len(self.scan.carry), len(self.scan.fixed)
+        if self.scan.loops:
+            return tuple(
+                self._call("_adjoint")(saved, *inputs[carried:], *cotangents, self._chunk(inputs), checkpoint)
+            )
+        zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
+        return tuple(self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros))
+
+    def _call(self, suffix: str) -> Callable[..., Any]:
+        return getattr(self.module, f"{self.scan.name}{suffix}")
+
+    def _chunk(self, inputs: Tensors) -> int:
+        """The chunk in tokens; a mini-batch that is the whole sequence takes all of it."""
+        tokens = inputs[len(self.scan.carry) + len(self.scan.fixed)].shape[1]
+        return tokens if self.scan.chunk == "T" else int(self.scan.chunk)
+
+
+def load(source: Source, program: Program) -> dict[str, TorchScan]:
+    """Run the source; a traceback into it shows its lines."""
+    file = f"<tttc {program.name}>"
+    lines = source.text.splitlines(keepends=True)
+    linecache.cache[file] = (len(source.text), None, lines, file)
+    module = ModuleType(program.name)
+    exec(compile(source.text, file, "exec"), module.__dict__)
+    return {scan.name: TorchScan(scan, module) for scan in program.scans}

@@ -1,0 +1,139 @@
+"""The adjoint: the vector-Jacobian product of every scan, by the engine that differentiated the loss.
+
+    for c in chunks(T, 16):                     for c in chunks(T, 16):              forward, keeping what is needed
+        z[c] = f(W, k[c])                           x = ...;  saved.append((x,));  W = g(W, x)
+        W = g(W, k[c])               ->         for c in reversed(chunks(T, 16)):
+                                                    (x,) = saved.pop()
+                                                    dk[c] = ...;  dW = ...           from dz[c] and dW
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tttc.ir import build as b
+from tttc.ir.differentiate import lower_composites, vjp
+from tttc.ir.dualize import finished
+from tttc.ir.expr import Expr, const, depends_on, leaf, leaves, postorder, substitute
+from tttc.ir.program import (
+    T_AXIS,
+    Allocate,
+    Assign,
+    Block,
+    For,
+    Function,
+    Program,
+    Restore,
+    Save,
+    Scan,
+    ScanAdjoint,
+    Statement,
+    cotangent,
+)
+from tttc.ir.text import Namer, core
+
+
+def adjoint(program: Program) -> Program:
+    """Differentiate every scan; the functions of the stage are the reverse sweeps."""
+    names = dict(program.names)
+    adjoints = tuple(scan_adjoint(scan, program, names) for scan in program.scans)
+    functions = tuple(adjoint_function(a) for a in adjoints)
+    return replace(program, stage="adjoint", functions=functions, names=names, adjoints=adjoints)
+
+
+def scan_adjoint(scan: Scan, program: Program, names: dict[Expr, str]) -> ScanAdjoint:
+    """Derive the backward chunk, and cut it from the forward chunk at the values that it needs."""
+    results = scan.block.assigns
+    inputs = leaves(a.value for a in results)
+    lowered = lower_composites([a.value for a in results], inputs)
+    incoming = [cotangent(a.target) for a in results]
+    found, named = vjp(list(zip(lowered, incoming, strict=True)), inputs, names, prefix="d_")
+    backward = _collect(scan, dict(zip(inputs, found, strict=True)))
+    forward = [Assign(a.target, v) for a, v in zip(results, lowered, strict=True)]
+    done, all_names, _ = finished([*forward, *backward], {**names, **named})
+    names.update(all_names)
+    forward, backward = list(done[: len(forward)]), list(done[len(forward) :])
+    return _cut(scan, program, names, forward, backward)
+
+
+def _collect(scan: Scan, found: Mapping[Expr, Expr | None]) -> list[Assign]:
+    """One assignment per input variable: leaves that read the same variable under other axis names are added up."""
+    assigns = []
+    for p in (*scan.sequence, *scan.carry, *scan.fixed):
+        total: Expr | None = None
+        for e, g in found.items():
+            if e.arg[0] == p.arg[0] and g is not None:
+                aligned = b.rename(g, dict(zip(e.axes, p.axes, strict=True)))
+                total = aligned if total is None else b.add(total, aligned)
+        value = b.broadcast(total if total is not None else const(0), p.axes)
+        target = cotangent(p)
+        if p in scan.fixed:
+            value = b.add(target, value)
+        assigns.append(Assign(target, value))
+    return assigns
+
+
+def _cut(scan: Scan, program: Program, names: dict[Expr, str], forward: list[Assign], backward: list[Assign]) -> ScanAdjoint:
+    """Split at the forward values that the backward chunk reads: those are saved."""
+    roots = [a.value for a in forward]
+    computed = {core(e) for e in depends_on(roots, leaves(roots)) if e.op != "leaf"}
+    carried = {p.arg[0].name for p in scan.carry} if scan.loops else set()
+    roots = [a.value for a in backward]
+    starts = [e for e in leaves(roots) if e.arg[0].name in carried]  # the carry as the chunk found it
+    needed = _frontier(roots, computed | set(starts))
+    taken = {p.arg[0].name for p in scan.params} | {"d" + p.arg[0].name for p in scan.params}
+    taken |= {a.leaf.name for a in forward} | {"d" + a.leaf.name for a in forward} | set(program.dims) | {"T", "c"}
+    hints = {e: f"{e.arg[0].name}_in" for e in starts}
+    namer = Namer(taken, {**names, **hints})
+    residuals = tuple((e, leaf(namer(e), "saved", e.axes)) for e in needed)
+    stand_in = dict(residuals)
+    values = substitute([a.value for a in backward], stand_in)
+    carry = [a for a in forward if a.leaf.at is None]
+    kept = [Assign(variable, e) for e, variable in residuals]
+    return ScanAdjoint(
+        scan,
+        tuple(variable for _, variable in residuals),
+        tuple(a for a in forward if a.leaf.at is not None),
+        Block((*kept, *carry)),
+        Block(tuple(Assign(a.target, v) for a, v in zip(backward, values, strict=True))),
+        tuple(cotangent(p) for p in scan.fixed),
+    )
+
+
+def _frontier(roots: list[Expr], computed: set[Expr]) -> list[Expr]:
+    """The first values of the forward chunk met on the way down from the backward roots, in the order of need."""
+    found: dict[Expr, None] = {}
+    seen: set[Expr] = set()
+    stack = list(reversed(roots))
+    while stack:
+        node = core(stack.pop())
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in computed:
+            found[node] = None
+        else:
+            stack.extend(reversed(node.src))
+    return [e for e in postorder(found) if e in found]
+
+
+def adjoint_function(a: ScanAdjoint) -> Function:
+    """The adjoint of a scan as one function: the forward sweep that saves, then the reverse sweep."""
+    scan = a.scan
+    name = f"{scan.name}_adjoint"
+    params = (*scan.params, *a.cotangents)
+    zero = Block(tuple(Assign(g, b.broadcast(const(0), g.axes)) for g in a.accumulated))
+    returned = tuple(cotangent(p) for p in scan.params)
+    sweep: tuple[Statement, ...] = (a.forward, Save(a.residuals))
+    back: tuple[Statement, ...] = (Restore(a.residuals), a.backward)
+    if not scan.loops:
+        return Function(name, params, (zero, Block(a.forward.assigns), a.backward), returned)
+    allocate = tuple(Allocate(cotangent(p)) for p in scan.sequence)
+    body = (
+        *allocate,
+        zero,
+        For("c", "T", scan.chunk, sweep),
+        For("c", "T", scan.chunk, back, reverse=True),
+    )
+    return Function(name, params, body, returned, "The transpose of the derivative, applied to the cotangents.")

@@ -1,0 +1,214 @@
+"""Constructors of expressions: one short function for each kind of node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import sympy
+
+from tttc.ir.expr import Axes, Axis, Expr, const, leaf
+from tttc.ir.scalars import SCALARS, Formula, derivative_name
+
+__all__ = ["add", "apply", "broadcast", "const", "contract", "div", "expression_of", "leaf", "mean", "mul", "neg", "partial"]
+
+
+def apply(name: str, *operands: Expr) -> Expr:
+    """An elementwise function of the table: `apply("tanh", x)`."""
+    return Expr(name, operands)
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    return Expr("add", (a, b))
+
+
+def sub(a: Expr, b: Expr) -> Expr:
+    return Expr("sub", (a, b))
+
+
+def mul(a: Expr, b: Expr) -> Expr:
+    return Expr("mul", (a, b))
+
+
+def div(a: Expr, b: Expr) -> Expr:
+    return Expr("div", (a, b))
+
+
+def neg(a: Expr) -> Expr:
+    return Expr("neg", (a,))
+
+
+def power(a: Expr, n: float) -> Expr:
+    return Expr("pow", (a,), n)
+
+
+def contract(operands: Sequence[Expr], over: Iterable[Axis]) -> Expr:
+    """The sum over the axes `over` of the product of the operands; they broadcast over axes that they lack."""
+    over = tuple(dict.fromkeys(over))
+    if len(operands) == 1:
+        return total(operands[0], over)
+    if len(operands) == 2 and _token_rank(operands[1], over) < _token_rank(operands[0], over):
+        operands = operands[::-1]  # tokens are rows: what keeps a token axis stands on the left
+    return Expr("contract", tuple(operands), over)
+
+
+def _token_rank(e: Expr, over: Axes) -> int:
+    """0 if `e` keeps the reading-token axis of a chunk, 1 if the source-token axis, 2 if neither."""
+    kept = {a.name for a in e.axes if a not in over}
+    return 0 if "t" in kept else 1 if "s" in kept else 2
+
+
+def total(a: Expr, over: Iterable[Axis]) -> Expr:
+    over = tuple(over)
+    return Expr("sum", (a,), over) if over else a
+
+
+def mean(a: Expr, over: Iterable[Axis]) -> Expr:
+    return Expr("mean", (a,), tuple(over))
+
+
+def maximum(a: Expr, over: Iterable[Axis]) -> Expr:
+    return Expr("max", (a,), tuple(over))
+
+
+def size(axis: Axis) -> Expr:
+    """The length of an axis as a scalar."""
+    return Expr("size", (), axis)
+
+
+def mask(a: Expr, rows: Axis, columns: Axis, *, strict: bool = False) -> Expr:
+    """Zero where the source token (`columns`) comes after the reading token (`rows`); at it too when `strict`."""
+    return Expr("mask", (a,), (rows, columns, strict))
+
+
+def last(a: Expr, axis: Axis) -> Expr:
+    """The entry of the last token along `axis`."""
+    return Expr("last", (a,), axis)
+
+
+def put_last(a: Expr, axis: Axis) -> Expr:
+    """`a` at the last token along `axis`, zero at the others: the transpose of `last`."""
+    return Expr("put_last", (a,), axis)
+
+
+def stop_gradient(a: Expr) -> Expr:
+    return Expr("stop_gradient", (a,))
+
+
+def broadcast(a: Expr, axes: Axes) -> Expr:
+    """`a` repeated along the axes that it lacks."""
+    return a if set(axes) <= set(a.axes) else Expr("broadcast", (a,), axes)
+
+
+def rename(a: Expr, to: Mapping[Axis, Axis]) -> Expr:
+    """The same values under other axis names: never a computation, only a label."""
+    moved = {old: new for old, new in to.items() if old in a.axes and old != new}
+    if not moved:
+        return a
+    if a.op == "leaf":
+        return Expr("leaf", (), (a.arg[0], tuple(moved.get(x, x) for x in a.axes)))
+    if a.op == "rename":
+        back = {new: old for old, new in a.arg}
+        composed = {back.get(x, x): moved.get(x, x) for x in a.axes}
+        return rename(a.src[0], composed)
+    return Expr("rename", (a,), tuple(sorted(moved.items())))
+
+
+def fresh(axis: Axis, taken: Iterable[Axis]) -> Axis:
+    """An axis of the same size whose name is not taken: D, D1, D2, ..."""
+    names = {a.name for a in taken}
+    candidates = (axis.size if i == 0 else f"{axis.size}{i}" for i in range(len(names) + 1))
+    return Axis(next(name for name in candidates if name not in names), axis.size)
+
+
+def reduce_to(a: Expr, full: Axes, target: Axes) -> Expr:
+    """Sum a cotangent over the axes of `full` that `target` lacks.
+
+    A cotangent may lack axes along which it is constant; the sum over such an axis is a product with its size.
+    """
+    gone = [axis for axis in full if axis not in target]
+    summed = total(a, [axis for axis in gone if axis in a.axes])
+    for axis in gone:
+        if axis not in a.axes:
+            summed = mul(summed, size(axis))
+    return summed
+
+
+# -- elementwise functions and SymPy ---------------------------------------------------------------------------------
+
+
+def expression_of(body: sympy.Expr, values: Mapping[sympy.Symbol, Expr]) -> Expr:
+    """A SymPy formula as nodes: `y * (1 - y)` -> mul(y, sub(1, y))."""
+    if body.is_Symbol:
+        return values[body]
+    if body.is_number:
+        return const(float(body))
+    if isinstance(body, sympy.Add):
+        positive, negative = _by_sign(body.as_ordered_terms())
+        result = expression_of(positive[0], values) if positive else None
+        for term in positive[1:]:
+            result = add(result, expression_of(term, values)) if result else None
+        for term in negative:
+            value = expression_of(-term, values)
+            result = sub(result, value) if result is not None else neg(value)
+        assert result is not None
+        return result
+    if isinstance(body, sympy.Mul):
+        return _product_of(body, values)
+    if isinstance(body, sympy.Pow):
+        base, exponent = body.args
+        if not exponent.is_number:
+            return apply("exp", mul(expression_of(exponent, values), apply("log", expression_of(base, values))))
+        if exponent == -1:
+            return div(const(1.0), expression_of(base, values))
+        return power(expression_of(base, values), float(exponent))
+    return Expr(body.func.__name__, tuple(expression_of(a, values) for a in body.args))
+
+
+def _product_of(body: sympy.Mul, values: Mapping[sympy.Symbol, Expr]) -> Expr:
+    """-x**3 / (2 * y) -> -0.5 * x ** 3 / y: the number first, negative powers below."""
+    number, rest = body.as_coeff_Mul()
+    above, below = [], []
+    for factor in sympy.Mul.make_args(rest):
+        base, exponent = factor.as_base_exp()
+        negative = exponent.is_number and exponent.is_negative
+        (below if negative else above).append(base**-exponent if negative else factor)
+    parts = [expression_of(f, values) for f in above]
+    result = parts[0] if parts else const(float(number))
+    for part in parts[1:]:
+        result = mul(result, part)
+    if parts and number != 1:
+        result = neg(result) if number == -1 else mul(const(float(number)), result)
+    for factor in below:
+        result = div(result, expression_of(factor, values))
+    return result
+
+
+def _by_sign(terms: Sequence[sympy.Expr]) -> tuple[list[sympy.Expr], list[sympy.Expr]]:
+    negative = [t for t in terms if t.could_extract_minus_sign()]
+    return [t for t in terms if t not in negative], negative
+
+
+def partial(y: Expr, index: int) -> Expr:
+    """The derivative of an elementwise node by its operand `index`, taken by SymPy from the formula of its row."""
+    if y.op == "pow":
+        (a,), n = y.src, y.arg
+        return const(1.0) if n == 1 else mul(const(n), a if n == 2 else power(a, n - 1))
+    if y.op == "map":
+        formula: Formula = y.arg
+        derivative = sympy.diff(formula.body, formula.symbols[index])
+        name = derivative_name(formula.name, index, len(formula.symbols))
+        return _formula_node(name, formula.symbols, derivative, y.src)
+    row = SCALARS[y.op]
+    derivative = sympy.diff(row.formula, row.symbols[index])
+    if row.opaque_derivative:
+        return _formula_node(derivative_name(row.name, index, row.arity), row.symbols, derivative, y.src)
+    result = sympy.Symbol("result", real=True)
+    values = dict(zip(row.symbols, y.src, strict=True)) | {result: y}
+    return expression_of(derivative.subs(row.formula, result), values)
+
+
+def _formula_node(name: str, symbols: tuple[sympy.Symbol, ...], body: sympy.Expr, src: tuple[Expr, ...]) -> Expr:
+    """An opaque function of the operands, or plain nodes where the formula is a number or an operand."""
+    if body.is_number or body.is_Symbol:
+        return expression_of(body, dict(zip(symbols, src, strict=True)))
+    return Expr("map", src, Formula(name, symbols, body))

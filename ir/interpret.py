@@ -1,0 +1,102 @@
+"""Running a program directly, in float64 on NumPy: the meaning of the IR, independent of the printer and of the backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tttc.ir.expr import OPS, Expr, postorder
+from tttc.ir.numerics import chunks
+from tttc.ir.ops import align
+from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement
+
+Array = np.ndarray
+
+
+def interpret(program: Program, function: str, arguments: Mapping[str, Array]) -> tuple[Array, ...]:
+    """Call a function of `program` on arrays for one batch element and head; what it returns, in order."""
+    called = program[function]
+    machine = _Machine(program.dims, dict(arguments))
+    sequences = [p.arg[0].name for p in called.params if p.arg[0].at]
+    machine.tokens = len(arguments[sequences[0]]) if sequences else 0
+    machine.run(called.body)
+    return tuple(machine.variables[r.arg[0].name] for r in called.returns)
+
+
+def evaluate_function(function: Function, dims: Mapping[str, int], arguments: Mapping[str, Array]) -> tuple[Array, ...]:
+    """The same for a function that stands alone."""
+    return interpret(Program(function.name, "", (function,), dims), function.name, arguments)
+
+
+class _Machine:
+    def __init__(self, dims: Mapping[str, int], variables: dict[str, Array]) -> None:
+        self.dims = dict(dims)
+        self.variables: dict[str, Any] = variables
+        self.tokens = 0
+        self.saved: list[list[Array]] = []
+        self.values: dict[Expr, Array] = {}
+
+    def run(self, body: tuple[Statement, ...]) -> None:
+        for statement in body:
+            getattr(self, f"_{type(statement).__name__.lower()}")(statement)
+
+    def _for(self, loop: For) -> None:
+        whole = self.tokens if loop.over == "T" else self.variables[loop.over]
+        step = self.tokens if loop.step == "T" else loop.step
+        ranges = chunks(whole, int(step)) if step is not None else whole
+        for part in reversed(ranges) if loop.reverse else ranges:
+            self.variables[loop.var] = part
+            self.run(loop.body)
+
+    def _allocate(self, statement: Allocate) -> None:
+        leaf, axes = statement.target.arg
+        shape = [self.dims[a.size] for a in axes if a.name not in ("t", "s")]
+        self.variables[leaf.name] = np.full((self.tokens, *shape), np.nan)
+
+    def _save(self, statement: Save) -> None:
+        self.saved.append([self.variables[e.arg[0].name] for e in statement.values])
+
+    def _restore(self, statement: Restore) -> None:
+        for target, value in zip(statement.targets, self.saved.pop(), strict=True):
+            self.variables[target.arg[0].name] = value
+
+    def _block(self, block: Block) -> None:
+        self.values = {}
+        roots = [a.value for a in block.assigns]
+        lengths = {len(self.variables[e.arg[0].at]) for e in postorder(roots) if _is_chunk(e, self.variables)}
+        sizes = _Sizes(self.dims, max(lengths, default=0))
+        for node in postorder(roots):
+            if node.op == "leaf":
+                self.values[node] = self._read(node)
+            else:
+                operands = (self.values[s] for s in node.src)
+                self.values[node] = OPS[node.op].numpy(node, sizes.of(node), *operands)  # type: ignore[misc]
+        for a in block.assigns:
+            value = np.array(align(self.values[a.value], a.value.axes, a.target.axes), dtype=np.float64)
+            if a.leaf.at is None:
+                self.variables[a.leaf.name] = value
+            else:
+                self.variables[a.leaf.name][self.variables[a.leaf.at]] = value
+
+    def _read(self, node: Expr) -> Array:
+        leaf = node.arg[0]
+        value = self.variables[leaf.name]
+        return np.asarray(value[self.variables[leaf.at]] if leaf.at else value, dtype=np.float64)
+
+
+def _is_chunk(e: Expr, variables: Mapping[str, Any]) -> bool:
+    return e.op == "leaf" and bool(e.arg[0].at) and isinstance(variables[e.arg[0].at], range)
+
+
+class _Sizes:
+    def __init__(self, dims: Mapping[str, int], chunk: int) -> None:
+        self.by_dim = {**dims, "C": chunk}
+
+    def of(self, node: Expr) -> dict[str, int]:
+        """Sizes by axis name for one node: axis names are unique within it."""
+        axes = {*node.axes, *(a for s in node.src for a in s.axes)}
+        if node.op == "size":
+            axes.add(node.arg)
+        return {a.name: self.by_dim[a.size] for a in axes}

@@ -1,0 +1,263 @@
+"""The op table: one row per operation, with its type rule, its meaning in NumPy, its adjoint and how it depends on its operands.
+
+Tests walk `OPS`, so an operation without a gradient check cannot exist. Elementwise operations are rows of `SCALARS`
+(ir/scalars.py); their rows here are made from those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tttc.ir import build as b
+from tttc.ir.expr import OPS, Axes, Axis, Expr, Op, postorder
+from tttc.ir.scalars import SCALARS
+
+TOKEN_AXES = ("t", "s")  # the reading and the source tokens of a chunk
+Values = Mapping[str, int]
+
+
+def union(operands: tuple[Expr, ...]) -> Axes:
+    """The axes of an elementwise result: those of the widest operand, token axes of the others before, the rest after."""
+    result = list(max((o.axes for o in operands), key=len, default=()))
+    for operand in operands:
+        for axis in operand.axes:
+            if axis in result:
+                continue
+            if axis.name in TOKEN_AXES:
+                result.insert(sum(a.name in TOKEN_AXES for a in result[:2]), axis)
+            else:
+                result.append(axis)
+    return tuple(result)
+
+
+def align(value: Any, axes: Axes, to: Axes) -> Any:
+    """An array with axes `axes` made ready to broadcast against one with axes `to`."""
+    present = [a for a in to if a in axes]
+    moved = np.transpose(value, [axes.index(a) for a in present])
+    return np.reshape(moved, [moved.shape[present.index(a)] if a in present else 1 for a in to])
+
+
+# -- type rules ------------------------------------------------------------------------------------------------------
+
+
+def _contract_axes(src: tuple[Expr, ...], over: Axes) -> Axes:
+    kept = [a for e in src for a in e.axes if a not in over]
+    shared = [a for a in dict.fromkeys(kept) if kept.count(a) > 1]
+    return tuple(dict.fromkeys([*shared, *kept]))
+
+
+def _without(src: tuple[Expr, ...], over: Axes) -> Axes:
+    return tuple(a for a in src[0].axes if a not in over)
+
+
+def _mask_axes(src: tuple[Expr, ...], arg: tuple[Axis, Axis, bool]) -> Axes:
+    return (*(a for a in arg[:2] if a not in src[0].axes), *src[0].axes)
+
+
+def _broadcast_axes(src: tuple[Expr, ...], axes: Axes) -> Axes:
+    return (*axes, *(a for a in src[0].axes if a not in axes))
+
+
+# -- meanings --------------------------------------------------------------------------------------------------------
+
+
+def _elementwise_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
+    aligned = [align(v, e.axes, node.axes) for v, e in zip(values, node.src, strict=True)]
+    function = node.arg.numpy if node.op == "map" else SCALARS[node.op].numpy
+    return np.broadcast_to(function(*aligned), [sizes[a.name] for a in node.axes])
+
+
+def _contract_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
+    letters: dict[Axis, str] = {}
+    for e in node.src:
+        for axis in e.axes:
+            letters.setdefault(axis, chr(ord("a") + len(letters)))
+    spec = ",".join("".join(letters[a] for a in e.axes) for e in node.src)
+    return np.einsum(f"{spec}->{''.join(letters[a] for a in node.axes)}", *values)
+
+
+def _positions(node: Expr) -> tuple[int, ...]:
+    return tuple(node.src[0].axes.index(a) for a in node.arg)
+
+
+def _mask_numpy(node: Expr, sizes: Values, value: Any) -> Any:
+    rows, columns, strict = node.arg
+    allowed = np.tri(sizes[rows.name], sizes[columns.name], -1 if strict else 0)
+    return align(value, node.src[0].axes, node.axes) * align(allowed, (rows, columns), node.axes)
+
+
+def _broadcast_numpy(node: Expr, sizes: Values, value: Any) -> Any:
+    return np.broadcast_to(align(value, node.src[0].axes, node.axes), [sizes[a.name] for a in node.axes])
+
+
+def _put_last_numpy(node: Expr, sizes: Values, value: Any) -> Any:
+    result = np.zeros([sizes[a.name] for a in node.axes])
+    result[-1] = value
+    return result
+
+
+def _lowered_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
+    known = dict(zip(node.src, values, strict=True))
+    return evaluate(OPS[node.op].lower(node), known, sizes)  # type: ignore[misc]
+
+
+def evaluate(root: Expr, known: dict[Expr, Any], sizes: Values) -> Any:
+    """The value of an expression from the values of some of its nodes."""
+    values = dict(known)
+    for node in postorder([root], known):
+        values[node] = OPS[node.op].numpy(node, sizes, *(values[s] for s in node.src))  # type: ignore[misc]
+    return values[root]
+
+
+# -- adjoints: the cotangent of each operand, which may lack axes along which it is constant -----------------------------
+
+
+def _elementwise_adjoint(g: Expr, y: Expr, *src: Expr) -> tuple[Expr, ...]:
+    return tuple(b.reduce_to(b.mul(g, b.partial(y, i)), y.axes, e.axes) for i, e in enumerate(src))
+
+
+def _contract_adjoint(g: Expr, y: Expr, *src: Expr) -> tuple[Expr, ...]:
+    cotangents = []
+    for i, e in enumerate(src):
+        others = (*src[:i], *src[i + 1 :])
+        over = dict.fromkeys(a for o in (g, *others) for a in o.axes if a not in e.axes)
+        cotangents.append(b.contract((g, *others), over))
+    return tuple(cotangents)
+
+
+def _mask_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
+    rows, columns, strict = y.arg
+    return (b.reduce_to(b.mask(g, rows, columns, strict=strict), y.axes, x.axes),)
+
+
+def _mean_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
+    for axis in y.arg:
+        g = b.div(g, b.size(axis))
+    return (g,)
+
+
+def _rename_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
+    return (b.rename(g, {new: old for old, new in y.arg}),)
+
+
+# -- composites ------------------------------------------------------------------------------------------------------
+
+
+def _lower_layer_norm(node: Expr) -> Expr:
+    x, gamma, beta = node.src
+    axis, eps = node.arg
+    centred = b.sub(x, b.mean(x, (axis,)))
+    variance = b.mean(b.power(centred, 2), (axis,))
+    return b.add(b.mul(gamma, b.mul(centred, b.apply("rsqrt", b.add(variance, b.const(eps))))), beta)
+
+
+def _lower_rms_norm(node: Expr) -> Expr:
+    x, gamma = node.src
+    axis, eps = node.arg
+    return b.mul(gamma, b.mul(x, b.apply("rsqrt", b.add(b.mean(b.power(x, 2), (axis,)), b.const(eps)))))
+
+
+def _lower_l2_norm(node: Expr) -> Expr:
+    (x,) = node.src
+    axis, eps = node.arg
+    return b.mul(x, b.apply("rsqrt", b.add(b.total(b.power(x, 2), (axis,)), b.const(eps))))
+
+
+def _lower_softmax(node: Expr) -> Expr:
+    (x,), (axis,) = node.src, node.arg
+    raised = b.apply("exp", b.sub(x, b.stop_gradient(b.maximum(x, (axis,)))))
+    return b.div(raised, b.total(raised, (axis,)))
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def _row(op: Op) -> None:
+    OPS[op.name] = op
+
+
+_row(Op("leaf", lambda src, arg: arg[1]))
+_row(Op("const", lambda src, arg: (), lambda n, sizes: np.float64(n.arg), lambda g, y: (), "constant"))
+_row(Op("size", lambda src, arg: (), lambda n, sizes: np.float64(sizes[n.arg.name]), lambda g, y: (), "constant"))
+_row(Op("map", lambda src, arg: union(src), _elementwise_numpy, _elementwise_adjoint, hint="f"))
+_row(Op("pow", lambda src, n: src[0].axes, lambda n, sizes, v: np.power(v, n.arg), _elementwise_adjoint, hint="p"))
+_row(Op("contract", _contract_axes, _contract_numpy, _contract_adjoint, "multilinear", hint="p"))
+_row(
+    Op(
+        "sum", _without, lambda n, sizes, v: np.sum(v, axis=_positions(n)), lambda g, y, x: (g,), "linear", hint="total"
+    )
+)
+_row(Op("mean", _without, lambda n, sizes, v: np.mean(v, axis=_positions(n)), _mean_adjoint, "linear", hint="m"))
+_row(
+    Op(
+        "max",
+        _without,
+        lambda n, sizes, v: np.max(v, axis=_positions(n)),
+        lambda g, y, x: (b.mul(g, b.apply("less_equal", y, x)),),
+        hint="peak",
+    )
+)
+_row(Op("mask", _mask_axes, _mask_numpy, _mask_adjoint, "linear", hint="A"))
+_row(
+    Op(
+        "last",
+        lambda src, axis: _without(src, (axis,)),
+        lambda n, sizes, v: np.take(v, -1, axis=n.src[0].axes.index(n.arg)),
+        lambda g, y, x: (b.put_last(g, y.arg),),
+        "linear",
+        hint="last",
+    )
+)
+_row(
+    Op(
+        "put_last",
+        lambda src, axis: (axis, *src[0].axes),
+        _put_last_numpy,
+        lambda g, y, x: (b.last(b.broadcast(g, (y.arg,)), y.arg),),
+        "linear",
+        hint="row",
+    )
+)
+_row(
+    Op(
+        "broadcast",
+        _broadcast_axes,
+        _broadcast_numpy,
+        lambda g, y, x: (b.reduce_to(g, y.axes, x.axes),),
+        "linear",
+        hint="wide",
+    )
+)
+_row(
+    Op(
+        "rename",
+        lambda src, arg: tuple(dict(arg).get(a, a) for a in src[0].axes),
+        lambda n, sizes, v: v,
+        _rename_adjoint,
+        "linear",
+    )
+)
+_row(Op("stop_gradient", lambda src, arg: src[0].axes, lambda n, sizes, v: v, lambda g, y, x: (None,), hint="held"))
+for _name, _lower in (
+    ("layer_norm", _lower_layer_norm),
+    ("rms_norm", _lower_rms_norm),
+    ("l2_norm", _lower_l2_norm),
+    ("softmax", _lower_softmax),
+):
+    _row(Op(_name, lambda src, arg: union(src), _lowered_numpy, None, hint="n", lower=_lower))
+
+_LINEAR = {"add": "linear", "sub": "linear", "neg": "linear", "mul": "multilinear"}
+for _scalar in SCALARS.values():
+    _row(
+        Op(
+            _scalar.name,
+            lambda src, arg: union(src),
+            _elementwise_numpy,
+            _elementwise_adjoint,
+            _LINEAR.get(_scalar.name, "nonlinear"),
+            scalar=_scalar,
+        )
+    )

@@ -1,0 +1,224 @@
+"""A program: functions made of loops over tokens and of blocks of simultaneous assignments.
+
+    program   ::= function ...                                    function ::= name(params): statement ... return names
+    statement ::= Block(assign, ...) | For(var, over, step, statement ...) | Allocate(name) | Save(names) | Restore(names)
+    assign    ::= name = expression | name[var] = expression
+
+The expressions of a block are evaluated together, before any of its assignments takes effect; what they share is one node.
+`ir/text.py` prints a program as Python that runs, `ir/interpret.py` runs it directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from tttc.ir.expr import Axis, Expr, Leaf
+
+T_AXIS = Axis("t", "C")  # the reading tokens of a chunk
+S_AXIS = Axis("s", "C")  # the source tokens of a chunk
+
+
+@dataclass(frozen=True)
+class Assign:
+    """target = value; a target that is a leaf with `at` is stored into the sequence of that name."""
+
+    target: Expr
+    value: Expr
+
+    @property
+    def leaf(self) -> Leaf:
+        return self.target.arg[0]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Assignments that happen together: every value is that before the block."""
+
+    assigns: tuple[Assign, ...]
+
+
+@dataclass(frozen=True)
+class For:
+    """A loop over `chunks(over, step)`, or over the tokens of the chunk `over` when there is no step."""
+
+    var: str
+    over: str
+    step: int | str | None
+    body: tuple[Statement, ...]
+    reverse: bool = False
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """A sequence of T tokens to be filled: z = empty(T, D)."""
+
+    target: Expr
+
+
+@dataclass(frozen=True)
+class Save:
+    """Push variables for the backward sweep: saved.append((x, g))."""
+
+    values: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Pop what the matching `Save` pushed: x, g = saved.pop()."""
+
+    targets: tuple[Expr, ...]
+
+
+Statement = Block | For | Allocate | Save | Restore
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of leaves; `returns` are the variables that it hands back."""
+
+    name: str
+    params: tuple[Expr, ...]
+    body: tuple[Statement, ...]
+    returns: tuple[Expr, ...]
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update rule, free of any variant: W_t = W_start - tau_t * sum over s in R(t) of lr_s * g_s.
+
+    `lr` and `tau` hold a per-token expression without axes for each state (tau None where nothing scales the reading);
+    R(t) is given by `read`: the tokens of the mini-batch up to t (after), before t (before), none (start) or all (end).
+    """
+
+    states: tuple[Expr, ...]
+    lr: Mapping[str, Expr]
+    tau: Mapping[str, Expr | None]
+    mini_batch: int | str
+    read: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a mini-batch is cut into chunks, and why. `mini_batch` is None where its boundaries cannot be observed."""
+
+    chunk: int | str
+    mini_batch: int | str | None
+    reason: str
+
+    @property
+    def free(self) -> bool:
+        """Any chunk gives the same result."""
+        return self.mini_batch is None
+
+    @property
+    def tiled(self) -> bool:
+        """A mini-batch takes several chunks."""
+        return not self.free and self.chunk != self.mini_batch
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A loop over chunks, ready to be run: what stays, what is carried, what each chunk reads and makes.
+
+    `fixed` and `carry` are leaves without a token axis, `sequence` leaves read at "c". `outputs` store into sequences,
+    `updates` give the new values of the carry. With `loops` false it is a single block, run once.
+    """
+
+    name: str
+    fixed: tuple[Expr, ...]
+    carry: tuple[Expr, ...]
+    sequence: tuple[Expr, ...]
+    outputs: tuple[Assign, ...]
+    updates: tuple[Assign, ...]
+    chunk: int | str
+    loops: bool = True
+    doc: str = ""
+
+    @property
+    def params(self) -> tuple[Expr, ...]:
+        return (*self.carry, *self.fixed, *self.sequence)
+
+    @property
+    def block(self) -> Block:
+        return Block((*self.outputs, *self.updates))
+
+    @property
+    def results(self) -> tuple[Expr, ...]:
+        return tuple(a.target for a in self.block.assigns)
+
+    def function(self) -> Function:
+        """The scan as a function with a plain loop."""
+        body: tuple[Statement, ...] = (self.block,)
+        if self.loops:
+            allocate = tuple(Allocate(a.target) for a in self.outputs)
+            body = (*allocate, For("c", "T", self.chunk, (self.block,)))
+        return Function(self.name, self.params, body, self.results, self.doc)
+
+
+@dataclass(frozen=True)
+class ScanAdjoint:
+    """The reverse of a scan: a forward chunk that also keeps `residuals`, and a backward chunk that takes them.
+
+    `outputs` are those of the scan in the ops of the adjoint, `forward` assigns the residuals and the carry. `backward` reads the residuals, the cotangents of outputs and carry, and
+    assigns the cotangents of the sequences (stores), of the carry (replaced) and of the fixed leaves (accumulated).
+    """
+
+    scan: Scan
+    residuals: tuple[Expr, ...]
+    outputs: tuple[Assign, ...]
+    forward: Block
+    backward: Block
+    accumulated: tuple[Expr, ...]
+
+    @property
+    def cotangents(self) -> tuple[Expr, ...]:
+        """The leaves of the cotangents that come in: of the outputs, then of the carry."""
+        return tuple(cotangent(a.target) for a in (*self.scan.outputs, *self.scan.updates))
+
+
+def cotangent(e: Expr) -> Expr:
+    """The leaf that holds the cotangent of a leaf: z[c] -> dz[c]."""
+    leaf, axes = e.arg
+    return Expr("leaf", (), (Leaf("d" + leaf.name, "cotangent", leaf.at), axes))
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a stage makes: its functions, the sizes of its dims, and the names that the user gave to values."""
+
+    name: str
+    stage: str
+    functions: tuple[Function, ...]
+    dims: Mapping[str, int]
+    dtype: str = "f64"
+    names: Mapping[Expr, str] = field(default_factory=lambda: MappingProxyType({}))
+    update: Update | None = None
+    per_token: tuple[Function, ...] = ()
+    """The functions `gradient` and `output` of one token, kept from the primal stage on for those that rearrange them."""
+    scans: tuple[Scan, ...] = ()
+    plan: Plan | None = None
+    adjoints: tuple[ScanAdjoint, ...] = ()
+
+    def __getitem__(self, name: str) -> Function:
+        return next(f for f in self.functions if f.name == name)
+
+    def __str__(self) -> str:
+        from tttc.ir.text import program_text
+
+        return program_text(self)
+
+
+def blocks(statements: tuple[Statement, ...]) -> Iterator[Block]:
+    """Every block of a function body, in order."""
+    for statement in statements:
+        if isinstance(statement, Block):
+            yield statement
+        elif isinstance(statement, For):
+            yield from blocks(statement.body)
+
+
+def values(block: Block) -> list[Expr]:
+    return [a.value for a in block.assigns]

@@ -1,0 +1,67 @@
+"""Rewriting: named rules with Python's `match` as the pattern language, applied until nothing changes.
+
+A rule is a function `Expr -> Expr | None` with the rewriting written in words; the engine records which rules fired.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from tttc.ir.expr import Expr, rebuild, transform
+
+
+class Rule(NamedTuple):
+    """`title` says what becomes what; `apply` returns the new expression, or None where the rule does not match."""
+
+    title: str
+    apply: Callable[[Expr], Expr | None]
+
+
+def rule(title: str) -> Callable[[Callable[[Expr], Expr | None]], Rule]:
+    """Name a rewriting: @rule("x * 1 -> x")."""
+    return lambda function: Rule(title, function)
+
+
+def rewrite(
+    roots: Iterable[Expr], rules: Sequence[Rule], fired: Counter[str] | None = None, moved: dict[Expr, Expr] | None = None
+) -> list[Expr]:
+    """Apply the rules bottom-up until none matches. `moved` collects what each node became."""
+    roots = list(roots)
+    count: Counter[str] = fired if fired is not None else Counter()
+
+    def simplified(node: Expr) -> Expr:
+        for _ in range(100):
+            for one in rules:
+                replaced = one.apply(node)
+                if replaced is not None and replaced is not node:
+                    count[one.title] += 1
+                    node = replaced
+                    break
+            else:
+                return node
+        raise RuntimeError(f"the rules do not settle on {node!r}")
+
+    for _ in range(20):
+        sweep: dict[Expr, Expr] = {}
+
+        def visit(node: Expr, src: tuple[Expr, ...], sweep: dict[Expr, Expr] = sweep) -> Expr:
+            sweep[node] = simplified(rebuild(node, src))
+            return sweep[node]
+
+        new = transform(roots, visit)
+        if moved is not None:
+            _compose(moved, sweep)
+        if all(a is c for a, c in zip(new, roots, strict=True)):
+            return new
+        roots = new
+    return roots
+
+
+def _compose(total: dict[Expr, Expr], sweep: dict[Expr, Expr]) -> None:
+    """Follow every node through one more sweep."""
+    for node, became in list(total.items()):
+        total[node] = sweep.get(became, became)
+    for node, became in sweep.items():
+        total.setdefault(node, became)

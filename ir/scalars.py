@@ -1,0 +1,239 @@
+"""Elementwise functions: a SymPy formula for each, from which SymPy takes every derivative.
+
+SymPy rewrites on its own (`exp(a) * exp(b)`, `x / x`), which can overflow where the original did not. Functions with a
+numerically stable form (sigmoid, softplus, rsqrt, ...) therefore stay named functions with a derivative of their own, in terms
+of named functions again:
+
+    silu = x * sigmoid(x)      ->  silu' = sigmoid(x) + x * sigmoid(x) * (1 - sigmoid(x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import sympy
+from sympy.core.function import ArgumentIndexError
+
+x, y, z = sympy.symbols("x y z", real=True)
+
+
+def _named(name: str, derivative: Callable[..., sympy.Expr]) -> type[sympy.Function]:
+    """A function that SymPy leaves alone and differentiates by the given rule."""
+
+    def fdiff(self: sympy.Function, argindex: int = 1) -> sympy.Expr:
+        if argindex != 1:
+            raise ArgumentIndexError(self, argindex)
+        return derivative(self.args[0])
+
+    return type(name, (sympy.Function,), {"fdiff": fdiff, "is_real": True, "nargs": (1,)})
+
+
+step = _named("step", lambda a: sympy.Integer(0))  # 1 where a > 0, else 0; its derivative is 0 almost everywhere
+sign = _named("sign", lambda a: sympy.Integer(0))
+absolute = _named("abs", lambda a: sign(a))
+relu = _named("relu", lambda a: step(a))
+sigmoid = _named("sigmoid", lambda a: sigmoid(a) * (1 - sigmoid(a)))
+softplus = _named("softplus", lambda a: sigmoid(a))
+rsqrt = _named("rsqrt", lambda a: -rsqrt(a) ** 3 / 2)
+exp = _named("exp", lambda a: exp(a))
+log = _named("log", lambda a: 1 / a)
+tanh = _named("tanh", lambda a: 1 - tanh(a) ** 2)
+sqrt = _named("sqrt", lambda a: 1 / (2 * sqrt(a)))
+sin = _named("sin", lambda a: cos(a))
+cos = _named("cos", lambda a: -sin(a))
+erf = _named("erf", lambda a: 2 / sqrt(sympy.pi) * exp(-(a**2)))
+silu = _named("silu", lambda a: sympy.diff(SILU, x).subs(x, a))
+gelu = _named("gelu", lambda a: sympy.diff(GELU, x).subs(x, a))
+less_equal = type("less_equal", (sympy.Function,), {"is_real": True, "nargs": (2,), "fdiff": lambda self, i=1: sympy.Integer(0)})
+select = type("select", (sympy.Function,), {"is_real": True, "nargs": (3,), "fdiff": lambda self, i=1: _select_derivative(self, i)})
+
+
+def _select_derivative(call: sympy.Function, i: int) -> sympy.Expr:
+    """d select(condition, a, b): the condition is piecewise constant."""
+    condition = call.args[0]
+    zero, one = sympy.Integer(0), sympy.Integer(1)
+    return (zero, select(condition, one, zero), select(condition, zero, one))[i - 1]
+
+
+SILU = x * sigmoid(x)
+GELU = x / 2 * (1 + tanh(sympy.sqrt(2 / sympy.pi) * (x + sympy.Float("0.044715") * x**3)))
+HUBER = select(less_equal(absolute(x), y), x**2 / 2, y * (absolute(x) - y / 2))
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A row: an elementwise function, its formula, and its meaning on NumPy arrays."""
+
+    name: str
+    formula: sympy.Expr
+    numpy: Callable[..., Any]
+    infix: str | None = None
+    opaque_derivative: bool = False
+    """Keep the derivative as one named function (`dgelu`): backends often have it as one operation."""
+    domain: tuple[float, float] = (-3.0, 3.0)
+    arity: int = field(init=False, default=1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arity", len(self.formula.free_symbols) if self.formula.free_symbols else 1)
+
+    @property
+    def symbols(self) -> tuple[sympy.Symbol, ...]:
+        return (x, y, z)[: self.arity]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An elementwise function without a row: a user's own, or a derivative kept whole. Prints as `name(...)`."""
+
+    name: str
+    symbols: tuple[sympy.Symbol, ...]
+    body: sympy.Expr
+
+    def numpy(self, *values: Any) -> Any:
+        return _compiled(self)(*values)
+
+
+@cache
+def _compiled(formula: Formula) -> Callable[..., Any]:
+    return sympy.lambdify(formula.symbols, formula.body, modules=[NUMPY_NAMES, "numpy"], cse=True)
+
+
+def _sigmoid(a: Any) -> Any:
+    e = np.exp(-np.abs(a))  # never overflows
+    return np.where(np.asarray(a) >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def _erf(a: Any) -> Any:
+    import math
+
+    return np.vectorize(math.erf, otypes=[float])(a)
+
+
+def _gelu(a: Any) -> Any:
+    return 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+
+
+def _huber(a: Any, delta: Any) -> Any:
+    return np.where(np.abs(a) <= delta, 0.5 * a * a, delta * (np.abs(a) - 0.5 * delta))
+
+
+NUMPY_NAMES: dict[str, Callable[..., Any]] = {
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "sin": np.sin,
+    "cos": np.cos,
+    "erf": _erf,
+    "abs": np.abs,
+    "sign": np.sign,
+    "sigmoid": _sigmoid,
+    "softplus": lambda a: np.maximum(a, 0) + np.log1p(np.exp(-np.abs(a))),
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "relu": lambda a: np.maximum(a, 0),
+    "step": lambda a: np.where(np.asarray(a) > 0, 1.0, 0.0),
+    "silu": lambda a: a * _sigmoid(a),
+    "gelu": _gelu,
+    "huber": _huber,
+    "less_equal": lambda a, b: np.where(np.asarray(a) <= b, 1.0, 0.0),
+    "select": lambda c, a, b: np.where(np.asarray(c) > 0.5, a, b),
+}
+
+_positive = (0.1, 3.0)
+SCALARS: dict[str, Scalar] = {
+    row.name: row
+    for row in (
+        Scalar("add", x + y, np.add, infix="+"),
+        Scalar("sub", x - y, np.subtract, infix="-"),
+        Scalar("mul", x * y, np.multiply, infix="*"),
+        Scalar("div", x / y, np.divide, infix="/", domain=_positive),
+        Scalar("neg", -x, np.negative, infix="-"),
+        Scalar("exp", exp(x), NUMPY_NAMES["exp"]),
+        Scalar("log", log(x), NUMPY_NAMES["log"], domain=_positive),
+        Scalar("sqrt", sqrt(x), NUMPY_NAMES["sqrt"], domain=_positive),
+        Scalar("rsqrt", rsqrt(x), NUMPY_NAMES["rsqrt"], domain=_positive),
+        Scalar("tanh", tanh(x), NUMPY_NAMES["tanh"]),
+        Scalar("sin", sin(x), NUMPY_NAMES["sin"]),
+        Scalar("cos", cos(x), NUMPY_NAMES["cos"]),
+        Scalar("erf", erf(x), NUMPY_NAMES["erf"]),
+        Scalar("abs", absolute(x), NUMPY_NAMES["abs"]),
+        Scalar("sign", sign(x), NUMPY_NAMES["sign"]),
+        Scalar("step", step(x), NUMPY_NAMES["step"]),
+        Scalar("relu", relu(x), NUMPY_NAMES["relu"]),
+        Scalar("sigmoid", sigmoid(x), NUMPY_NAMES["sigmoid"]),
+        Scalar("softplus", softplus(x), NUMPY_NAMES["softplus"]),
+        Scalar("silu", silu(x), NUMPY_NAMES["silu"], opaque_derivative=True),
+        Scalar("gelu", gelu(x), NUMPY_NAMES["gelu"], opaque_derivative=True),
+        Scalar("huber", HUBER, NUMPY_NAMES["huber"]),
+        Scalar("less_equal", less_equal(x, y), NUMPY_NAMES["less_equal"]),
+        Scalar("select", select(x, y, z), NUMPY_NAMES["select"]),
+    )
+}
+
+
+def formula_name(body: sympy.Expr) -> str:
+    """A name for a user's function, the same in every process: from the text of its formula."""
+    import hashlib
+
+    return "f_" + hashlib.sha256(sympy.srepr(body).encode()).hexdigest()[:6]
+
+
+def derivative_name(name: str, index: int, arity: int) -> str:
+    return f"d{name}" if arity == 1 else f"d{name}_{index}"
+
+
+FOREIGN = {  # SymPy's own functions, as a user writes them, and the named functions that stand for them
+    sympy.exp: exp,
+    sympy.log: log,
+    sympy.tanh: tanh,
+    sympy.sin: sin,
+    sympy.cos: cos,
+    sympy.erf: erf,
+    sympy.Abs: absolute,
+    sympy.sign: sign,
+    sympy.Heaviside: step,
+}
+
+
+def adopt(body: sympy.Expr) -> sympy.Expr:
+    """A user's formula in the named functions of this file; raises `ValueError` naming a function that has no row."""
+    if body.is_Atom:
+        return body
+    if isinstance(body, sympy.Piecewise):
+        result = adopt(body.args[-1][0])
+        for value, condition in reversed(body.args[:-1]):
+            result = select(_condition(condition), adopt(value), result)
+        return result
+    args = [adopt(a) for a in body.args]
+    if isinstance(body, sympy.Max | sympy.Min):
+        result = args[0]
+        for other in args[1:]:
+            result = result + relu(other - result) if isinstance(body, sympy.Max) else result - relu(result - other)
+        return result
+    if isinstance(body, sympy.Pow):
+        return sqrt(args[0]) if args[1] == sympy.Rational(1, 2) else args[0] ** args[1]
+    if isinstance(body, sympy.Add | sympy.Mul):
+        return body.func(*args)
+    if body.func in FOREIGN:
+        return FOREIGN[body.func](args[0])
+    if body.func in (sympy.sinh, sympy.cosh):
+        half, sign_ = sympy.Rational(1, 2), (-1 if body.func is sympy.sinh else 1)
+        return half * (exp(args[0]) + sign_ * exp(-args[0]))
+    if getattr(body.func, "__name__", "") in SCALARS:
+        return body.func(*args)
+    known = ", ".join(sorted(f.__name__ for f in FOREIGN))
+    raise ValueError(f"{body.func.__name__} has no elementwise form here; use one of {known}, Max, Min, Piecewise, powers")
+
+
+def _condition(condition: Any) -> sympy.Expr:
+    if condition is sympy.true:
+        return sympy.Integer(1)
+    if isinstance(condition, sympy.LessThan | sympy.StrictLessThan):
+        return less_equal(adopt(condition.args[0]), adopt(condition.args[1]))
+    if isinstance(condition, sympy.GreaterThan | sympy.StrictGreaterThan):
+        return less_equal(adopt(condition.args[1]), adopt(condition.args[0]))
+    raise ValueError(f"the condition {condition} is not a comparison of two values")

@@ -1,0 +1,399 @@
+"""Simplification: algebra that leaves a value alone and makes it shorter.
+
+    0.5 * (2 * (k @ W - v)) * 1  ->  k @ W - v
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from tttc.ir import build as b
+from tttc.ir.contraction import layout
+from tttc.ir.expr import OPS, Axis, Expr, const, is_const
+from tttc.ir.rewrite import Rule, rewrite, rule
+from tttc.ir.scalars import SCALARS
+
+
+def _scalar(e: Expr) -> bool:
+    return not e.axes
+
+
+def _spread(e: Expr, like: Expr) -> Expr:
+    """`e` with every axis of `like`: what replaces a node must have its axes."""
+    return b.broadcast(e, like.axes)
+
+
+@rule("f(2, 3) -> its value")
+def fold_constants(e: Expr) -> Expr | None:
+    if e.src and all(s.op == "const" for s in e.src) and (e.op in SCALARS or e.op in ("pow", "map")):
+        value = float(OPS[e.op].numpy(e, {}, *(np.float64(s.arg) for s in e.src)))  # type: ignore[misc]
+        return const(value) if np.isfinite(value) else None
+    return None
+
+
+@rule("x * 1 -> x")
+def multiply_by_one(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul" | "div", (x, one)) if is_const(one, 1):
+            return x
+        case Expr("mul", (one, x)) if is_const(one, 1):
+            return x
+    return None
+
+
+@rule("x + 0 -> x")
+def add_zero(e: Expr) -> Expr | None:
+    match e:
+        case Expr("add" | "sub", (x, zero)) if is_const(zero, 0):
+            return x
+        case Expr("add", (zero, x)) if is_const(zero, 0):
+            return x
+        case Expr("sub", (zero, x)) if is_const(zero, 0):
+            return b.neg(x)
+    return None
+
+
+@rule("x * 0 -> 0")
+def multiply_by_zero(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul", src) if any(is_const(_value(s), 0) for s in src):
+            return _spread(const(0), e)
+        case Expr("contract", src) if any(is_const(_value(s), 0) for s in src):
+            return _spread(const(0), e)
+        case Expr("sum" | "mean" | "mask" | "last" | "put_last" | "neg", (x,)) if is_const(_value(x), 0):
+            return _spread(const(0), e)
+    return None
+
+
+def _value(e: Expr) -> Expr:
+    """What a broadcast repeats."""
+    while e.op in ("broadcast", "rename"):
+        e = e.src[0]
+    return e
+
+
+@rule("f(broadcast(x), y) -> f(x, y)")
+def drop_broadcast(e: Expr) -> Expr | None:
+    """Elementwise operations broadcast by themselves."""
+    if e.op not in ("add", "sub", "mul", "div"):
+        return None
+    for i, s in enumerate(e.src):
+        if s.op == "broadcast":
+            src = (*e.src[:i], s.src[0], *e.src[i + 1 :])
+            result = Expr(e.op, src)
+            if set(result.axes) == set(e.axes):
+                return result
+    return None
+
+
+@rule("--x -> x")
+def double_negation(e: Expr) -> Expr | None:
+    match e:
+        case Expr("neg", (Expr("neg", (x,)),)):
+            return x
+    return None
+
+
+@rule("x + -y -> x - y")
+def add_negative(e: Expr) -> Expr | None:
+    match e:
+        case Expr("add", (x, Expr("neg", (y,)))):
+            return b.sub(x, y)
+        case Expr("add", (Expr("neg", (y,)), x)):
+            return b.sub(x, y)
+        case Expr("sub", (x, Expr("neg", (y,)))):
+            return b.add(x, y)
+        case Expr("sub", (Expr("neg", (x,)), y)):
+            return b.neg(b.add(x, y))
+    return None
+
+
+@rule("x * -1 -> -x")
+def multiply_by_minus_one(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul", (x, c)) if is_const(c, -1):
+            return b.neg(x)
+        case Expr("mul", (c, x)) if is_const(c, -1):
+            return b.neg(x)
+    return None
+
+
+@rule("a * -b -> -(a * b)")
+def pull_sign(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul" | "div", (Expr("neg", (x,)), y)):
+            return b.neg(Expr(e.op, (x, y)))
+        case Expr("mul" | "div", (x, Expr("neg", (y,)))):
+            return b.neg(Expr(e.op, (x, y)))
+        case Expr("contract", src, over) if any(s.op == "neg" for s in src):
+            signs = sum(s.op == "neg" for s in src)
+            product = b.contract([s.src[0] if s.op == "neg" else s for s in src], over)
+            return b.neg(product) if signs % 2 else product
+        case Expr("sum" | "mean" | "mask" | "rename" | "last" | "put_last", (Expr("neg", (x,)),), arg):
+            return b.neg(b.rename(x, dict(arg)) if e.op == "rename" else Expr(e.op, (x,), arg))
+    return None
+
+
+@rule("c * x -> constants first")
+def constant_first(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul", (x, c)) if is_const(c) and not is_const(x):
+            return b.mul(c, x)
+    return None
+
+
+@rule("a * (b * x) -> (a * b) * x")
+def merge_constants(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul", (a, Expr("mul", (c, x)))) if is_const(a) and is_const(c):
+            return b.mul(const(a.arg * c.arg), x)
+        case Expr("mul", (Expr("mul", (c, x)), y)) if is_const(c):
+            return b.mul(c, b.mul(x, y))
+        case Expr("mul", (y, Expr("mul", (c, x)))) if is_const(c) and not is_const(y):
+            return b.mul(c, b.mul(y, x))
+        case Expr("neg", (Expr("mul", (c, x)),)) if is_const(c):
+            return b.mul(const(-c.arg), x)
+    return None
+
+
+@rule("x ** 1 -> x, x ** 0 -> 1")
+def trivial_power(e: Expr) -> Expr | None:
+    match e:
+        case Expr("pow", (x,), 1):
+            return x
+        case Expr("pow", (x,), 0):
+            return _spread(const(1), e)
+    return None
+
+
+@rule("sum over no axis -> x")
+def empty_sum(e: Expr) -> Expr | None:
+    match e:
+        case Expr("sum" | "mean", (x,), ()):
+            return x
+        case Expr("contract", (x,), ()):
+            return x
+    return None
+
+
+@rule("contraction with a number -> number * contraction")
+def pull_scalar(e: Expr) -> Expr | None:
+    """Numbers and values without axes leave a contraction over the others."""
+    match e:
+        case Expr("contract", src, over):
+            outside = [s for s in src if is_const(s)]
+            if outside and len(src) - len(outside) >= 1:
+                rest = b.contract([s for s in src if s not in outside], over)
+                if set(rest.axes) != set(e.axes):
+                    return None
+                for s in outside:
+                    rest = b.mul(s, rest)
+                return rest
+    return None
+
+
+@rule("contraction of c * x -> c * contraction of x")
+def pull_constant(e: Expr) -> Expr | None:
+    match e:
+        case Expr("contract", src, over):
+            for i, s in enumerate(src):
+                if s.op == "mul" and is_const(s.src[0]):
+                    return b.mul(s.src[0], b.contract((*src[:i], s.src[1], *src[i + 1 :]), over))
+        case Expr("sum" | "mean", (Expr("mul", (c, x)),), over) if is_const(c):
+            return b.mul(c, Expr(e.op, (x,), over))
+    return None
+
+
+@rule("rename(rename(x)) -> rename(x)")
+def merge_renames(e: Expr) -> Expr | None:
+    """Push a renaming onto leaves, through broadcasts of numbers, and onto another renaming."""
+    match e:
+        case Expr("rename", (x,), arg) if x.op in ("leaf", "rename", "const"):
+            return b.rename(x, dict(arg))
+        case Expr("rename", (Expr("broadcast", (x,), axes),), arg):
+            to = dict(arg)
+            return b.broadcast(b.rename(x, to), tuple(to.get(a, a) for a in axes))
+    return None
+
+
+@rule("broadcast(x) -> x where x has the axes")
+def trivial_broadcast(e: Expr) -> Expr | None:
+    match e:
+        case Expr("broadcast", (x,), axes) if set(axes) <= set(x.axes):
+            return x
+        case Expr("broadcast", (Expr("broadcast", (x,)),)):
+            return b.broadcast(x, e.axes)
+    return None
+
+
+@rule("product of values without axes to the smaller side")
+def scalar_factor(e: Expr) -> Expr | None:
+    """(a * x) * y -> x * (a * y) where a and y have fewer axes than x: the large array is multiplied once."""
+    match e:
+        case Expr("mul", (Expr("mul", (a, x)), y)) if len(a.axes) < len(x.axes) and len(y.axes) < len(x.axes):
+            if set(y.axes) <= set(a.axes) or set(a.axes) <= set(y.axes):
+                return b.mul(b.mul(a, y), x)
+    return None
+
+
+@rule("x + x -> 2 * x")
+def double(e: Expr) -> Expr | None:
+    match e:
+        case Expr("add", (x, y)) if x is y:
+            return b.mul(const(2), x)
+        case Expr("add", (Expr("mul", (c, x)), y)) if is_const(c) and x is y:
+            return b.mul(const(c.arg + 1), x)
+    return None
+
+
+@rule("sum(x) / n -> mean(x)")
+def mean_from_sum(e: Expr) -> Expr | None:
+    match e:
+        case Expr("div", (x, Expr("size", (), axis))):
+            return _mean_inside(x, axis)
+    return None
+
+
+def _mean_inside(x: Expr, axis: Axis) -> Expr | None:
+    """x / size(axis) where a factor of x is a sum over that axis."""
+    match x:
+        case Expr("sum", (y,), over) if over == (axis,):
+            return b.mean(y, over)
+        case Expr("contract", (y, z), over) if over == (axis,) and (layout(x).kind == "dot" or not x.axes):
+            return b.mean(b.mul(y, z), over)
+        case Expr("mul", (y, z)):
+            if (found := _mean_inside(y, axis)) is not None:
+                return b.mul(found, z)
+            if (found := _mean_inside(z, axis)) is not None:
+                return b.mul(y, found)
+        case Expr("neg", (y,)):
+            found = _mean_inside(y, axis)
+            return None if found is None else b.neg(found)
+    return None
+
+
+@rule("(a * x) / n -> a * (x / n) where x is the smaller")
+def divide_smaller(e: Expr) -> Expr | None:
+    match e:
+        case Expr("div", (Expr("mul", (a, x)), n)) if not n.axes and len(x.axes) < len(a.axes):
+            return b.mul(a, b.div(x, n))
+        case Expr("div", (Expr("mul", (x, a)), n)) if not n.axes and len(x.axes) < len(a.axes):
+            return b.mul(b.div(x, n), a)
+    return None
+
+
+@rule("g @ x + ... + h @ x -> (g + h) @ x + ...")
+def factor_contraction(e: Expr) -> Expr | None:
+    """Contractions in a sum that share an operand: one product instead of two. Here a bias becomes the +1 of a Gram matrix."""
+    if e.op not in ("add", "sub"):
+        return None
+    terms = _sum_terms(e)
+    for i, (sign, x) in enumerate(terms):
+        for k in range(i + 1, len(terms)):
+            joined = _joined(x, terms[k][1], sign * terms[k][0])
+            if joined is not None:
+                return _sum([*terms[:i], *terms[i + 1 : k], (sign, joined), *terms[k + 1 :]])
+    return None
+
+
+def _sum_terms(e: Expr, sign: int = 1) -> list[tuple[int, Expr]]:
+    match e:
+        case Expr("add", (x, y)):
+            return [*_sum_terms(x, sign), *_sum_terms(y, sign)]
+        case Expr("sub", (x, y)):
+            return [*_sum_terms(x, sign), *_sum_terms(y, -sign)]
+        case Expr("neg", (x,)):
+            return _sum_terms(x, -sign)
+    return [(sign, e)]
+
+
+def _sum(terms: list[tuple[int, Expr]]) -> Expr:
+    terms = sorted(terms, key=lambda t: -t[0])  # what is added comes first
+    sign, result = terms[0]
+    result = result if sign > 0 else b.neg(result)
+    for sign, x in terms[1:]:
+        result = (b.add if sign > 0 else b.sub)(result, x)
+    return result
+
+
+def _joined(x: Expr, y: Expr, sign: int) -> Expr | None:
+    """x + sign * y as one contraction, where they share an operand and have the same axes."""
+    match x, y:
+        case (Expr("contract", (a, g), over), Expr("contract", (c, h), over2)) if set(over) == set(over2):
+            if set(x.axes) != set(y.axes):
+                return None
+            combine = b.add if sign > 0 else b.sub
+            if g is h and set(a.axes) == set(c.axes):
+                return b.contract((combine(a, c), g), over)
+            if a is c and set(g.axes) == set(h.axes):
+                return b.contract((a, combine(g, h)), over)
+    return None
+
+
+@rule("a * m + a -> a * (m + 1)")
+def factor_product(e: Expr) -> Expr | None:
+    match e:
+        case Expr("add", (Expr("mul", (a, m)), c)) if a is c and len(a.axes) >= len(m.axes):
+            return b.mul(a, b.add(m, const(1)))
+        case Expr("add", (Expr("mul", (m, a)), c)) if a is c and len(a.axes) >= len(m.axes):
+            return b.mul(a, b.add(m, const(1)))
+        case Expr("add", (c, Expr("mul", (a, m)))) if a is c and len(a.axes) >= len(m.axes):
+            return b.mul(a, b.add(m, const(1)))
+        case Expr("add", (c, Expr("mul", (m, a)))) if a is c and len(a.axes) >= len(m.axes):
+            return b.mul(a, b.add(m, const(1)))
+    return None
+
+
+@rule("mask(1) * x -> mask(x)")
+def mask_of_ones(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul", (Expr("mask", (m,), arg), x)) if _value(m).op == "const" and set(x.axes) == set(e.axes):
+            return b.mask(b.mul(_value(m), x), arg[0], arg[1], strict=arg[2])
+        case Expr("mul", (x, Expr("mask", (m,), arg))) if _value(m).op == "const" and set(x.axes) == set(e.axes):
+            return b.mask(b.mul(_value(m), x), arg[0], arg[1], strict=arg[2])
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    fold_constants,
+    multiply_by_one,
+    add_zero,
+    multiply_by_zero,
+    drop_broadcast,
+    double_negation,
+    add_negative,
+    multiply_by_minus_one,
+    pull_sign,
+    constant_first,
+    merge_constants,
+    trivial_power,
+    empty_sum,
+    pull_scalar,
+    pull_constant,
+    merge_renames,
+    trivial_broadcast,
+    scalar_factor,
+    double,
+    mean_from_sum,
+    divide_smaller,
+    factor_contraction,
+    factor_product,
+    mask_of_ones,
+)
+
+
+def simplify(roots: Iterable[Expr], fired: Counter[str] | None = None, moved: dict[Expr, Expr] | None = None) -> list[Expr]:
+    """The shortest form that the rules reach; every root keeps its set of axes."""
+    return rewrite(roots, RULES, fired, moved)
+
+
+def renamed_hints(hints: Mapping[Expr, str], moved: Mapping[Expr, Expr]) -> dict[Expr, str]:
+    """The user's names, moved along with the values that they belong to."""
+    result: dict[Expr, str] = {}
+    for e, name in hints.items():
+        result.setdefault(moved.get(e, e), name)
+    return result
+

@@ -1,0 +1,449 @@
+"""Printing: every program is Python that a reader of the papers knows, and that runs on NumPy.
+
+    z1: f64[C, F] = k[c] @ W1 + b1
+    W1 = W1 - (eta[:, None] * k[c]).T @ g1
+
+Only shared and long expressions get a name; the names that the user gave win. `steps` decides both for the printer and for the
+backends, so that generated code has the same lines.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import sympy
+
+from tttc.ir import numerics
+from tttc.ir.contraction import layout
+from tttc.ir.expr import OPS, Axes, Expr, Leaf, postorder
+from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement
+from tttc.ir.scalars import SCALARS, Formula
+
+LONG = 72  # an expression whose text is longer is cut in two by a name
+
+_RESERVED = frozenset(numerics.names()) | set(keyword.kwlist) | {"saved", "range", "len"}
+_FREE = ("leaf", "const", "size", "rename")  # reading these is not a computation
+
+
+class Step(NamedTuple):
+    """One line of a block: `target` is a variable of the program, or None for a name given here."""
+
+    name: str
+    value: Expr
+    target: Leaf | None = None
+
+
+# -- from a block to lines --------------------------------------------------------------------------------------------
+
+
+class Namer:
+    """Gives every value a name that is free, the same in every process: from hints and positions, never from a counter."""
+
+    def __init__(self, taken: Iterable[str], hints: Mapping[Expr, str]) -> None:
+        self.taken = set(taken) | _RESERVED
+        self.hints = hints
+
+    def __call__(self, e: Expr) -> str:
+        hint = self.hints.get(e) or self.hints.get(core(e)) or OPS[core(e).op].hint
+        if hint not in self.taken:
+            self.taken.add(hint)
+            return hint
+        stem = hint + "_" if hint[-1].isdigit() else hint
+        n = next(n for n in range(1, len(self.taken) + 2) if f"{stem}{n}" not in self.taken)
+        self.taken.add(f"{stem}{n}")
+        return f"{stem}{n}"
+
+
+def core(e: Expr) -> Expr:
+    """The value under renamings: what is computed."""
+    while e.op == "rename":
+        e = e.src[0]
+    return e
+
+
+def steps(block: Block, namer: Namer, known: Mapping[Expr, str] | None = None) -> list[Step]:
+    """The lines of a block: named values first, in the order of need, then stores, then the new values of the variables."""
+    names = dict(known or {})
+    roots = [a.value for a in block.assigns]
+    named = _to_be_named(roots, names, namer.hints)
+    carried = [a for a in block.assigns if a.leaf.at is None]
+    read = {e.arg[0].name for e in postorder(roots) if e.op == "leaf"}
+    fresh = {a.value: a for a in carried if a.leaf.name not in read and a.target.axes == a.value.axes}
+    lines: list[Step] = []
+    for node in postorder(roots):
+        if node in names or node not in named:
+            continue
+        if node in fresh:  # the variable is new here: it is the name
+            lines.append(Step(fresh[node].leaf.name, node, fresh[node].leaf))
+        else:
+            lines.append(Step(namer(node), node))
+        names[node] = lines[-1].name
+    lines += [Step(a.leaf.name, a.value, a.leaf) for a in block.assigns if a.leaf.at is not None]
+    written = {line.target for line in lines if line.target}
+    carried = [a for a in carried if a.leaf not in written]
+    late: list[Step] = []
+    for i, a in enumerate(carried):
+        overwritten = {c.leaf.name for c in carried[:i]}
+        if _reads(a.value, names) & overwritten:  # an earlier assignment would change what this one reads
+            lines.append(Step(namer(a.value), a.value))
+            names[a.value] = lines[-1].name
+        late.append(Step(a.leaf.name, a.value, a.leaf))
+    return lines + late
+
+
+def _reads(e: Expr, names: Mapping[Expr, str]) -> set[str]:
+    """The variables that the text of `e` mentions, given that named values are not spelled out again."""
+    if e in names:
+        return set()
+    found, seen, stack = set(), set(), [e]
+    while stack:
+        node = stack.pop()
+        if node in seen or node in names:
+            continue
+        seen.add(node)
+        if node.op == "leaf" and node.arg[0].at is None:
+            found.add(node.arg[0].name)
+        stack.extend(node.src)
+    return found
+
+
+def _to_be_named(roots: list[Expr], known: Mapping[Expr, str], hints: Mapping[Expr, str]) -> set[Expr]:
+    order = [e for e in postorder(roots) if e not in known]
+    uses: dict[Expr, int] = {}
+    for e in order:
+        for s in e.src:
+            uses[core(s)] = uses.get(core(s), 0) + 1
+    for root in roots:
+        uses[core(root)] = uses.get(core(root), 0) + 1
+    named = {e for e, n in uses.items() if n > 1 and _worth_a_name(e)}
+    named |= {e for e in order if e in hints and e.op not in _FREE}
+    lengths: dict[Expr, int] = {}
+    for e in order:  # cut long expressions at their longest operand
+        lengths[e] = _length(e, lengths, named, known)
+        while lengths[e] > LONG:
+            candidates = [core(s) for s in e.src if core(s) not in named and core(s) not in known and _worth_a_name(core(s))]
+            if not candidates:
+                break
+            named.add(max(candidates, key=lambda s: lengths[s]))
+            lengths[e] = _length(e, lengths, named, known)
+    return named
+
+
+def _worth_a_name(e: Expr) -> bool:
+    return e.op not in _FREE and not (e.op in ("neg", "broadcast") and e.src[0].op in _FREE)
+
+
+def _length(e: Expr, lengths: Mapping[Expr, int], named: set[Expr], known: Mapping[Expr, str]) -> int:
+    own = {"leaf": 5, "const": 4, "size": 1}.get(e.op, 3 if e.op in SCALARS and SCALARS[e.op].infix else 6)
+    return own + sum(4 if core(s) in named or s in known else lengths.get(s, 4) for s in e.src)
+
+
+# -- expressions ------------------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """Printed text with its precedence: 1 sum, 2 product, 3 sign, 4 power, 5 atom."""
+
+    text: str
+    precedence: int = 5
+
+    def at_least(self, precedence: int) -> str:
+        return self.text if self.precedence >= precedence else f"({self.text})"
+
+
+@dataclass
+class Printer:
+    """Prints expressions as NumPy; a value with axes (s, D) is an array with these dimensions in this order."""
+
+    names: dict[Expr, str] = field(default_factory=dict)
+    lengths: Mapping[str, str] = field(default_factory=dict)  # dim -> how its size is written here ("C" -> "len(c)")
+
+    def __call__(self, e: Expr) -> str:
+        return self.text(e).text
+
+    def text(self, e: Expr) -> Text:
+        """`e` with its dimensions in its own order."""
+        return self.ordered(e, e.axes)
+
+    def ordered(self, e: Expr, axes: Axes) -> Text:
+        """`e` with its dimensions in the order `axes`: by writing it so, or by transposing it."""
+        if e not in self.names:
+            if e.op in SCALARS:
+                return self._elementwise(e, axes)
+            if e.op == "rename":
+                back = {new: old for old, new in e.arg}
+                return self.ordered(e.src[0], tuple(back.get(a, a) for a in axes))
+            if e.op == "contract" and e.axes != axes and layout(e).kind == "matmul":
+                return self._contract(Expr("contract", e.src[::-1], e.arg))
+            if e.op == "contract" and layout(e).kind == "product":
+                return self._product(e, axes)
+            if e.op == "contract" and e.axes != axes and layout(e).kind == "outer":
+                return self._contract(Expr("contract", e.src[::-1], e.arg))
+        text = Text(self.names[e]) if e in self.names else getattr(self, f"_{e.op}", self._composite)(e)
+        if e.axes == axes:
+            return text
+        if len(axes) == 2:
+            return Text(f"{text.at_least(5)}.T")
+        return Text(f"transpose({text.text}, {tuple(e.axes.index(a) for a in axes)})")
+
+    def size(self, dim: str) -> str:
+        return self.lengths.get(dim, dim)
+
+    def aligned(self, e: Expr, to: Axes) -> Text:
+        """`e` made ready to broadcast against an array with axes `to`."""
+        present = tuple(a for a in to if a in e.axes)
+        text = self.ordered(e, present)
+        if not present:
+            return text
+        index = [":" if a in present else "None" for a in to[to.index(present[0]) :]]
+        while index and index[-1] == ":":
+            index.pop()
+        return Text(f"{text.at_least(5)}[{', '.join(index)}]") if index else text
+
+    def _leaf(self, e: Expr) -> Text:
+        leaf: Leaf = e.arg[0]
+        return Text(f"{leaf.name}[{leaf.at}]" if leaf.at else leaf.name)
+
+    def _const(self, e: Expr) -> Text:
+        text = f"{e.arg:.17g}" if e.arg != int(e.arg) or abs(e.arg) > 1e15 else str(int(e.arg))
+        short = repr(e.arg)
+        text = short if "." in text or "e" in text else text
+        return Text(text, 3 if e.arg < 0 else 5)
+
+    def _size(self, e: Expr) -> Text:
+        return Text(self.size(e.arg.size))
+
+    def _elementwise(self, e: Expr, axes: Axes) -> Text:
+        row = SCALARS[e.op]
+        if row.infix is None:
+            return Text(f"{row.name}({', '.join(self.aligned(s, axes).text for s in e.src)})")
+        if e.op == "neg":
+            return Text(f"-{self.ordered(e.src[0], axes).at_least(4)}", 3)
+        own = 1 if e.op in ("add", "sub") else 2
+        left, right = (self.aligned(s, axes) for s in e.src)
+        stricter = e.op in ("sub", "div", "mul")
+        return Text(f"{left.at_least(own)} {row.infix} {right.at_least(own + 1 if stricter else own)}", own)
+
+    def _product(self, e: Expr, axes: Axes) -> Text:
+        return Text(" * ".join(self.aligned(s, axes).at_least(3 if i else 2) for i, s in enumerate(e.src)), 2)
+
+    def _pow(self, e: Expr) -> Text:
+        n = int(e.arg) if e.arg == int(e.arg) else e.arg
+        return Text(f"{self.text(e.src[0]).at_least(5)} ** {n if n >= 0 else f'({n})'}", 4)
+
+    def _map(self, e: Expr) -> Text:
+        return Text(f"{e.arg.name}({', '.join(self.aligned(s, e.axes).text for s in e.src)})")
+
+    def _contract(self, e: Expr) -> Text:
+        kind, transpose_left, transpose_right = layout(e)
+        if kind == "outer":
+            return Text(f"outer({self(e.src[0])}, {self(e.src[1])})")
+        if kind == "matmul":
+            left, right = (self.text(s) for s in e.src)
+            left_text = f"{left.at_least(5)}.T" if transpose_left else left.at_least(2 if core(e.src[0]).op == "contract" else 3)
+            right_text = f"{right.at_least(5)}.T" if transpose_right else right.at_least(3)
+            return Text(f"{left_text} @ {right_text}", 2)
+        if kind == "dot":
+            left, right = e.src
+            axes = [i for i, a in enumerate(left.axes) if a in e.arg]
+            product = f"{self.text(left).at_least(2)} * {self.ordered(right, left.axes).at_least(3)}"
+            result = Text(f"sum({product}{self._axis(axes, left.axes)})")
+            kept = tuple(a for a in left.axes if a not in e.arg)
+            return result if kept == e.axes else Text(f"transpose({result.text}, {tuple(kept.index(a) for a in e.axes)})")
+        letters: dict[object, str] = {}
+        for operand in e.src:
+            for axis in operand.axes:
+                letters.setdefault(axis, chr(ord("a") + len(letters)))
+        spec = ",".join("".join(letters[a] for a in s.axes) for s in e.src)
+        spec += "->" + "".join(letters[a] for a in e.axes)
+        return Text(f'einsum("{spec}", {", ".join(self(s) for s in e.src)})')
+
+    @staticmethod
+    def _axis(positions: list[int], axes: Axes) -> str:
+        """The `axis=` argument of a reduction; nothing where all axes go."""
+        if len(positions) == len(axes):
+            return ""
+        return f", axis={positions[0] - len(axes) if len(positions) == 1 else tuple(positions)}"
+
+    def _reduction(self, e: Expr) -> Text:
+        axes = e.src[0].axes
+        return Text(f"{e.op}({self(e.src[0])}{self._axis([axes.index(a) for a in e.arg], axes)})")
+
+    _sum = _mean = _max = _reduction
+
+    def _mask(self, e: Expr) -> Text:
+        rows, columns, strict = e.arg
+        inside = self.text(e.src[0])
+        if e.axes[-2:] == (rows, columns):
+            return Text(f"tril({inside.text}{', -1' if strict else ''})")
+        if e.axes[-2:] == (columns, rows):
+            return Text(f"triu({inside.text}{', 1' if strict else ''})")
+        allowed = f"tril(broadcast_to(1, ({self.size(rows.size)}, {self.size(columns.size)})){', -1' if strict else ''})"
+        first = min(e.axes.index(rows), e.axes.index(columns))
+        turned = f"{allowed}{'' if e.axes.index(rows) == first else '.T'}"
+        index = [":" if a in (rows, columns) else "None" for a in e.axes[first:]]
+        return Text(f"{inside.at_least(2)} * {turned}[{', '.join(index)}]", 2)
+
+    def _broadcast(self, e: Expr) -> Text:
+        shape = ", ".join(self.size(a.size) for a in e.axes)
+        if e.src[0].op == "const" and e.src[0].arg == 0:
+            return Text(f"zeros({shape})")
+        return Text(f"broadcast_to({self.aligned(e.src[0], e.axes).text}, ({shape},))")
+
+    def _last(self, e: Expr) -> Text:
+        position = e.src[0].axes.index(e.arg)
+        inside = self.text(e.src[0]).at_least(5)
+        return Text(f"{inside}[-1]" if position == 0 else f"last({self(e.src[0])}, {position})")
+
+    def _put_last(self, e: Expr) -> Text:
+        return Text(f"put_last({self(e.src[0])}, {self.size(e.arg.size)})")
+
+    def _stop_gradient(self, e: Expr) -> Text:
+        return self.text(e.src[0])
+
+    def _composite(self, e: Expr) -> Text:
+        axis, *settings = e.arg if isinstance(e.arg, tuple) and not hasattr(e.arg, "size") else (e.arg,)
+        operands = [self.aligned(s, e.axes).text for s in e.src]
+        operands += [f"eps={value:g}" for value in settings]
+        position = e.axes.index(axis) - len(e.axes)
+        operands += [f"axis={position}"] if position != -1 else []
+        return Text(f"{e.op}({', '.join(operands)})")
+
+
+def expression_text(e: Expr) -> str:
+    """An expression on one line, nothing named."""
+    return Printer()(e)
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+
+def type_text(axes: Axes, dtype: str) -> str:
+    return f"{dtype}[{', '.join(a.size for a in axes)}]" if axes else dtype
+
+
+def variables(function: Function) -> set[str]:
+    """The names that a function's parameters, targets and loop variables take."""
+    names = {p.arg[0].name for p in function.params} | {r.arg[0].name for r in function.returns}
+
+    def visit(statements: tuple[Statement, ...]) -> None:
+        for s in statements:
+            if isinstance(s, For):
+                names.add(s.var)
+                visit(s.body)
+            elif isinstance(s, Block):
+                names.update(a.leaf.name for a in s.assigns)
+            elif isinstance(s, Allocate):
+                names.add(s.target.arg[0].name)
+
+    visit(function.body)
+    return names
+
+
+def formulas(roots: Iterable[Expr]) -> list[Formula]:
+    """The named elementwise formulas that an expression uses, each once."""
+    return list(dict.fromkeys(e.arg for e in postorder(roots) if e.op == "map"))
+
+
+def formula_text(formula: Formula, render: Callable[[sympy.Expr], str] = str) -> str:
+    """A formula as a Python function, its common subexpressions named."""
+    arguments = ", ".join(s.name for s in formula.symbols)
+    free = sympy.numbered_symbols("u", exclude=formula.symbols)
+    irrational = formula.body.replace(lambda e: e.is_number and not e.is_Rational, lambda e: sympy.N(e, 17))
+    shared, (body,) = sympy.cse(irrational, symbols=free)
+    lines = [f"def {formula.name}({arguments}):"]
+    lines += [f"    {name} = {render(value)}" for name, value in shared]
+    return "\n".join([*lines, f"    return {render(body)}"])
+
+
+def function_text(function: Function, program: Program) -> str:
+    """One function of a program."""
+    sequence = any(p.arg[0].role in ("token", "gate") and p.arg[0].at for p in function.params)
+    arguments = []
+    for p in function.params:
+        leaf = p.arg[0]
+        axes = ("T", *(a.size for a in p.axes if a.name not in ("t", "s"))) if leaf.at else tuple(a.size for a in p.axes)
+        arguments.append(f"{leaf.name}: {program.dtype}[{', '.join(axes)}]" if axes else f"{leaf.name}: {program.dtype}")
+    lines = _wrapped(f"def {function.name}(", arguments, "):")
+    if function.doc:
+        lines.append(f'    """{function.doc}"""')
+    if sequence:
+        first = next(p for p in function.params if p.arg[0].at)
+        lines.append(f"    T = len({first.arg[0].name})")
+    namer = Namer(variables(function) | set(program.dims) | {"T"}, program.names)
+    lines += _statements_text(function.body, program, namer, "    ", {})
+    lines.append("    return " + (", ".join(r.arg[0].name for r in function.returns) or "()"))
+    return "\n".join(lines)
+
+
+def _wrapped(head: str, items: list[str], tail: str) -> list[str]:
+    """A comma-separated list, wrapped at 100 columns under its opening bracket."""
+    lines, current = [], head
+    for i, item in enumerate(items):
+        piece = item + (", " if i + 1 < len(items) else "")
+        if len(current) + len(piece) > 100:
+            lines.append(current.rstrip())
+            current = " " * len(head)
+        current += piece
+    return [*lines, current + tail]
+
+
+def _statements_text(
+    body: tuple[Statement, ...], program: Program, namer: Namer, indent: str, lengths: dict[str, str]
+) -> list[str]:
+    lines: list[str] = []
+    for statement in body:
+        if isinstance(statement, For):
+            over = f"chunks({statement.over}, {statement.step})" if statement.step is not None else statement.over
+            lines.append(f"{indent}for {statement.var} in {f'reversed({over})' if statement.reverse else over}:")
+            inner = {**lengths, "C": f"len({statement.var})"} if statement.step is not None else lengths
+            lines += _statements_text(statement.body, program, namer, indent + "    ", inner)
+        elif isinstance(statement, Allocate):
+            leaf, axes = statement.target.arg
+            shape = ", ".join(["T", *(a.size for a in axes if a.name not in ("t", "s"))])
+            lines.append(f"{indent}{leaf.name} = empty({shape})")
+        elif isinstance(statement, Save):
+            lines += _wrapped(f"{indent}saved.append((", [e.arg[0].name for e in statement.values], ",))")
+        elif isinstance(statement, Restore):
+            lines += _wrapped(f"{indent}(", [r.arg[0].name for r in statement.targets], ",) = saved.pop()")
+        else:
+            lines += _block_text(statement, program, namer, indent, lengths)
+    return lines
+
+
+def _block_text(
+    block: Block, program: Program, namer: Namer, indent: str, lengths: Mapping[str, str]
+) -> list[str]:
+    local = Namer(namer.taken, program.names)  # names of one block may be taken again by the next
+    printer = Printer(lengths=lengths)
+    targets = {a.leaf: a.target for a in block.assigns}
+    lines = []
+    for step in steps(block, local):
+        if step.target is None:
+            axes, shown = step.value.axes, step.name
+        else:
+            axes = targets[step.target].axes
+            shown = f"{step.name}[{step.target.at}]" if step.target.at else step.name
+        value = printer.ordered(step.value, axes).text
+        annotation = f": {type_text(axes, program.dtype)}" if step.target is None else ""
+        lines.append(f"{indent}{shown}{annotation} = {value}")
+        if step.target is None or (step.target.at is None and step.value.axes == axes and _worth_a_name(step.value)):
+            printer.names[step.value] = step.name
+    return lines
+
+
+def program_text(program: Program) -> str:
+    """A whole program as a Python file that runs."""
+    from tttc.ir.program import blocks, values
+
+    roots = [v for f in program.functions for block in blocks(f.body) for v in values(block)]
+    dims = ", ".join(program.dims), ", ".join(str(n) for n in program.dims.values())
+    parts = ["from __future__ import annotations\n\nfrom tttc.ir.numerics import *"]
+    if program.dims:
+        parts.append(f"{dims[0]} = {dims[1]}")
+    parts += [formula_text(f) for f in formulas(roots)]
+    parts += [function_text(f, program) for f in program.functions]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,73 @@
+"""The verifier: types are re-derived, every variable is defined before it is read, and a stage holds only what its spec allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tttc.ir.expr import OPS, Expr, postorder
+from tttc.ir.program import Allocate, Block, For, Program, Restore, Save, Statement
+
+
+class MalformedProgram(Exception):
+    """Internal: a stage made a program that breaks the rules of the IR."""
+
+
+def verify(program: Program, forbidden: Iterable[str] = ()) -> None:
+    """Raise `MalformedProgram` naming the stage, the function and the expression at fault."""
+    forbidden = frozenset(forbidden)
+    for function in program.functions:
+        scope = {p.arg[0].name for p in function.params}
+        _statements(function.body, scope, f"stage {program.stage!r}, function {function.name!r}", forbidden)
+        missing = [r.arg[0].name for r in function.returns if r.arg[0].name not in scope]
+        if missing:
+            raise MalformedProgram(f"stage {program.stage!r}: {function.name!r} returns undefined {', '.join(missing)}")
+
+
+def _statements(body: tuple[Statement, ...], scope: set[str], where: str, forbidden: frozenset[str]) -> None:
+    for statement in body:
+        if isinstance(statement, For):
+            if statement.over != "T" and statement.over not in scope:
+                raise MalformedProgram(f"{where}: the loop over {statement.over!r} runs over nothing")
+            scope.add(statement.var)
+            _statements(statement.body, scope, where, forbidden)
+        elif isinstance(statement, Allocate):
+            scope.add(statement.target.arg[0].name)
+        elif isinstance(statement, Restore):
+            scope.update(t.arg[0].name for t in statement.targets)
+        elif isinstance(statement, Block):
+            _block(statement, scope, where, forbidden)
+        else:
+            assert isinstance(statement, Save)
+
+
+def _block(block: Block, scope: set[str], where: str, forbidden: frozenset[str]) -> None:
+    for e in postorder(a.value for a in block.assigns):
+        if e.op in forbidden:
+            raise MalformedProgram(f"{where}: {e.op!r} must not occur after this stage, in {e!r}")
+        axes = OPS[e.op].infer(e.src, e.arg)
+        if axes != e.axes:
+            raise MalformedProgram(f"{where}: {e!r} has axes {e.axes}, its type rule gives {axes}")
+        if len(set(e.axes)) != len(e.axes):
+            raise MalformedProgram(f"{where}: an axis occurs twice in {e!r}")
+        _leaf(e, scope, where)
+    for a in block.assigns:
+        if set(a.value.axes) != set(a.target.axes):
+            raise MalformedProgram(
+                f"{where}: {a.leaf.name} has axes {_names(a.target)} but is assigned {a.value!r} with axes {_names(a.value)}"
+            )
+        if a.leaf.at is not None and a.leaf.name not in scope:
+            raise MalformedProgram(f"{where}: {a.leaf.name} is stored into before it is allocated")
+        scope.add(a.leaf.name)
+
+
+def _leaf(e: Expr, scope: set[str], where: str) -> None:
+    if e.op != "leaf":
+        return
+    leaf = e.arg[0]
+    for name in (leaf.name, leaf.at):
+        if name is not None and name not in scope:
+            raise MalformedProgram(f"{where}: {name} is read before it is defined")
+
+
+def _names(e: Expr) -> str:
+    return "[" + ", ".join(a.name for a in e.axes) + "]"

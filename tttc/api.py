@@ -1,0 +1,89 @@
+"""`tttc.compile`: from a declaration to a layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from tttc.backends import torch as torch_backend
+from tttc.compile import Entry, Options, refuse, run_pipeline
+from tttc.errors import DeclarationError, ShapeError
+from tttc.layer import Layer
+from tttc.variant import Signature, Variant, signature
+
+DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+BACKENDS = ("auto", "torch")
+
+
+def compile(
+    variant: type[Variant],
+    dims: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    *,
+    chunk: int | None = None,
+    checkpoint: int | str | None = "auto",
+) -> Layer:
+    """Compile a declaration into a layer.
+
+    Args:
+        variant: a subclass of `tttc.Variant`.
+        dims: the size of every dim that the declaration names, such as {"D": 64, "F": 256}.
+        dtype: of q, k, v and z. States and arithmetic are float32, with float64 float64 all the way.
+        device: where the tensors of a call are.
+        backend: "auto", or "torch".
+        chunk: tokens per step where the mathematics leaves it free; never changes a result.
+        checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the square
+            root of their number, None (or 0) keeps every value and recomputes nothing.
+
+    Raises:
+        DeclarationError: with every problem of the declaration.
+        ShapeError: if a dim is missing or not positive.
+        BackendRefusal: if the backend named cannot run the program.
+    """
+    declared = signature(variant)
+    sizes = _checked_dims(declared, dims)
+    if dtype not in DTYPES:
+        raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if backend not in BACKENDS:
+        raise refuse(backend, [f"there is no such backend in this version; there are {', '.join(BACKENDS)}"])
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ShapeError(f"chunk is {chunk!r}; it must be a positive int")
+    if not (checkpoint in (None, "auto") or (isinstance(checkpoint, int) and checkpoint >= 0)):
+        raise ShapeError(f'checkpoint is {checkpoint!r}; it must be "auto", None or a number of chunks')
+    stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk))
+    began = time.perf_counter()
+    source = torch_backend.emit(stages.program)
+    scans = torch_backend.load(source, stages.program)
+    milliseconds = (time.perf_counter() - began) * 1e3
+    stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source.text))
+    why = "torch: runs every program" if backend == "auto" else "torch: asked for by name"
+    return Layer(
+        declared,
+        stages,
+        scans,
+        source.text,
+        dims=sizes,
+        dtype=dtype,
+        device=torch.device(device),
+        backend="torch",
+        why=why,
+        checkpoint=checkpoint,
+    )
+
+
+def _checked_dims(declared: Signature, dims: Mapping[str, int]) -> dict[str, int]:
+    missing = [d for d in declared.dims if d not in dims]
+    if missing:
+        users = {d: [n for n, s in (declared.tokens | declared.states | declared.params).items() if d in s.dims] for d in missing}
+        said = "; ".join(f"{d} (an axis of {', '.join(names)})" for d, names in users.items())
+        example = ", ".join(f'"{d}": 64' for d in declared.dims)
+        raise ShapeError(f"variant `{declared.name}`: no size is given for {said}.\n  Pass dims={{{example}}}.")
+    bad = {d: n for d, n in dims.items() if isinstance(n, bool) or not isinstance(n, int) or n < 1}
+    if bad:
+        said = ", ".join(f"{d}={n!r}" for d, n in bad.items())
+        raise ShapeError(f"variant `{declared.name}`: {said}.\n  Every dim is a positive int.")
+    return {d: dims[d] for d in declared.dims}

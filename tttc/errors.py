@@ -1,0 +1,141 @@
+"""Every error that `tttc` raises on purpose, in one catalogue.
+
+Each message names the variant and the role, shows the user's own line with a caret, both values, and the way out.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+
+_PACKAGE = os.path.realpath(Path(__file__).parent)
+_OWN_FOLDERS = tuple(
+    os.path.join(os.path.realpath(Path(_PACKAGE) / folder), "") for folder in (".", "ir", "backends")
+)
+
+
+class TTTCError(Exception):
+    """Base of all errors raised by `tttc`."""
+
+
+class DeclarationError(TTTCError):
+    """A declaration that has no meaning; lists every problem found, not only the first."""
+
+
+class ShapeError(TTTCError, ValueError):
+    """Two shapes that do not fit: in a declaration, or between a declaration and a call."""
+
+
+class NotDifferentiable(TTTCError):
+    """A loss through which no gradient to any fast weight exists."""
+
+
+class NotDualizable(TTTCError):
+    """An update or a read point that has no exact chunked form."""
+
+
+class BackendRefusal(TTTCError):
+    """A backend that was asked for by name and cannot run this program."""
+
+
+class StateMismatch(TTTCError, ValueError):
+    """A state that does not continue where this call begins."""
+
+
+class NonFinite(TTTCError, ValueError):
+    """A NaN or an infinity in an input, found with `check=True`."""
+
+
+class PassChangedMeaning(TTTCError):
+    """Internal: a stage whose program no longer computes what the stage before it computed."""
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """A place in the user's file; `start` and `end` are the columns that the caret underlines."""
+
+    file: str
+    line: int
+    start: int = 0
+    end: int = 0
+
+    @property
+    def text(self) -> str:
+        return linecache.getline(self.file, self.line).rstrip("\n")
+
+    def __str__(self) -> str:
+        return f"{_shown_path(self.file)}:{self.line}"
+
+    def shown(self) -> str:
+        """The line with its place to the right and a caret below."""
+        text = self.text
+        if not text.strip():
+            return f"    {self}"
+        indent = len(text) - len(text.lstrip())
+        start, end = (self.start, self.end) if self.end > self.start else (indent, len(text))
+        caret = " " * (start - indent) + "^" * max(1, min(end, len(text)) - start)
+        return f"    {text.strip()}    ({self})\n    {caret}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a declaration is refused: what is wrong, where, and what to write instead."""
+
+    what: str
+    remedy: str
+    where: SourceLine | None = None
+
+    def __str__(self) -> str:
+        place = f"\n{self.where.shown()}" if self.where else ""
+        return f"{self.what}{place}\n  {self.remedy}"
+
+
+def problems_text(variant: str, problems: Sequence[Problem]) -> str:
+    """All problems of one declaration as one message."""
+    if len(problems) == 1:
+        return f"variant `{variant}`: {problems[0]}"
+    listed = "\n\n".join(f"{i}. {p}" for i, p in enumerate(problems, 1))
+    return f"variant `{variant}` has {len(problems)} problems:\n\n{listed}"
+
+
+def users_line() -> SourceLine | None:
+    """The innermost line on the stack that is not part of `tttc`, with the columns of the running expression."""
+    frame = sys._getframe(1)
+    while frame is not None and _is_own(frame.f_code):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return None
+    first, last, start, end = _positions(frame.f_code, frame.f_lasti)
+    if first is None or first != last:
+        return SourceLine(frame.f_code.co_filename, frame.f_lineno)
+    return SourceLine(frame.f_code.co_filename, first, _column(frame.f_code, first, start), _column(frame.f_code, first, end))
+
+
+def _is_own(code: CodeType) -> bool:
+    path = os.path.realpath(code.co_filename)
+    own = path.startswith(_OWN_FOLDERS)
+    return own and os.path.basename(path) not in ("library.py",)
+
+
+def _positions(code: CodeType, lasti: int) -> tuple[int | None, int | None, int | None, int | None]:
+    positions: Iterator[tuple[int | None, int | None, int | None, int | None]] = code.co_positions()
+    for index, position in enumerate(positions):
+        if index == lasti // 2:
+            return position
+    return None, None, None, None
+
+
+def _column(code: CodeType, line: int, offset: int | None) -> int:
+    """Columns are byte offsets in the source encoding; the caret needs characters."""
+    text = linecache.getline(code.co_filename, line).encode()
+    return len(text[: offset or 0].decode(errors="ignore"))
+
+
+def _shown_path(file: str) -> str:
+    relative = os.path.relpath(file)
+    return file if relative.startswith("..") else relative

@@ -1,0 +1,295 @@
+"""Tracing: the user's own functions, run on `Traced` values, build the IR.
+
+The user's surface is positional, as in NumPy; axes get their names here. `state("D", "D")` has the axes D and D1; elementwise
+operations align by position and rename. A value that the user bound to a name keeps it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import sympy
+
+from tttc.errors import ShapeError, TTTCError, users_line
+from tttc.ir import build as b
+from tttc.ir.expr import Axes, Axis, Expr, const
+from tttc.ir.scalars import Formula, adopt, formula_name
+
+
+class Traced:
+    """A value of the user's functions while they are traced: an expression, and its axes in the order of its dimensions."""
+
+    __array_priority__ = 1000
+
+    def __init__(self, expr: Expr, axes: Axes | None = None) -> None:
+        self.expr = expr
+        self.axes = expr.axes if axes is None else axes
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        return tuple(a.size for a in self.axes)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.axes)
+
+    @property
+    def T(self) -> Traced:
+        return Traced(self.expr, self.axes[::-1])
+
+    def __repr__(self) -> str:
+        return f"Traced[{', '.join(self.shape)}]"
+
+    def __add__(self, other: Any) -> Traced:
+        return _binary("add", self, other)
+
+    def __radd__(self, other: Any) -> Traced:
+        return _binary("add", other, self)
+
+    def __sub__(self, other: Any) -> Traced:
+        return _binary("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Traced:
+        return _binary("sub", other, self)
+
+    def __mul__(self, other: Any) -> Traced:
+        return _binary("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Traced:
+        return _binary("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Traced:
+        return _binary("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Traced:
+        return _binary("div", other, self)
+
+    def __neg__(self) -> Traced:
+        return Traced(b.neg(self.expr), self.axes)
+
+    def __pow__(self, exponent: Any) -> Traced:
+        if isinstance(exponent, int | float):
+            return Traced(b.power(self.expr, float(exponent)), self.axes)
+        return _exp(_binary("mul", Traced(b.apply("log", self.expr), self.axes), exponent))
+
+    def __rpow__(self, base: Any) -> Traced:
+        return _exp(_binary("mul", self, float(sympy.log(base))))
+
+    def __matmul__(self, other: Any) -> Traced:
+        return _matmul(self, other)
+
+    def __rmatmul__(self, other: Any) -> Traced:
+        return _matmul(other, self)
+
+    def __le__(self, other: Any) -> Traced:
+        return _binary("less_equal", self, other)
+
+    def __ge__(self, other: Any) -> Traced:
+        return _binary("less_equal", other, self)
+
+    def __lt__(self, other: Any) -> Traced:
+        return _binary("sub", 1.0, _binary("less_equal", other, self))
+
+    def __gt__(self, other: Any) -> Traced:
+        return _binary("sub", 1.0, _binary("less_equal", self, other))
+
+    def __bool__(self) -> bool:
+        raise _unsupported("a Python `if`, `and`, `or` or `not` on a value", "Use tttc.where(condition, x, y).")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise _unsupported("iterating over a value", "Write the operation on the whole vector, or contract it with `@`.")
+
+    def __getitem__(self, index: Any) -> Traced:
+        raise _unsupported("indexing a value", "Declare the parts as states, params or tokens of their own.")
+
+    def __float__(self) -> float:
+        raise _unsupported("turning a value into a number", "Keep it as a value; sizes of dims are known only to tttc.compile.")
+
+    __int__ = __float__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _unsupported(f"`.{name}` on a value", f"Use the functions of tttc, such as tttc.{name}, if there is one.")
+
+
+def _unsupported(what: str, remedy: str) -> TTTCError:
+    line = users_line()
+    place = f"\n{line.shown()}" if line else ""
+    return TTTCError(f"{what} is not an operation of a declaration.{place}\n  {remedy}")
+
+
+def _exp(x: Traced) -> Traced:
+    return Traced(b.apply("exp", x.expr), x.axes)
+
+
+# -- values --------------------------------------------------------------------------------------------------------------
+
+
+def lift(x: Any) -> Traced:
+    """A traced value; numbers and one-element tensors become constants."""
+    if isinstance(x, Traced):
+        return x
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        item = getattr(x, "item", None)
+        if item is None or getattr(x, "ndim", 0) != 0:
+            raise _unsupported(f"a {type(x).__name__} among the operands", "Operands are traced values and numbers.")
+        x = item()
+    return Traced(const(float(x)))
+
+
+def leaf_axes(dims: Sequence[str]) -> Axes:
+    """Axes for declared dims, each with a name of its own: ("D", "D") -> D, D1."""
+    axes: list[Axis] = []
+    for dim in dims:
+        axes.append(b.fresh(Axis(dim, dim), axes))
+    return tuple(axes)
+
+
+def _aligned(operands: Sequence[Traced], what: str) -> tuple[list[Expr], Axes]:
+    """Rename axes so that positions agree from the last dimension backwards, as NumPy broadcasts; the axes of the result."""
+    widest = max(operands, key=lambda o: len(o.axes))
+    renamed = []
+    for operand in operands:
+        own = widest.axes[len(widest.axes) - len(operand.axes) :]
+        if any(a.size != t.size for a, t in zip(operand.axes, own, strict=True)):
+            pair = (operand, widest) if operands.index(operand) < operands.index(widest) else (widest, operand)
+            raise _shape_error(f"cannot {what}", pair, "Declare both alike, or contract the axis that is too many with `@`.")
+        renamed.append(b.rename(operand.expr, dict(zip(operand.axes, own, strict=True))))
+    return renamed, widest.axes
+
+
+_VERBS = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "less_equal": "compare"}
+
+
+def _binary(op: str, left: Any, right: Any) -> Traced:
+    operands, axes = _aligned([lift(left), lift(right)], _VERBS[op])
+    return Traced(b.apply(op, *operands), axes)
+
+
+def _matmul(left: Any, right: Any) -> Traced:
+    a, c = lift(left), lift(right)
+    what = "cannot contract with `@`"
+    if not a.axes or not c.axes:
+        raise _shape_error(what, (a, c), "A number multiplies with `*`.")
+    if a.ndim > 2 or c.ndim > 2:
+        raise _shape_error(what, (a, c), "`@` takes vectors and matrices.")
+    summed, other = a.axes[-1], c.axes[0]
+    if summed.size != other.size:
+        remedy = f"The last axis of the left side must be the first of the right: {summed.size} is not {other.size}."
+        raise _shape_error(what, (a, c), remedy)
+    moved, kept = {other: summed}, list(a.axes)
+    for axis in c.axes[1:]:
+        moved[axis] = axis if axis not in kept else b.fresh(axis, [*kept, *c.axes])
+        kept.append(moved[axis])
+    kept.remove(summed)
+    return Traced(b.contract((a.expr, b.rename(c.expr, moved)), (summed,)), tuple(kept))
+
+
+def _shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeError:
+    shapes = " and ".join("[" + ", ".join(o.shape) + "]" for o in operands)
+    line = users_line()
+    place = f"\n{line.shown()}" if line else ""
+    return ShapeError(f"{what} {shapes}.{place}\n  {remedy}")
+
+
+# -- operations ----------------------------------------------------------------------------------------------------------
+
+
+def trace(name: str, operands: Sequence[Any], settings: Mapping[str, Any]) -> Traced:
+    """Add the node of one of the operations of `tttc/operations.py`."""
+    values = [lift(x) for x in operands]
+    if name in _SPECIAL:
+        return _SPECIAL[name](values, **settings)
+    if settings:
+        raise _unsupported(f"the argument {', '.join(settings)} of tttc.{name}", f"tttc.{name} takes only operands.")
+    renamed, axes = _aligned(values, f"apply {name} to")
+    return Traced(b.apply({"where": "select"}.get(name, name), *renamed), axes)
+
+
+def _reduction(reduce: Callable[[Expr, Axes], Expr]) -> Callable[..., Traced]:
+    def build(values: list[Traced], axis: int | None = None) -> Traced:
+        (x,) = values
+        if not x.axes:
+            return x
+        if axis is not None and not -x.ndim <= axis < x.ndim:
+            raise _shape_error(f"there is no axis {axis} in", values, f"axis runs from {-x.ndim} to {x.ndim - 1}.")
+        over = x.axes if axis is None else (x.axes[axis],)
+        return Traced(reduce(x.expr, over), tuple(a for a in x.axes if a not in over))
+
+    return build
+
+
+def _normalizing(op: str) -> Callable[..., Traced]:
+    def build(values: list[Traced], *, eps: float | None = None) -> Traced:
+        if eps is None:
+            raise _unsupported(f"tttc.{op} without eps", "eps changes the result: write it, for example eps=1e-6.")
+        if not values[0].axes:
+            raise _shape_error(f"{op} normalises over the last axis of", values[:1], "Give it a vector.")
+        renamed, axes = _aligned(values, f"apply {op} to")
+        return Traced(Expr(op, tuple(renamed), (axes[-1], float(eps))), axes)
+
+    return build
+
+
+def _softmax(values: list[Traced]) -> Traced:
+    (x,) = values
+    if not x.axes:
+        raise _shape_error("softmax runs over the last axis of", values, "Give it a vector.")
+    return Traced(Expr("softmax", (x.expr,), (x.axes[-1],)), x.axes)
+
+
+def _dot(values: list[Traced]) -> Traced:
+    (x, y), axes = _aligned(values, "take the inner product of")
+    if not axes:
+        raise _shape_error("dot runs over the last axis of", values, "A number multiplies with `*`.")
+    return Traced(b.contract((x, y), axes[-1:]), axes[:-1])
+
+
+_SPECIAL: dict[str, Callable[..., Traced]] = {
+    "sum": _reduction(b.total),
+    "mean": _reduction(b.mean),
+    "layer_norm": _normalizing("layer_norm"),
+    "rms_norm": _normalizing("rms_norm"),
+    "l2_norm": _normalizing("l2_norm"),
+    "softmax": _softmax,
+    "dot": _dot,
+}
+
+
+def apply_formula(body: sympy.Expr, symbols: Sequence[sympy.Symbol], operands: Sequence[Any]) -> Traced:
+    """Add the node of a user's own elementwise function."""
+    real = [sympy.Symbol(s.name, real=True) for s in symbols]
+    try:
+        adopted = adopt(body.subs(dict(zip(symbols, real, strict=True))))
+    except ValueError as reason:
+        raise _unsupported(f"elementwise({body})", f"{reason}.") from None
+    renamed, axes = _aligned([lift(x) for x in operands], "apply elementwise to")
+    return Traced(Expr("map", tuple(renamed), Formula(formula_name(adopted), tuple(real), adopted)), axes)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def captured_names(functions: Sequence[Callable[..., Any]]) -> Iterator[dict[Expr, str]]:
+    """Collect the local variables of the user's functions as they return: the names that their values get in print."""
+    codes = {f.__code__ for f in functions if hasattr(f, "__code__")}
+    names: dict[Expr, str] = {}
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "return" and frame.f_code in codes:
+            for name, value in frame.f_locals.items():
+                if isinstance(value, Traced) and value.expr.op not in ("leaf", "const"):
+                    names.setdefault(value.expr, name)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield names
+    finally:
+        sys.setprofile(before)

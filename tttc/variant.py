@@ -1,0 +1,373 @@
+"""The declaration: what a user writes to define a Test-Time-Training variant.
+
+A `Variant` subclass lists its fast weights (`state`), slow weights (`param`) and per-token inputs (`gate`, `token`), and
+defines `learner` and `loss`. The class runs: bound to float64 torch tensors it *is* the definition of correct
+(`tttc/reference.py`); bound to traced values it gives the compiler the same two functions (`tttc/trace.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tttc.errors import DeclarationError, Problem, SourceLine, problems_text
+
+READS = ("after", "before", "start", "end")
+Init = float | Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class StateSpec:
+    """A fast weight: axes by dim name, and where it starts when no state is given."""
+
+    dims: tuple[str, ...]
+    init: Init
+    where: SourceLine | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ParamSpec:
+    """A slow weight of the inner loop: used by it, trained by the outer loop."""
+
+    dims: tuple[str, ...]
+    init: Init
+    where: SourceLine | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpec:
+    """A per-token vector; `q`, `k` and `v` are tokens of axis D unless declared otherwise."""
+
+    dims: tuple[str, ...]
+    where: SourceLine | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GateSpec:
+    """A per-token input, [B, T, H] or [B, T, H, axis], and how `tttc.nn.TTT` makes it from the hidden states."""
+
+    name: str
+    per: str = "token"
+    axis: str = "D"
+    activation: str = "sigmoid"
+    scale: float | str = 1.0
+    by: str = "hidden"
+    where: SourceLine | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return (self.axis,) if self.per == "channel" else ()
+
+    def scale_value(self, dims: Mapping[str, int]) -> float:
+        """`scale` as a number; a string such as "1/D" is an expression of the dims."""
+        if isinstance(self.scale, str):
+            return float(eval(self.scale, {"__builtins__": {}, "sqrt": math.sqrt}, dict(dims)))
+        return float(self.scale)
+
+
+Rate = GateSpec | ParamSpec | float | int
+Rates = Rate | Mapping[str, Rate]
+
+
+@dataclass(frozen=True)
+class SGD:
+    """W <- W - tau_t * sum_s lr_s * g_s over the tokens of the mini-batch (MATH 6.1 without decay or momentum)."""
+
+    lr: Rates
+    read_scale: Rates | None = None
+    where: SourceLine | None = field(default=None, compare=False)
+
+    def lr_of(self, state: str) -> Rate:
+        return _rate_of(self.lr, state)
+
+    def read_scale_of(self, state: str) -> Rate | None:
+        return None if self.read_scale is None else _rate_of(self.read_scale, state)
+
+
+def _rate_of(rates: Rates, state: str) -> Rate:
+    return rates[state] if isinstance(rates, Mapping) else rates
+
+
+def state(*dims: str, init: Init = 0.0) -> Any:
+    """Declare a fast weight, trained at test time: `W = tttc.state("D", "F")`.
+
+    `dims` are the names of its axes. `init` (a number, or a function `init(shape, generator)` such as `tttc.normal(0.02)`)
+    is where it starts when a call gives no state.
+    """
+    return StateSpec(dims, init, _declared_at())
+
+
+def param(*dims: str, init: Init = 0.0) -> Any:
+    """Declare a slow weight of the inner loop, trained by the outer loop: `gamma = tttc.param("D", init=1.0)`."""
+    return ParamSpec(dims, init, _declared_at())
+
+
+def token(*dims: str) -> Any:
+    """Declare a per-token vector, [B, T, H, *dims]: `v = tttc.token("E")` gives values a width of their own."""
+    return TokenSpec(dims, _declared_at())
+
+
+def gate(
+    name: str, per: str = "token", *, axis: str = "D", activation: str = "sigmoid", scale: float | str = 1.0, by: str = "hidden"
+) -> Any:
+    """Declare a per-token input named `name`: [B, T, H], or [B, T, H, axis] with `per="channel"`.
+
+    The keywords say how `tttc.nn.TTT` makes it: `by="hidden"`, scale * activation(hidden @ weight + bias), or
+    `by="position"`, max(1 / i + learned_i, 0) for the i-th token of a mini-batch (arXiv:2407.04620). `activation` is one of
+    sigmoid, softplus, tanh, exp, none; `scale` a number or an expression of the dims such as "1/D".
+    """
+    return GateSpec(name, per, axis, activation, scale, by, _declared_at())
+
+
+def sgd(lr: Rates, read_scale: Rates | None = None) -> SGD:
+    """Gradient descent: W_t = W_start - tau_t * sum_{s <= t} lr_s * g_s.
+
+    `lr` scales each source token s, `read_scale` (tau) each reading token t; each is a gate, a number, a `param` without axes,
+    or a dict from state name to one of these. The state handed to the next mini-batch uses tau of the last token.
+    """
+    return SGD(lr, read_scale, _declared_at())
+
+
+def normal(std: float) -> Init:
+    """Initial values drawn from N(0, std^2)."""
+
+    def init(shape: tuple[int, ...], generator: Any) -> Any:
+        import torch
+
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * std
+
+    init.__name__ = f"normal({std})"
+    return init
+
+
+def _declared_at() -> SourceLine:
+    frame = sys._getframe(2)
+    return SourceLine(frame.f_code.co_filename, frame.f_lineno)
+
+
+class Variant:
+    """Base class of every declaration; see the README for a 15-line example."""
+
+    mini_batch: int | str = 16
+    read: str = "after"
+    anchor: str = "mini_batch"
+    steps: int = 1
+    update: SGD = SGD(lr=1.0)
+
+    def learner(self, x: Any) -> Any:
+        """The inner-loop model on one token x: [D]."""
+        raise DeclarationError(f"variant `{type(self).__name__}` declares no `learner(self, x)`")
+
+    def loss(self, k: Any, v: Any) -> Any:
+        """The self-supervised task on one token, a scalar."""
+        raise DeclarationError(f"variant `{type(self).__name__}` declares no `loss(self, k, v)`")
+
+    def output(self, q: Any) -> Any:
+        """What a token reads; the learner itself unless overridden."""
+        return self.learner(q)
+
+    @classmethod
+    def bind(cls, values: Mapping[str, Any]) -> Any:
+        """An instance whose states, params, gates and extra tokens are `values`: its functions then run on them."""
+        bound = object.__new__(cls)
+        bound.__dict__.update(values)
+        return bound
+
+    @classmethod
+    def replace(cls, **settings: Any) -> type[Variant]:
+        """The same declaration with other settings: `TTTLinear.replace(mini_batch=4, read="before")`."""
+        unknown = sorted(set(settings) - {"mini_batch", "read", "anchor", "steps", "update"})
+        if unknown:
+            raise DeclarationError(f"variant `{cls.__name__}`: no such setting: {', '.join(unknown)}")
+        return type(cls.__name__, (cls,), {**settings, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a declaration takes and keeps, read off the class once."""
+
+    variant: type[Variant]
+    states: dict[str, StateSpec]
+    params: dict[str, ParamSpec]
+    gates: dict[str, GateSpec]
+    tokens: dict[str, TokenSpec]
+    attributes: dict[str, str]  # attribute on `self` -> name of the gate it reads
+    mini_batch: int | str
+    read: str
+    update: SGD
+
+    @property
+    def name(self) -> str:
+        return self.variant.__name__
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Every dim name that the declaration mentions, q, k and v first."""
+        specs = (*self.tokens.values(), *self.states.values(), *self.params.values(), *self.gates.values())
+        return tuple(dict.fromkeys(dim for spec in specs for dim in spec.dims))
+
+    def rate_name(self, rate: ParamSpec) -> str:
+        """The attribute that a `param` used inside `update` was declared as."""
+        return next(name for name, spec in self.params.items() if spec is rate)
+
+
+def signature(variant: type[Variant]) -> Signature:
+    """Read the declaration; raises `DeclarationError` with every problem found."""
+    found, problems = read_declaration(variant)
+    if problems:
+        raise DeclarationError(problems_text(variant.__name__, problems))
+    return found
+
+
+def read_declaration(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
+    """The signature and everything wrong with it; used by `signature` and by `tttc check`."""
+    declared = {name: spec for base in reversed(variant.__mro__) for name, spec in vars(base).items()}
+    states = {name: spec for name, spec in declared.items() if isinstance(spec, StateSpec)}
+    params = {name: spec for name, spec in declared.items() if isinstance(spec, ParamSpec)}
+    tokens = {name: TokenSpec(("D",)) for name in ("q", "k", "v")}
+    tokens |= {name: spec for name, spec in declared.items() if isinstance(spec, TokenSpec)}
+    attribute_gates = {name: spec for name, spec in declared.items() if isinstance(spec, GateSpec)}
+
+    update = variant.update
+    problems = list(_setting_problems(variant, states))
+    rates = _rates(update, states) if isinstance(update, SGD) else []
+    gates: dict[str, GateSpec] = {}
+    for spec in [*attribute_gates.values(), *(r for _, r in rates if isinstance(r, GateSpec))]:
+        known = gates.setdefault(spec.name, spec)
+        if known.dims != spec.dims:
+            problems.append(
+                Problem(
+                    f"gate `{spec.name}` is declared twice, per {known.per} and per {spec.per}.",
+                    "Give one of them another name.",
+                    spec.where,
+                )
+            )
+    problems += _rate_problems(update, rates, states, params)
+    problems += _name_problems(states, params, tokens, gates)
+    attributes = {name: spec.name for name, spec in attribute_gates.items()}
+    found = Signature(variant, states, params, gates, tokens, attributes, variant.mini_batch, variant.read, update)
+    return found, problems
+
+
+def _rates(update: SGD, states: Mapping[str, StateSpec]) -> list[tuple[str, Rate]]:
+    used: list[tuple[str, Rate]] = []
+    for role, rates in (("lr", update.lr), ("read_scale", update.read_scale)):
+        if rates is None:
+            continue
+        used += [(role, rate) for rate in (rates.values() if isinstance(rates, Mapping) else [rates])]
+    return used
+
+
+def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -> list[Problem]:
+    problems = []
+    where = _class_line(variant)
+    if not states:
+        problems.append(
+            Problem("no fast weight is declared.", 'Declare at least one: W = tttc.state("D", "D").', where)
+        )
+    b = variant.mini_batch
+    if not (b == "all" or (isinstance(b, int) and not isinstance(b, bool) and b >= 1)):
+        problems.append(Problem(f"mini_batch is {b!r}.", 'It must be a positive int or "all".', where))
+    if variant.read not in READS:
+        problems.append(Problem(f"read is {variant.read!r}.", f"It must be one of {', '.join(READS)}.", where))
+    if variant.anchor != "mini_batch":
+        if variant.anchor == "token":
+            remedy = 'Exact online gradients are not built yet; anchor="mini_batch" with mini_batch=1 is the same rule.'
+        else:
+            remedy = 'It must be "mini_batch" (gradients at the weights that the mini-batch started from).'
+        problems.append(Problem(f"anchor is {variant.anchor!r}.", remedy, where))
+    if variant.steps != 1:
+        problems.append(
+            Problem(f"steps is {variant.steps!r}.", "Only one inner step per mini-batch is supported: steps = 1.", where)
+        )
+    if not isinstance(variant.update, SGD):
+        problems.append(
+            Problem(f"update is {variant.update!r}.", 'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).', where)
+        )
+    return problems
+
+
+def _rate_problems(
+    update: SGD, rates: list[tuple[str, Rate]], states: Mapping[str, StateSpec], params: Mapping[str, ParamSpec]
+) -> list[Problem]:
+    problems = []
+    for role, rate in rates:
+        if isinstance(rate, GateSpec) and rate.per not in ("token", "channel"):
+            problems.append(Problem(f"gate `{rate.name}` is per {rate.per!r}.", 'Use per="token" or "channel".', rate.where))
+        elif isinstance(rate, GateSpec) and rate.per == "channel":
+            problems.append(
+                Problem(
+                    f"{role} is the gate `{rate.name}`, one value per channel.",
+                    'A rate is one number per token: tttc.gate(name, per="token").',
+                    rate.where,
+                )
+            )
+        elif isinstance(rate, ParamSpec) and (rate.dims or not any(rate is p for p in params.values())):
+            problems.append(
+                Problem(
+                    f"{role} is a param that is {'not a single number' if rate.dims else 'not declared on the class'}.",
+                    "Declare it without axes as a class attribute, above: rate = tttc.param(init=0.1).",
+                    rate.where,
+                )
+            )
+        elif not isinstance(rate, GateSpec | ParamSpec | int | float) or isinstance(rate, bool):
+            problems.append(
+                Problem(f"{role} is {rate!r}.", "It must be a gate, a number or a param without axes.", update.where)
+            )
+    for role, per_state in (("lr", getattr(update, "lr", None)), ("read_scale", getattr(update, "read_scale", None))):
+        if isinstance(per_state, Mapping) and set(per_state) != set(states):
+            problems.append(
+                Problem(
+                    f"{role} is given for {', '.join(sorted(per_state)) or 'nothing'}, but the states are {', '.join(states)}.",
+                    f"Give {role} for each state, or one for all of them.",
+                    update.where,
+                )
+            )
+    return problems
+
+
+def _name_problems(
+    states: Mapping[str, Any], params: Mapping[str, Any], tokens: Mapping[str, Any], gates: Mapping[str, GateSpec]
+) -> list[Problem]:
+    problems = []
+    seen: dict[str, str] = {}
+    for role, specs in (("state", states), ("param", params), ("token", tokens), ("gate", gates)):
+        for name, spec in specs.items():
+            if name in seen and seen[name] != role:
+                problems.append(
+                    Problem(f"`{name}` is both a {seen[name]} and a {role}.", "Give one of them another name.", spec.where)
+                )
+            seen[name] = role
+            bad = [d for d in spec.dims if not (isinstance(d, str) and d.isidentifier() and d[0].isupper())]
+            if bad:
+                problems.append(
+                    Problem(
+                        f"{role} `{name}` has the dims {spec.dims!r}.",
+                        'A dim is a name that starts with a capital, such as "D"; its size is given to tttc.compile.',
+                        spec.where,
+                    )
+                )
+            reserved = sorted({"B", "H", "T", "C"} & set(spec.dims))
+            if reserved:
+                problems.append(
+                    Problem(
+                        f"{role} `{name}` uses the dim {', '.join(reserved)}.",
+                        "B, H, T and C are batch, heads, tokens and chunk; name the axis otherwise.",
+                        spec.where,
+                    )
+                )
+    return problems
+
+
+def _class_line(variant: type[Variant]) -> SourceLine | None:
+    import inspect
+
+    try:
+        file = inspect.getsourcefile(variant)
+        _, line = inspect.getsourcelines(variant)
+    except (OSError, TypeError):
+        return None
+    return SourceLine(file, line) if file else None

@@ -1,0 +1,149 @@
+"""`tttc.verify`: a compiled variant against the oracle, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tttc.api import compile
+from tttc.reference import reference
+from tttc.variant import Signature, Variant, signature
+
+OUTPUT_TOLERANCE = 1e-12  # float64: the rounding of a few thousand operations, relative to the norm of the tensor
+GRADIENT_TOLERANCE = 1e-11  # a gradient sums over all tokens and passes every operation twice
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor: its relative Frobenius error against the oracle, and what is allowed."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance  # false for NaN
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A table of per-tensor errors."""
+
+    variant: str
+    settings: str
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(r.name) for r in self.rows)
+        lines = [f"{self.variant}: {'equal to the oracle' if self.ok else 'DIFFERS from the oracle'} ({self.settings})"]
+        lines += [
+            f"  {r.name:<{width}}  {r.error:8.1e}  {'ok' if r.ok else f'more than {r.tolerance:.0e}'}" for r in self.rows
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a call takes, as float64 leaves of autograd."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gates: dict[str, torch.Tensor]
+    params: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    tokens: dict[str, torch.Tensor]
+
+    def named(self) -> dict[str, torch.Tensor]:
+        return {"q": self.q, "k": self.k, "v": self.v, **self.tokens, **self.gates, **self.params, **self.state}
+
+
+def verify(
+    variant: type[Variant],
+    dims: Mapping[str, int] | None = None,
+    *,
+    tokens: int = 37,
+    heads: int = 2,
+    batch: int = 1,
+    seed: int = 0,
+    chunk: int | None = None,
+    checkpoint: int | str | None = "auto",
+) -> Verification:
+    """Compare outputs, final weights and every gradient with the oracle, in float64 on random inputs.
+
+    dims default to D=8, F=4*D and otherwise D. Errors are relative in the Frobenius norm.
+    """
+    declared = signature(variant)
+    sizes = default_dims(declared, 8) | dict(dims or {})
+    inputs = random_inputs(declared, sizes, batch, tokens, heads, seed)
+    layer = compile(variant, sizes, torch.float64, chunk=chunk, checkpoint=checkpoint)
+    keywords = {"gates": inputs.gates, "params": inputs.params, "state": inputs.state, "tokens": inputs.tokens}
+    z, final = layer(inputs.q, inputs.k, inputs.v, **keywords)
+    z_true, final_true = reference(variant, inputs.q, inputs.k, inputs.v, **keywords)
+    rows = [Row("z", relative_error(z, z_true), OUTPUT_TOLERANCE)]
+    rows += [Row(f"state {n}", relative_error(final[n], w), OUTPUT_TOLERANCE) for n, w in final_true.items()]
+    found = gradients(z, dict(final), inputs.named(), seed)
+    wanted = gradients(z_true, final_true, inputs.named(), seed)
+    rows += [Row(f"grad {n}", relative_error(found[n], g), GRADIENT_TOLERANCE) for n, g in wanted.items()]
+    shown = ", ".join(f"{d}={n}" for d, n in sizes.items())
+    settings = f"{shown}, T={tokens}, mini_batch={declared.mini_batch}, read={declared.read}"
+    return Verification(declared.name, settings, tuple(rows))
+
+
+def default_dims(declared: Signature, width: int) -> dict[str, int]:
+    """D, E and any other dim are `width`; F, the hidden width, is four times that."""
+    return {d: 4 * width if d == "F" else width for d in declared.dims}
+
+
+def random_inputs(
+    declared: Signature, dims: Mapping[str, int], batch: int, tokens: int, heads: int, seed: int = 0
+) -> Inputs:
+    """Inputs of unit scale, weights scaled by the width that they contract, gates in (0, 0.5), for which no rule diverges."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).requires_grad_()
+
+    def sizes(names: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(dims[d] for d in names)
+
+    vectors = {n: normal(batch, tokens, heads, *sizes(s.dims)) for n, s in declared.tokens.items()}
+    gates = {}
+    for n, s in declared.gates.items():
+        raw = torch.rand((batch, tokens, heads, *sizes(s.dims)), generator=generator, dtype=torch.float64)
+        gates[n] = (raw * 0.5 / dims["D"] ** 0.5 + 0.01).requires_grad_()
+    params = {n: (1.0 + normal(heads, *sizes(s.dims), scale=0.3)).detach().requires_grad_() for n, s in declared.params.items()}
+    state = {}
+    for n, s in declared.states.items():
+        scale = 0.5 / dims[s.dims[0]] ** 0.5 if s.dims else 0.5
+        state[n] = normal(batch, heads, *sizes(s.dims), scale=scale)
+    extra = {n: x for n, x in vectors.items() if n not in ("q", "k", "v")}
+    return Inputs(vectors["q"], vectors["k"], vectors["v"], gates, params, state, extra)
+
+
+def gradients(
+    z: torch.Tensor, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], seed: int
+) -> dict[str, torch.Tensor]:
+    """The gradients of a random linear function of the outputs and the final weights."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    total = z.new_zeros(())
+    for x in (z, *(state[n] for n in sorted(state))):
+        total = total + (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
+    found = torch.autograd.grad(total, list(inputs.values()), allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(inputs.items(), found, strict=True)}
+
+
+def relative_error(x: torch.Tensor, true: torch.Tensor) -> float:
+    """|x - true| / |true| in the Frobenius norm; where the truth is 0, |x|."""
+    if x.shape != true.shape:
+        return float("inf")
+    norm = float(true.detach().norm())
+    error = float((x.detach() - true.detach()).norm())
+    return error / norm if norm > 0 else error

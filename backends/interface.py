@@ -24,7 +24,9 @@ class CompiledScan(Protocol):
         """Outputs and new carry, and what the backward needs: the carry of every `checkpoint` chunks, or all with 0."""
         ...
 
-    def backward(self, inputs: Sequence[Any], saved: Any, checkpoint: int, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+    def backward(
+        self, inputs: Sequence[Any], saved: Any, checkpoint: int, cotangents: Sequence[Any]
+    ) -> tuple[Any, ...]:
         """The cotangents of the inputs, from those of the outputs and of the new carry."""
         ...
 

@@ -1,10 +1,10 @@
 """The adjoint: the vector-Jacobian product of every scan, by the engine that differentiated the loss.
 
-    for c in chunks(T, 16):                     for c in chunks(T, 16):              forward, keeping what is needed
-        z[c] = f(W, k[c])                           x = ...;  saved.append((x,));  W = g(W, x)
-        W = g(W, k[c])               ->         for c in reversed(chunks(T, 16)):
-                                                    (x,) = saved.pop()
-                                                    dk[c] = ...;  dW = ...           from dz[c] and dW
+for c in chunks(T, 16):                     for c in chunks(T, 16):              forward, keeping what is needed
+    z[c] = f(W, k[c])                           x = ...;  saved.append((x,));  W = g(W, x)
+    W = g(W, k[c])               ->         for c in reversed(chunks(T, 16)):
+                                                (x,) = saved.pop()
+                                                dk[c] = ...;  dW = ...           from dz[c] and dW
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from tttc.ir.differentiate import lower_composites, vjp
 from tttc.ir.dualize import finished
 from tttc.ir.expr import Expr, const, depends_on, leaf, leaves, postorder, substitute
 from tttc.ir.program import (
-    T_AXIS,
     Allocate,
     Assign,
     Block,
@@ -74,7 +73,9 @@ def _collect(scan: Scan, found: Mapping[Expr, Expr | None]) -> list[Assign]:
     return assigns
 
 
-def _cut(scan: Scan, program: Program, names: dict[Expr, str], forward: list[Assign], backward: list[Assign]) -> ScanAdjoint:
+def _cut(
+    scan: Scan, program: Program, names: dict[Expr, str], forward: list[Assign], backward: list[Assign]
+) -> ScanAdjoint:
     """Split at the forward values that the backward chunk reads: those are saved."""
     roots = [a.value for a in forward]
     computed = {core(e) for e in depends_on(roots, leaves(roots)) if e.op != "leaf"}
@@ -130,7 +131,7 @@ def adjoint_function(a: ScanAdjoint) -> Function:
     if not scan.loops:
         return Function(name, params, (zero, Block(a.forward.assigns), a.backward), returned)
     allocate = tuple(Allocate(cotangent(p)) for p in scan.sequence)
-    body = (
+    body: tuple[Statement, ...] = (
         *allocate,
         zero,
         For("c", "T", scan.chunk, sweep),

@@ -9,7 +9,20 @@ import sympy
 from tttc.ir.expr import Axes, Axis, Expr, const, leaf
 from tttc.ir.scalars import SCALARS, Formula, derivative_name
 
-__all__ = ["add", "apply", "broadcast", "const", "contract", "div", "expression_of", "leaf", "mean", "mul", "neg", "partial"]
+__all__ = [
+    "add",
+    "apply",
+    "broadcast",
+    "const",
+    "contract",
+    "div",
+    "expression_of",
+    "leaf",
+    "mean",
+    "mul",
+    "neg",
+    "partial",
+]
 
 
 def apply(name: str, *operands: Expr) -> Expr:
@@ -167,7 +180,8 @@ def expression_of(body: sympy.Expr, values: Mapping[sympy.Symbol, Expr]) -> Expr
 def _product_of(body: sympy.Mul, values: Mapping[sympy.Symbol, Expr]) -> Expr:
     """-x**3 / (2 * y) -> -0.5 * x ** 3 / y: the number first, negative powers below."""
     number, rest = body.as_coeff_Mul()
-    above, below = [], []
+    above: list[sympy.Expr] = []
+    below: list[sympy.Expr] = []
     for factor in sympy.Mul.make_args(rest):
         base, exponent = factor.as_base_exp()
         negative = exponent.is_number and exponent.is_negative

@@ -76,7 +76,6 @@ def ordered(factors: Sequence[Expr], out: Axes, sizes: Sizes) -> Expr:
     def best(subset: frozenset[int]) -> tuple[float, float, tuple[frozenset[int], frozenset[int]] | None]:
         """(multiply-adds, total size of intermediates, split)"""
         if len(subset) == 1:
-            (i,) = subset
             return 0.0, 0.0, None
         found: tuple[float, float, tuple[frozenset[int], frozenset[int]] | None] | None = None
         held = prod(sizes[a.size] for a in axes_of(subset))

@@ -1,10 +1,10 @@
 """Reverse-mode differentiation of expressions: one engine for the inner gradient and for the outer backward.
 
-    loss: f64 = 0.5 * sum((k @ W + b - v) ** 2)
-    ->
-    r: f64[E] = k @ W + b - v
-    dW = outer(k, r)                  a contraction over nothing: never multiplied out, so the dual form can take it apart
-    db = r
+loss: f64 = 0.5 * sum((k @ W + b - v) ** 2)
+->
+r: f64[E] = k @ W + b - v
+dW = outer(k, r)                  a contraction over nothing: never multiplied out, so the dual form can take it apart
+db = r
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ def lower_composites(roots: Iterable[Expr], of: Iterable[Expr]) -> list[Expr]:
 
 
 def vjp(
-    outputs: Sequence[tuple[Expr, Expr]], wrt: Sequence[Expr], names: Mapping[Expr, str] | None = None, prefix: str = "d"
+    outputs: Sequence[tuple[Expr, Expr]],
+    wrt: Sequence[Expr],
+    names: Mapping[Expr, str] | None = None,
+    prefix: str = "d",
 ) -> tuple[list[Expr | None], dict[Expr, str]]:
     """The cotangents of the nodes `wrt`, given (output, its cotangent) pairs; None where there is no dependence.
 
-    Composite ops on the way must have been lowered. A cotangent lacks the axes along which it is constant. The second result
-    names the cotangents of named values: z -> dz.
+    Composite ops on the way must have been lowered. A cotangent lacks the axes along which it is constant. The second
+    result names the cotangents of named values: z -> dz.
     """
     active = depends_on([y for y, _ in outputs], wrt)
     cotangent: dict[Expr, Expr] = {}

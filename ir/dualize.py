@@ -1,7 +1,7 @@
 """The dual form: the mini-batch at once, without the weights of any single token.
 
-Token t reads x_t through W_t = W - tau_t * sum_{s <= t} lr_s * outer(X_s, d_s). Kept factored, that read is a contraction of
-x, the coefficients A, X and d, and the cheapest order of it is the dual form (ir/contraction.py):
+Token t reads x_t through W_t = W - tau_t * sum_{s <= t} lr_s * outer(X_s, d_s). Kept factored, that read is a
+contraction of x, the coefficients A, X and d, and the cheapest order of it is the dual form (ir/contraction.py):
 
     z[t] = x @ W_t                       token by token, a D x F matrix for each t
     ->
@@ -216,7 +216,9 @@ def _coefficients(update: Update, name: str, tau: Expr | None) -> tuple[Expr, ..
 def _read(
     output: Expr, weights: Mapping[str, Moving | Expr], sizes: Mapping[str, int], moved: dict[Expr, Expr]
 ) -> Expr:
-    """Evaluate the output on weights that move: contractions take a sum of products apart, anything else multiplies it out."""
+    """Evaluate the output on weights that move: contractions take a sum of products apart, anything else multiplies it
+    out.
+    """
     done: dict[Expr, Moving | Expr] = {}
     for node in postorder([output]):
         src = tuple(done[s] for s in node.src)

@@ -1,6 +1,7 @@
 """The expression: one immutable, interned node over tensors whose axes are named.
 
-`a is b` holds exactly when a and b are structurally equal, so a graph is shared by construction and equality costs nothing:
+`a is b` holds exactly when a and b are structurally equal, so a graph is shared by construction and equality costs
+nothing:
 
     k = leaf("k", "token", (D,));  W = leaf("W", "state", (D, F))
     contract((k, W), (D,))  is  contract((k, W), (D,))        # k @ W: [F]
@@ -32,7 +33,8 @@ class Leaf(NamedTuple):
     """What a leaf stands for: a variable, what it is to the variant, and which tokens of it are read.
 
     `role` is one of state, param, token, gate, sum (the learning-rate weighted gradients of the open mini-batch),
-    cotangent. `at` is the loop variable that indexes its token axis: "t" (one token), "c" (the tokens of a chunk) or None.
+    cotangent. `at` is the loop variable that indexes its token axis: "t" (one token), "c" (the tokens of a chunk) or
+    None.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""Running a program directly, in float64 on NumPy: the meaning of the IR, independent of the printer and of the backends."""
+"""Running a program directly, in float64 on NumPy: the meaning of the IR, independent of the printer and of the
+backends.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,9 @@ class _Machine:
             getattr(self, f"_{type(statement).__name__.lower()}")(statement)
 
     def _for(self, loop: For) -> None:
-        whole = self.tokens if loop.over == "T" else self.variables[loop.over]
+        whole = range(self.tokens) if loop.over == "T" else self.variables[loop.over]
         step = self.tokens if loop.step == "T" else loop.step
-        ranges = chunks(whole, int(step)) if step is not None else whole
+        ranges: list[Any] = list(whole) if step is None else chunks(whole, int(step))
         for part in reversed(ranges) if loop.reverse else ranges:
             self.variables[loop.var] = part
             self.run(loop.body)

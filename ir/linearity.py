@@ -1,7 +1,7 @@
 """How an expression depends on a leaf: constant < linear < affine < nonlinear, with the operations that made it so.
 
-A type system over the graph, not a heuristic: it decides where the gradient of the inner loss may be taken at any weights
-(constant), by a triangular solve (affine), or only at frozen weights (nonlinear).
+A type system over the graph, not a heuristic: it decides where the gradient of the inner loss may be taken at any
+weights (constant), by a triangular solve (affine), or only at frozen weights (nonlinear).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The names that a printed program uses: with these in scope, its text runs on NumPy.
 
-    from tttc.ir.numerics import *
+from tttc.ir.numerics import *
 """
 
 from __future__ import annotations

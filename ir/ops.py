@@ -1,4 +1,5 @@
-"""The op table: one row per operation, with its type rule, its meaning in NumPy, its adjoint and how it depends on its operands.
+"""The op table: one row per operation, with its type rule, its meaning in NumPy, its adjoint and how it depends on its
+operands.
 
 Tests walk `OPS`, so an operation without a gradient check cannot exist. Elementwise operations are rows of `SCALARS`
 (ir/scalars.py); their rows here are made from those.
@@ -20,8 +21,11 @@ Values = Mapping[str, int]
 
 
 def union(operands: tuple[Expr, ...]) -> Axes:
-    """The axes of an elementwise result: those of the widest operand, token axes of the others before, the rest after."""
-    result = list(max((o.axes for o in operands), key=len, default=()))
+    """The axes of an elementwise result: those of the widest operand, token axes of the others before, the rest
+    after.
+    """
+    widest: Axes = max((o.axes for o in operands), key=len, default=())
+    result = list(widest)
     for operand in operands:
         for axis in operand.axes:
             if axis in result:
@@ -40,7 +44,7 @@ def align(value: Any, axes: Axes, to: Axes) -> Any:
     return np.reshape(moved, [moved.shape[present.index(a)] if a in present else 1 for a in to])
 
 
-# -- type rules ------------------------------------------------------------------------------------------------------
+# -- type rules --------------------------------------------------------------------------------------------------------
 
 
 def _contract_axes(src: tuple[Expr, ...], over: Axes) -> Axes:
@@ -61,7 +65,7 @@ def _broadcast_axes(src: tuple[Expr, ...], axes: Axes) -> Axes:
     return (*axes, *(a for a in src[0].axes if a not in axes))
 
 
-# -- meanings --------------------------------------------------------------------------------------------------------
+# -- meanings ----------------------------------------------------------------------------------------------------------
 
 
 def _elementwise_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
@@ -71,12 +75,17 @@ def _elementwise_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
 
 
 def _contract_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
+    return np.einsum(einsum_spec(node), *values)
+
+
+def einsum_spec(node: Expr, batch: str = "") -> str:
+    """A contraction as einsum spells it; `batch` stands before the axes of every operand."""
     letters: dict[Axis, str] = {}
     for e in node.src:
         for axis in e.axes:
             letters.setdefault(axis, chr(ord("a") + len(letters)))
-    spec = ",".join("".join(letters[a] for a in e.axes) for e in node.src)
-    return np.einsum(f"{spec}->{''.join(letters[a] for a in node.axes)}", *values)
+    operands, result = ([batch + "".join(letters[a] for a in e.axes) for e in es] for es in (node.src, (node,)))
+    return f"{','.join(operands)}->{result[0]}"
 
 
 def _positions(node: Expr) -> tuple[int, ...]:
@@ -112,7 +121,7 @@ def evaluate(root: Expr, known: dict[Expr, Any], sizes: Values) -> Any:
     return values[root]
 
 
-# -- adjoints: the cotangent of each operand, which may lack axes along which it is constant -----------------------------
+# -- adjoints: the cotangent of each operand, which may lack axes along which it is constant ---------------------------
 
 
 def _elementwise_adjoint(g: Expr, y: Expr, *src: Expr) -> tuple[Expr, ...]:
@@ -143,7 +152,7 @@ def _rename_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
     return (b.rename(g, {new: old for old, new in y.arg}),)
 
 
-# -- composites ------------------------------------------------------------------------------------------------------
+# -- composites --------------------------------------------------------------------------------------------------------
 
 
 def _lower_layer_norm(node: Expr) -> Expr:
@@ -172,7 +181,7 @@ def _lower_softmax(node: Expr) -> Expr:
     return b.div(raised, b.total(raised, (axis,)))
 
 
-# -- the table -------------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def _row(op: Op) -> None:
@@ -186,9 +195,7 @@ _row(Op("map", lambda src, arg: union(src), _elementwise_numpy, _elementwise_adj
 _row(Op("pow", lambda src, n: src[0].axes, lambda n, sizes, v: np.power(v, n.arg), _elementwise_adjoint, hint="p"))
 _row(Op("contract", _contract_axes, _contract_numpy, _contract_adjoint, "multilinear", hint="p"))
 _row(
-    Op(
-        "sum", _without, lambda n, sizes, v: np.sum(v, axis=_positions(n)), lambda g, y, x: (g,), "linear", hint="total"
-    )
+    Op("sum", _without, lambda n, sizes, v: np.sum(v, axis=_positions(n)), lambda g, y, x: (g,), "linear", hint="total")
 )
 _row(Op("mean", _without, lambda n, sizes, v: np.mean(v, axis=_positions(n)), _mean_adjoint, "linear", hint="m"))
 _row(

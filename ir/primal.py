@@ -1,12 +1,12 @@
 """The primal program: the definition, a loop over tokens in which every gradient is taken at the mini-batch's start.
 
-    gradient(k, v, W) -> dW,  output(q, W) -> z
-    ->
-    for m in chunks(T, 16):
-        W_start = W
-        S_W = 0
-        for t in m:
-            S_W = S_W + lr[t] * dW                W = W_start - tau[t] * S_W                z[t] = output(q[t]; W)
+gradient(k, v, W) -> dW,  output(q, W) -> z
+->
+for m in chunks(T, 16):
+    W_start = W
+    S_W = 0
+    for t in m:
+        S_W = S_W + lr[t] * dW                W = W_start - tau[t] * S_W                z[t] = output(q[t]; W)
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def token_loop(program: Program) -> Program:
     def weights_after(sums: Mapping[str, Expr]) -> dict[str, Expr]:
         return {name: b.sub(start[name], _scaled(update.tau[name], s, moved)) for name, s in sums.items()}
 
-    read = {"after": weights_after(grown), "before": weights_after(total), "start": start, "end": weights_after(total)}[update.read]
+    read = {"after": weights_after(grown), "before": weights_after(total), "start": start, "end": weights_after(total)}[
+        update.read
+    ]
     write_z = Assign(_at(z.target, "t"), placed(z.value, read))
     write_s = tuple(Assign(total[name], value) for name, value in grown.items())
     write_w = tuple(Assign(w, weights_after(grown)[_name(w)]) for w in update.states)
@@ -56,7 +58,14 @@ def token_loop(program: Program) -> Program:
     body = (Allocate(_at(z.target, "t")), For("m", "T", step, (opening, *inner)))
     params = tuple(_at(p, "t") if p.arg[0].role in ("token", "gate") else p for p in loop_params(program))
     function = Function(program.name, params, body, (z.target, *update.states))
-    return _simplified(replace(program, stage="primal", functions=(function,), names={**program.names, **renamed_hints(program.names, moved)}))
+    return _simplified(
+        replace(
+            program,
+            stage="primal",
+            functions=(function,),
+            names={**program.names, **renamed_hints(program.names, moved)},
+        )
+    )
 
 
 def loop_params(program: Program) -> tuple[Expr, ...]:

@@ -1,11 +1,11 @@
 """A program: functions made of loops over tokens and of blocks of simultaneous assignments.
 
     program   ::= function ...                                    function ::= name(params): statement ... return names
-    statement ::= Block(assign, ...) | For(var, over, step, statement ...) | Allocate(name) | Save(names) | Restore(names)
-    assign    ::= name = expression | name[var] = expression
+    statement ::= Block(assign, ...) | For(var, over, step, statement ...) | Allocate(name) | Save(names) |
+    Restore(names) assign    ::= name = expression | name[var] = expression
 
-The expressions of a block are evaluated together, before any of its assignments takes effect; what they share is one node.
-`ir/text.py` prints a program as Python that runs, `ir/interpret.py` runs it directly.
+The expressions of a block are evaluated together, before any of its assignments takes effect; what they share is one
+node. `ir/text.py` prints a program as Python that runs, `ir/interpret.py` runs it directly.
 """
 
 from __future__ import annotations
@@ -162,8 +162,9 @@ class Scan:
 class ScanAdjoint:
     """The reverse of a scan: a forward chunk that also keeps `residuals`, and a backward chunk that takes them.
 
-    `outputs` are those of the scan in the ops of the adjoint, `forward` assigns the residuals and the carry. `backward` reads the residuals, the cotangents of outputs and carry, and
-    assigns the cotangents of the sequences (stores), of the carry (replaced) and of the fixed leaves (accumulated).
+    `outputs` are those of the scan in the ops of the adjoint, `forward` assigns the residuals and the carry. `backward`
+    reads the residuals, the cotangents of outputs and carry, and assigns the cotangents of the sequences (stores), of
+    the carry (replaced) and of the fixed leaves (accumulated).
     """
 
     scan: Scan
@@ -197,7 +198,9 @@ class Program:
     names: Mapping[Expr, str] = field(default_factory=lambda: MappingProxyType({}))
     update: Update | None = None
     per_token: tuple[Function, ...] = ()
-    """The functions `gradient` and `output` of one token, kept from the primal stage on for those that rearrange them."""
+    """The functions `gradient` and `output` of one token, kept from the primal stage on for those that rearrange
+    them.
+    """
     scans: tuple[Scan, ...] = ()
     plan: Plan | None = None
     adjoints: tuple[ScanAdjoint, ...] = ()

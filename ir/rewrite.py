@@ -25,7 +25,10 @@ def rule(title: str) -> Callable[[Callable[[Expr], Expr | None]], Rule]:
 
 
 def rewrite(
-    roots: Iterable[Expr], rules: Sequence[Rule], fired: Counter[str] | None = None, moved: dict[Expr, Expr] | None = None
+    roots: Iterable[Expr],
+    rules: Sequence[Rule],
+    fired: Counter[str] | None = None,
+    moved: dict[Expr, Expr] | None = None,
 ) -> list[Expr]:
     """Apply the rules bottom-up until none matches. `moved` collects what each node became."""
     roots = list(roots)

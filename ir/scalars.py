@@ -1,8 +1,8 @@
 """Elementwise functions: a SymPy formula for each, from which SymPy takes every derivative.
 
 SymPy rewrites on its own (`exp(a) * exp(b)`, `x / x`), which can overflow where the original did not. Functions with a
-numerically stable form (sigmoid, softplus, rsqrt, ...) therefore stay named functions with a derivative of their own, in terms
-of named functions again:
+numerically stable form (sigmoid, softplus, rsqrt, ...) therefore stay named functions with a derivative of their own,
+in terms of named functions again:
 
     silu = x * sigmoid(x)      ->  silu' = sigmoid(x) + x * sigmoid(x) * (1 - sigmoid(x))
 """
@@ -21,7 +21,7 @@ from sympy.core.function import ArgumentIndexError
 x, y, z = sympy.symbols("x y z", real=True)
 
 
-def _named(name: str, derivative: Callable[..., sympy.Expr]) -> type[sympy.Function]:
+def _named(name: str, derivative: Callable[..., sympy.Expr]) -> Any:
     """A function that SymPy leaves alone and differentiates by the given rule."""
 
     def fdiff(self: sympy.Function, argindex: int = 1) -> sympy.Expr:
@@ -36,20 +36,26 @@ step = _named("step", lambda a: sympy.Integer(0))  # 1 where a > 0, else 0; its 
 sign = _named("sign", lambda a: sympy.Integer(0))
 absolute = _named("abs", lambda a: sign(a))
 relu = _named("relu", lambda a: step(a))
-sigmoid = _named("sigmoid", lambda a: sigmoid(a) * (1 - sigmoid(a)))
+sigmoid: Any = _named("sigmoid", lambda a: sigmoid(a) * (1 - sigmoid(a)))
 softplus = _named("softplus", lambda a: sigmoid(a))
-rsqrt = _named("rsqrt", lambda a: -rsqrt(a) ** 3 / 2)
-exp = _named("exp", lambda a: exp(a))
+rsqrt: Any = _named("rsqrt", lambda a: -(rsqrt(a) ** 3) / 2)
+exp: Any = _named("exp", lambda a: exp(a))
 log = _named("log", lambda a: 1 / a)
-tanh = _named("tanh", lambda a: 1 - tanh(a) ** 2)
-sqrt = _named("sqrt", lambda a: 1 / (2 * sqrt(a)))
+tanh: Any = _named("tanh", lambda a: 1 - tanh(a) ** 2)
+sqrt: Any = _named("sqrt", lambda a: 1 / (2 * sqrt(a)))
 sin = _named("sin", lambda a: cos(a))
-cos = _named("cos", lambda a: -sin(a))
+cos: Any = _named("cos", lambda a: -sin(a))
 erf = _named("erf", lambda a: 2 / sqrt(sympy.pi) * exp(-(a**2)))
 silu = _named("silu", lambda a: sympy.diff(SILU, x).subs(x, a))
 gelu = _named("gelu", lambda a: sympy.diff(GELU, x).subs(x, a))
-less_equal = type("less_equal", (sympy.Function,), {"is_real": True, "nargs": (2,), "fdiff": lambda self, i=1: sympy.Integer(0)})
-select = type("select", (sympy.Function,), {"is_real": True, "nargs": (3,), "fdiff": lambda self, i=1: _select_derivative(self, i)})
+less_equal = type(
+    "less_equal", (sympy.Function,), {"is_real": True, "nargs": (2,), "fdiff": lambda self, i=1: sympy.Integer(0)}
+)
+select = type(
+    "select",
+    (sympy.Function,),
+    {"is_real": True, "nargs": (3,), "fdiff": lambda self, i=1: _select_derivative(self, i)},
+)
 
 
 def _select_derivative(call: sympy.Function, i: int) -> sympy.Expr:
@@ -59,8 +65,8 @@ def _select_derivative(call: sympy.Function, i: int) -> sympy.Expr:
     return (zero, select(condition, one, zero), select(condition, zero, one))[i - 1]
 
 
-SILU = x * sigmoid(x)
-GELU = x / 2 * (1 + tanh(sympy.sqrt(2 / sympy.pi) * (x + sympy.Float("0.044715") * x**3)))
+SILU: sympy.Expr = x * sigmoid(x)
+GELU: sympy.Expr = x / 2 * (1 + tanh(sympy.sqrt(2 / sympy.pi) * (x + sympy.Float("0.044715") * x**3)))
 HUBER = select(less_equal(absolute(x), y), x**2 / 2, y * (absolute(x) - y / 2))
 
 
@@ -226,7 +232,9 @@ def adopt(body: sympy.Expr) -> sympy.Expr:
     if getattr(body.func, "__name__", "") in SCALARS:
         return body.func(*args)
     known = ", ".join(sorted(f.__name__ for f in FOREIGN))
-    raise ValueError(f"{body.func.__name__} has no elementwise form here; use one of {known}, Max, Min, Piecewise, powers")
+    raise ValueError(
+        f"{body.func.__name__} has no elementwise form here; use one of {known}, Max, Min, Piecewise, powers"
+    )
 
 
 def _condition(condition: Any) -> sympy.Expr:

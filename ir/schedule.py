@@ -1,7 +1,8 @@
 """The schedule: which tokens make a chunk, and what is carried from one to the next.
 
-A chunk is one mini-batch where that is short. A longer mini-batch is cut into tiles that carry the sum of its gradients, and so
-is a mini-batch that a call leaves open: three scans cover every length and every split of a sequence into calls.
+A chunk is one mini-batch where that is short. A longer mini-batch is cut into tiles that carry the sum of its
+gradients, and so is a mini-batch that a call leaves open: three scans cover every length and every split of a sequence
+into calls.
 
     whole:  W -> W            a chunk that is one mini-batch, from its first token to its last
     open:   S -> S            a tile of a mini-batch that began at the weights W and has summed S so far
@@ -26,7 +27,7 @@ from tttc.ir.dualize import (
 from tttc.ir.expr import Expr, Leaf, const, leaf
 from tttc.ir.linearity import Dependence, dependence
 from tttc.ir.primal import loop_params, per_token
-from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan
+from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan
 from tttc.ir.simplify import renamed_hints
 
 LONGEST_CHUNK = 128  # a longer mini-batch is tiled: the Gram matrices of a chunk grow with its square
@@ -59,7 +60,9 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
         return Plan(chunk or DEFAULT_CHUNK, None, "the gradients do not depend on the weights: the chunk is free")
     if update.read == "end":
         length: int | str = "T" if b_ == "all" else int(b_)
-        return Plan(length, length, 'read="end": every token reads the end of its mini-batch, so the chunk is the mini-batch')
+        return Plan(
+            length, length, 'read="end": every token reads the end of its mini-batch, so the chunk is the mini-batch'
+        )
     if b_ == "all":
         return Plan(chunk or DEFAULT_CHUNK, "T", "the mini-batch is the whole sequence: it is cut into tiles")
     wanted = chunk or (int(b_) if int(b_) <= LONGEST_CHUNK else DEFAULT_CHUNK)

@@ -1,6 +1,6 @@
 """Simplification: algebra that leaves a value alone and makes it shorter.
 
-    0.5 * (2 * (k @ W - v)) * 1  ->  k @ W - v
+0.5 * (2 * (k @ W - v)) * 1  ->  k @ W - v
 """
 
 from __future__ import annotations
@@ -287,7 +287,9 @@ def divide_smaller(e: Expr) -> Expr | None:
 
 @rule("g @ x + ... + h @ x -> (g + h) @ x + ...")
 def factor_contraction(e: Expr) -> Expr | None:
-    """Contractions in a sum that share an operand: one product instead of two. Here a bias becomes the +1 of a Gram matrix."""
+    """Contractions in a sum that share an operand: one product instead of two. Here a bias becomes the +1 of a Gram
+    matrix.
+    """
     if e.op not in ("add", "sub"):
         return None
     terms = _sum_terms(e)
@@ -385,7 +387,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def simplify(roots: Iterable[Expr], fired: Counter[str] | None = None, moved: dict[Expr, Expr] | None = None) -> list[Expr]:
+def simplify(
+    roots: Iterable[Expr], fired: Counter[str] | None = None, moved: dict[Expr, Expr] | None = None
+) -> list[Expr]:
     """The shortest form that the rules reach; every root keeps its set of axes."""
     return rewrite(roots, RULES, fired, moved)
 
@@ -396,4 +400,3 @@ def renamed_hints(hints: Mapping[Expr, str], moved: Mapping[Expr, Expr]) -> dict
     for e, name in hints.items():
         result.setdefault(moved.get(e, e), name)
     return result
-

@@ -3,8 +3,8 @@
     z1: f64[C, F] = k[c] @ W1 + b1
     W1 = W1 - (eta[:, None] * k[c]).T @ g1
 
-Only shared and long expressions get a name; the names that the user gave win. `steps` decides both for the printer and for the
-backends, so that generated code has the same lines.
+Only shared and long expressions get a name; the names that the user gave win. `steps` decides both for the printer and
+for the backends, so that generated code has the same lines.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sympy
 from tttc.ir import numerics
 from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, Axes, Expr, Leaf, postorder
+from tttc.ir.ops import einsum_spec
 from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement
 from tttc.ir.scalars import SCALARS, Formula
 
@@ -40,7 +41,9 @@ class Step(NamedTuple):
 
 
 class Namer:
-    """Gives every value a name that is free, the same in every process: from hints and positions, never from a counter."""
+    """Gives every value a name that is free, the same in every process: from hints and positions, never from a
+    counter.
+    """
 
     def __init__(self, taken: Iterable[str], hints: Mapping[Expr, str]) -> None:
         self.taken = set(taken) | _RESERVED
@@ -65,7 +68,9 @@ def core(e: Expr) -> Expr:
 
 
 def steps(block: Block, namer: Namer, known: Mapping[Expr, str] | None = None) -> list[Step]:
-    """The lines of a block: named values first, in the order of need, then stores, then the new values of the variables."""
+    """The lines of a block: named values first, in the order of need, then stores, then the new values of the
+    variables.
+    """
     names = dict(known or {})
     roots = [a.value for a in block.assigns]
     named = _to_be_named(roots, names, namer.hints)
@@ -124,7 +129,9 @@ def _to_be_named(roots: list[Expr], known: Mapping[Expr, str], hints: Mapping[Ex
     for e in order:  # cut long expressions at their longest operand
         lengths[e] = _length(e, lengths, named, known)
         while lengths[e] > LONG:
-            candidates = [core(s) for s in e.src if core(s) not in named and core(s) not in known and _worth_a_name(core(s))]
+            candidates = [
+                core(s) for s in e.src if core(s) not in named and core(s) not in known and _worth_a_name(core(s))
+            ]
             if not candidates:
                 break
             named.add(max(candidates, key=lambda s: lengths[s]))
@@ -183,11 +190,13 @@ class Printer:
             if e.op == "contract" and e.axes != axes and layout(e).kind == "outer":
                 return self._contract(Expr("contract", e.src[::-1], e.arg))
         text = Text(self.names[e]) if e in self.names else getattr(self, f"_{e.op}", self._composite)(e)
-        if e.axes == axes:
-            return text
+        return text if e.axes == axes else self.transposed(text, e.axes, axes)
+
+    def transposed(self, text: Text, axes: Axes, to: Axes) -> Text:
+        """An array with axes `axes`, its dimensions in the order `to`."""
         if len(axes) == 2:
             return Text(f"{text.at_least(5)}.T")
-        return Text(f"transpose({text.text}, {tuple(e.axes.index(a) for a in axes)})")
+        return Text(f"transpose({text.text}, {tuple(axes.index(a) for a in to)})")
 
     def size(self, dim: str) -> str:
         return self.lengths.get(dim, dim)
@@ -242,24 +251,19 @@ class Printer:
         if kind == "outer":
             return Text(f"outer({self(e.src[0])}, {self(e.src[1])})")
         if kind == "matmul":
-            left, right = (self.text(s) for s in e.src)
-            left_text = f"{left.at_least(5)}.T" if transpose_left else left.at_least(2 if core(e.src[0]).op == "contract" else 3)
-            right_text = f"{right.at_least(5)}.T" if transpose_right else right.at_least(3)
-            return Text(f"{left_text} @ {right_text}", 2)
+            a, c = (self.text(s) for s in e.src)
+            a_text = a.at_least(2 if core(e.src[0]).op == "contract" else 3)
+            a_text = f"{a.at_least(5)}.T" if transpose_left else a_text
+            c_text = f"{c.at_least(5)}.T" if transpose_right else c.at_least(3)
+            return Text(f"{a_text} @ {c_text}", 2)
         if kind == "dot":
             left, right = e.src
             axes = [i for i, a in enumerate(left.axes) if a in e.arg]
             product = f"{self.text(left).at_least(2)} * {self.ordered(right, left.axes).at_least(3)}"
             result = Text(f"sum({product}{self._axis(axes, left.axes)})")
             kept = tuple(a for a in left.axes if a not in e.arg)
-            return result if kept == e.axes else Text(f"transpose({result.text}, {tuple(kept.index(a) for a in e.axes)})")
-        letters: dict[object, str] = {}
-        for operand in e.src:
-            for axis in operand.axes:
-                letters.setdefault(axis, chr(ord("a") + len(letters)))
-        spec = ",".join("".join(letters[a] for a in s.axes) for s in e.src)
-        spec += "->" + "".join(letters[a] for a in e.axes)
-        return Text(f'einsum("{spec}", {", ".join(self(s) for s in e.src)})')
+            return result if kept == e.axes else self.transposed(result, kept, e.axes)
+        return Text(f'einsum("{einsum_spec(e)}", {", ".join(self(s) for s in e.src)})')
 
     @staticmethod
     def _axis(positions: list[int], axes: Axes) -> str:
@@ -281,7 +285,9 @@ class Printer:
             return Text(f"tril({inside.text}{', -1' if strict else ''})")
         if e.axes[-2:] == (columns, rows):
             return Text(f"triu({inside.text}{', 1' if strict else ''})")
-        allowed = f"tril(broadcast_to(1, ({self.size(rows.size)}, {self.size(columns.size)})){', -1' if strict else ''})"
+        allowed = (
+            f"tril(broadcast_to(1, ({self.size(rows.size)}, {self.size(columns.size)})){', -1' if strict else ''})"
+        )
         first = min(e.axes.index(rows), e.axes.index(columns))
         turned = f"{allowed}{'' if e.axes.index(rows) == first else '.T'}"
         index = [":" if a in (rows, columns) else "None" for a in e.axes[first:]]
@@ -365,8 +371,12 @@ def function_text(function: Function, program: Program) -> str:
     arguments = []
     for p in function.params:
         leaf = p.arg[0]
-        axes = ("T", *(a.size for a in p.axes if a.name not in ("t", "s"))) if leaf.at else tuple(a.size for a in p.axes)
-        arguments.append(f"{leaf.name}: {program.dtype}[{', '.join(axes)}]" if axes else f"{leaf.name}: {program.dtype}")
+        axes = (
+            ("T", *(a.size for a in p.axes if a.name not in ("t", "s"))) if leaf.at else tuple(a.size for a in p.axes)
+        )
+        arguments.append(
+            f"{leaf.name}: {program.dtype}[{', '.join(axes)}]" if axes else f"{leaf.name}: {program.dtype}"
+        )
     lines = _wrapped(f"def {function.name}(", arguments, "):")
     if function.doc:
         lines.append(f'    """{function.doc}"""')
@@ -414,9 +424,7 @@ def _statements_text(
     return lines
 
 
-def _block_text(
-    block: Block, program: Program, namer: Namer, indent: str, lengths: Mapping[str, str]
-) -> list[str]:
+def _block_text(block: Block, program: Program, namer: Namer, indent: str, lengths: Mapping[str, str]) -> list[str]:
     local = Namer(namer.taken, program.names)  # names of one block may be taken again by the next
     printer = Printer(lengths=lengths)
     targets = {a.leaf: a.target for a in block.assigns}

@@ -1,4 +1,6 @@
-"""The verifier: types are re-derived, every variable is defined before it is read, and a stage holds only what its spec allows."""
+"""The verifier: types are re-derived, every variable is defined before it is read, and a stage holds only what its spec
+allows.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def _block(block: Block, scope: set[str], where: str, forbidden: frozenset[str])
     for a in block.assigns:
         if set(a.value.axes) != set(a.target.axes):
             raise MalformedProgram(
-                f"{where}: {a.leaf.name} has axes {_names(a.target)} but is assigned {a.value!r} with axes {_names(a.value)}"
+                f"{where}: {a.leaf.name} has axes {_names(a.target)} "
+                f"but is assigned {a.value!r} with axes {_names(a.value)}"
             )
         if a.leaf.at is not None and a.leaf.name not in scope:
             raise MalformedProgram(f"{where}: {a.leaf.name} is stored into before it is allocated")

@@ -36,7 +36,8 @@ def compile(
         device: where the tensors of a call are.
         backend: "auto", or "torch".
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
-        checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the square
+        checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
+        square
             root of their number, None (or 0) keeps every value and recomputes nothing.
 
     Raises:
@@ -78,7 +79,10 @@ def compile(
 def _checked_dims(declared: Signature, dims: Mapping[str, int]) -> dict[str, int]:
     missing = [d for d in declared.dims if d not in dims]
     if missing:
-        users = {d: [n for n, s in (declared.tokens | declared.states | declared.params).items() if d in s.dims] for d in missing}
+        users = {
+            d: [n for n, s in (declared.tokens | declared.states | declared.params).items() if d in s.dims]
+            for d in missing
+        }
         said = "; ".join(f"{d} (an axis of {', '.join(names)})" for d, names in users.items())
         example = ", ".join(f'"{d}": 64' for d in declared.dims)
         raise ShapeError(f"variant `{declared.name}`: no size is given for {said}.\n  Pass dims={{{example}}}.")

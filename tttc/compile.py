@@ -9,7 +9,7 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from tttc.ir.schedule import schedule
 from tttc.ir.simplify import renamed_hints, simplify
 from tttc.ir.verify import verify
 from tttc.trace import Traced, captured_names, leaf_axes, lift
-from tttc.variant import GateSpec, ParamSpec, Rate, Signature, Variant, read_declaration, signature
+from tttc.variant import GateSpec, ParamSpec, Rate, Signature, Variant, read_declaration
 
 COMPOSITES = tuple(op.name for op in OPS.values() if op.lower)
 
@@ -112,8 +112,8 @@ class History:
 
     def diff(self, one: str, other: str) -> str:
         """A unified diff of two stages as text."""
-        texts = [str(self[name]).splitlines(keepends=True) for name in (one, other)]
-        return "".join(difflib.unified_diff(*texts, fromfile=one, tofile=other))
+        before, after = (str(self[name]).splitlines(keepends=True) for name in (one, other))
+        return "".join(difflib.unified_diff(before, after, fromfile=one, tofile=other))
 
 
 def _debug(entry: Entry) -> None:
@@ -124,7 +124,7 @@ def _debug(entry: Entry) -> None:
         print(entry)
 
 
-# -- declare ---------------------------------------------------------------------------------------------------------
+# -- declare -----------------------------------------------------------------------------------------------------------
 
 
 def declare(declared: Signature, options: Options) -> Program:
@@ -144,14 +144,16 @@ def _declared_program(declared: Signature, options: Options) -> tuple[Program | 
     attributes = {a: gates[g] for a, g in declared.attributes.items()}
     extras = {n: e for n, e in tokens.items() if n not in ("q", "k", "v")}
     bound = declared.variant.bind({n: Traced(e) for n, e in (states | params | attributes | extras).items()})
-    functions = [declared.variant.learner, declared.variant.loss, declared.variant.output]
+    functions: list[Callable[..., Any]] = [declared.variant.learner, declared.variant.loss, declared.variant.output]
     problems: list[Problem] = []
     with captured_names(functions) as names:
         loss = _traced(declared, "loss", bound, (tokens["k"], tokens["v"]), problems)
         output = _traced(declared, "output", bound, (tokens["q"],), problems)
     if loss is not None and loss.axes:
         shape = ", ".join(loss.shape)
-        problems.append(Problem(f"loss returns [{shape}], not a scalar.", "Reduce it: tttc.sum(...) or tttc.mean(...)."))
+        problems.append(
+            Problem(f"loss returns [{shape}], not a scalar.", "Reduce it: tttc.sum(...) or tttc.mean(...).")
+        )
     if problems or loss is None or output is None:
         return None, problems
     z = leaf("z", "output", output.axes)
@@ -183,7 +185,9 @@ def _traced(
         problems.append(Problem(what or str(error), remedy))
     except Exception as error:  # the user's own code may raise anything; say where, and keep the cause
         what = f"in {name}: {type(error).__name__}: {error}"
-        problems.append(Problem(what, "The function must run on traced values: only operations of tttc on them.", _user_line(error)))
+        problems.append(
+            Problem(what, "The function must run on traced values: only operations of tttc on them.", _user_line(error))
+        )
     return None
 
 
@@ -198,7 +202,9 @@ def _user_line(error: Exception) -> SourceLine | None:
     return found
 
 
-def _function(name: str, value: Expr, target: Expr, declared: Signature, groups: tuple[dict[str, Expr], ...]) -> Function:
+def _function(
+    name: str, value: Expr, target: Expr, declared: Signature, groups: tuple[dict[str, Expr], ...]
+) -> Function:
     """A per-token function whose parameters are the leaves that its value reads, in the order of the declaration."""
     read = {e.arg[0].name for e in leaves([value])}
     order = [e for group in reversed(groups) for n, e in group.items() if n in read]
@@ -231,7 +237,7 @@ def _snake(name: str) -> str:
     return "".join(parts)
 
 
-# -- differentiate and simplify ------------------------------------------------------------------------------------------
+# -- differentiate and simplify ----------------------------------------------------------------------------------------
 
 
 def differentiate(program: Program, options: Options) -> Program:
@@ -239,14 +245,13 @@ def differentiate(program: Program, options: Options) -> Program:
     update = program.update
     assert update is not None
     (block,) = blocks(program["loss"].body)
-    moved: dict[Expr, Expr] = {}
     (loss,) = lower_composites([block.assigns[0].value], update.states)
     wrt = [e for e in leaves([loss]) if e.arg[0].role == "state"]
     found, named = vjp([(loss, const(1))], wrt, program.names, prefix="g_")
     if not any(g is not None for g in found):
-        names = ", ".join(w.arg[0].name for w in update.states)
+        states = ", ".join(w.arg[0].name for w in update.states)
         raise NotDifferentiable(
-            f"variant `{program.name}`: the loss does not depend on any state ({names}).\n"
+            f"variant `{program.name}`: the loss does not depend on any state ({states}).\n"
             "  Let `loss` call `self.learner(k)`, or read a state in it."
         )
     assigns = []
@@ -258,12 +263,11 @@ def differentiate(program: Program, options: Options) -> Program:
                 total = aligned if total is None else b.add(total, aligned)
         value = b.broadcast(total if total is not None else const(0), w.axes)
         assigns.append(Assign(leaf(f"d{w.arg[0].name}", "gradient", w.axes), value))
-    moved.clear()
     used = {e.arg[0].name for e in leaves(a.value for a in assigns)}
     params = tuple(p for p in program["loss"].params if p.arg[0].name in used)
     gradient = Function("gradient", params, (Block(tuple(assigns)),), tuple(a.target for a in assigns))
     names = {**program.names, **named}
-    return _replaced(program, stage="differentiate", functions=(gradient, program["output"]), names=names)
+    return replace(program, stage="differentiate", functions=(gradient, program["output"]), names=names)
 
 
 def simplify_functions(program: Program, options: Options) -> Program:
@@ -276,17 +280,11 @@ def simplify_functions(program: Program, options: Options) -> Program:
         values = simplify([a.value for a in block.assigns], moved=moved)
         names.update(renamed_hints(program.names, moved))
         assigns = tuple(Assign(a.target, v) for a, v in zip(block.assigns, values, strict=True))
-        functions.append(_replaced(function, body=(Block(assigns),)))
-    return _replaced(program, stage="simplify", functions=tuple(functions), names=names)
+        functions.append(replace(function, body=(Block(assigns),)))
+    return replace(program, stage="simplify", functions=tuple(functions), names=names)
 
 
-def _replaced(record: Any, **changes: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(record, **changes)
-
-
-# -- the pipeline --------------------------------------------------------------------------------------------------------
+# -- the pipeline ------------------------------------------------------------------------------------------------------
 
 PIPELINE: tuple[Stage, ...] = (
     Stage("declare", declare),  # the user's loss and output, as written
@@ -330,7 +328,7 @@ def check(variant: type[Variant]) -> list[Problem]:
     return []
 
 
-# -- meaning -------------------------------------------------------------------------------------------------------------
+# -- meaning -----------------------------------------------------------------------------------------------------------
 
 
 def check_meaning(before: Program, after: Program, tokens: int = 21, tolerance: float = 1e-9) -> None:
@@ -342,12 +340,15 @@ def check_meaning(before: Program, after: Program, tokens: int = 21, tolerance: 
     for name in sorted(comparable):
         arguments = random_arguments(after[name].params, after.dims, tokens)
         arguments |= random_arguments(before[name].params, before.dims, tokens)
-        results = zip(before[name].returns, interpret(before, name, arguments), interpret(after, name, arguments), strict=True)
+        results = zip(
+            before[name].returns, interpret(before, name, arguments), interpret(after, name, arguments), strict=True
+        )
         for returned, x, y in results:
             error = float(np.max(np.abs(x - y), initial=0.0)) / (1.0 + float(np.max(np.abs(x), initial=0.0)))
             if not error <= tolerance:
                 raise PassChangedMeaning(
-                    f"stage {after.stage!r} changed the output {returned.arg[0].name} of {name}: relative error {error:.1e}.\n"
+                    f"stage {after.stage!r} changed the output {returned.arg[0].name} of {name}: "
+                    f"relative error {error:.1e}.\n"
                     f"--- {before.stage}\n{before}\n--- {after.stage}\n{after}"
                 )
 
@@ -370,8 +371,4 @@ def random_arguments(
 def refuse(backend: str, reasons: list[str]) -> BackendRefusal:
     """The error of a backend that was asked for by name."""
     listed = "\n".join(f"  - {r}" for r in reasons)
-    return BackendRefusal(f"backend {backend!r} cannot run this program:\n{listed}\n  Use backend=\"torch\" or \"auto\".")
-
-
-def signature_of(variant: type[Variant]) -> Signature:
-    return signature(variant)
+    return BackendRefusal(f'backend {backend!r} cannot run this program:\n{listed}\n  Use backend="torch" or "auto".')

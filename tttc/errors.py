@@ -8,15 +8,13 @@ from __future__ import annotations
 import linecache
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 
 _PACKAGE = os.path.realpath(Path(__file__).parent)
-_OWN_FOLDERS = tuple(
-    os.path.join(os.path.realpath(Path(_PACKAGE) / folder), "") for folder in (".", "ir", "backends")
-)
+_OWN_FOLDERS = tuple(os.path.join(os.path.realpath(Path(_PACKAGE) / folder), "") for folder in (".", "ir", "backends"))
 
 
 class TTTCError(Exception):
@@ -113,7 +111,9 @@ def users_line() -> SourceLine | None:
     first, last, start, end = _positions(frame.f_code, frame.f_lasti)
     if first is None or first != last:
         return SourceLine(frame.f_code.co_filename, frame.f_lineno)
-    return SourceLine(frame.f_code.co_filename, first, _column(frame.f_code, first, start), _column(frame.f_code, first, end))
+    return SourceLine(
+        frame.f_code.co_filename, first, _column(frame.f_code, first, start), _column(frame.f_code, first, end)
+    )
 
 
 def _is_own(code: CodeType) -> bool:
@@ -123,8 +123,7 @@ def _is_own(code: CodeType) -> bool:
 
 
 def _positions(code: CodeType, lasti: int) -> tuple[int | None, int | None, int | None, int | None]:
-    positions: Iterator[tuple[int | None, int | None, int | None, int | None]] = code.co_positions()
-    for index, position in enumerate(positions):
+    for index, position in enumerate(code.co_positions()):
         if index == lasti // 2:
             return position
     return None, None, None, None

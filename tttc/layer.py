@@ -13,7 +13,7 @@ from tttc.backends.interface import CompiledScan
 from tttc.compile import History
 from tttc.errors import NonFinite, ShapeError, StateMismatch
 from tttc.ir.expr import Expr
-from tttc.variant import GateSpec, ParamSpec, Rate, Signature
+from tttc.variant import Signature
 
 Tensors = dict[str, torch.Tensor]
 
@@ -22,8 +22,8 @@ Tensors = dict[str, torch.Tensor]
 class State(Mapping[str, torch.Tensor]):
     """Where a sequence stands: the fast weights by name, each [B, H, *dims], as `state["W"]` or `state.W`.
 
-    Inside a mini-batch, `position` tokens into it, the state also holds the weights at its start (`start`: the point where
-    gradients are taken) and what it has summed since (`summed`); a following call continues there.
+    Inside a mini-batch, `position` tokens into it, the state also holds the weights at its start (`start`: the point
+    where gradients are taken) and what it has summed since (`summed`); a following call continues there.
     """
 
     weights: Tensors
@@ -86,8 +86,8 @@ class _Run(torch.autograd.Function):
 class Layer:
     """A compiled variant: `z, state = layer(q, k, v, gates=..., params=..., state=...)`.
 
-    Attributes: `signature` (the declaration), `stages` (the history of the compiler), `source` (the generated code), `backend`,
-    `dims`, `dtype`, `device`.
+    Attributes: `signature` (the declaration), `stages` (the history of the compiler), `source` (the generated code),
+    `backend`, `dims`, `dtype`, `device`.
     """
 
     def __init__(
@@ -110,12 +110,13 @@ class Layer:
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._scans = scans
         program = stages.program
-        assert program.plan is not None and program.update is not None
+        assert program.plan is not None
         self._name, self._plan = program.name, program.plan
         self._params = {s.name: s.params for s in program.scans}
-        self._update = program.update
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
-        self._width: tuple[str, ...] = tuple(a.size for a in output.axes if a.name not in ("t", "s")) if output is not None else ()
+        self._width: tuple[str, ...] = (
+            tuple(a.size for a in output.axes if a.name not in ("t", "s")) if output is not None else ()
+        )
 
     def __repr__(self) -> str:
         dims = ", ".join(f"{d}={n}" for d, n in self.dims.items())
@@ -162,7 +163,8 @@ class Layer:
             q, k, v: [B, T, H, D] in the dtype of the layer; `tokens` likewise for further declared tokens.
             gates: one tensor [B, T, H] per gate, [B, T, H, axis] where it is per channel.
             params: [*dims] or [H, *dims] each; their `init` if not given.
-            state: what a previous call returned, or a dict of [*dims], [H, *dims] or [B, H, *dims]; their `init` if not given.
+            state: what a previous call returned, or a dict of [*dims], [H, *dims] or [B, H, *dims]; their `init` if not
+            given.
             check: raise `NonFinite` if an input holds a NaN or an infinity.
 
         Returns:
@@ -212,7 +214,7 @@ class Layer:
     def _mini_batch(self, tokens: int) -> int | None:
         """Tokens of a mini-batch; None where it never ends."""
         b = self._plan.mini_batch
-        return None if b in ("T", None) else int(b)  # type: ignore[arg-type]
+        return None if b in ("T", None) else int(b)
 
     def _whole_until(self, now: int, tokens: int, b: int | None) -> int:
         """The end of the whole mini-batches that one scan can take from here."""
@@ -243,7 +245,9 @@ class Layer:
         return _Run.apply(self._scans[name], checkpoint, *inputs)
 
     def _checkpoint(self, tokens: int) -> int:
-        """Chunks between two kept states: about the square root of their number, or what was asked for; 0 keeps everything."""
+        """Chunks between two kept states: about the square root of their number, or what was asked for; 0 keeps
+        everything.
+        """
         if self.checkpoint is None or self.checkpoint == 0:
             return 0
         if self.checkpoint != "auto":
@@ -283,14 +287,15 @@ class _Call:
         self.batch, self.tokens, self.heads = q.shape[:3]
         for name, spec in declared.tokens.items():
             self._shape(name, given[name], spec.dims, layer.dtype)
-        for name, spec in declared.gates.items():
-            self._shape(name, gates[name], spec.dims, None)
+        for name, gate in declared.gates.items():
+            self._shape(name, gates[name], gate.dims, None)
         if params is None:
             params = layer.init_params()
         self._named("param", params, declared.params, optional=())
         self.sequences = {n: self._flat_sequence(x) for n, x in {**given, **gates}.items()}
         self.params = {
-            n: self._flat(n, params[n], len(s.dims), self._dims(s.dims), batched=False) for n, s in declared.params.items()
+            n: self._flat(n, params[n], len(s.dims), self._dims(s.dims), batched=False)
+            for n, s in declared.params.items()
         }
         self.state = self._state(state)
 
@@ -312,13 +317,15 @@ class _Call:
         b = self.layer.signature.mini_batch
         if state.position and self.layer.signature.read == "end" and self.tokens:
             raise StateMismatch(
-                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens into a mini-batch of {b}, "
+                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens "
+                f"into a mini-batch of {b}, "
                 'and read="end" reads weights that the tokens already returned could not see.\n'
                 "  Cut sequences at whole mini-batches, or start a new one from dict(state)."
             )
         if isinstance(b, int) and not 0 <= state.position < b:
             raise StateMismatch(
-                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens into a mini-batch of {b}.\n"
+                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens "
+                f"into a mini-batch of {b}.\n"
                 "  Pass the state that a call of this layer returned."
             )
 
@@ -340,7 +347,12 @@ class _Call:
 
     def refuse_non_finite(self) -> None:
         groups = {"": self.sequences, "param ": self.params, "state ": self.state.weights}
-        bad = [f"{kind}{n}" for kind, group in groups.items() for n, x in group.items() if not bool(torch.isfinite(x).all())]
+        bad = [
+            f"{kind}{n}"
+            for kind, group in groups.items()
+            for n, x in group.items()
+            if not bool(torch.isfinite(x).all())
+        ]
         if bad:
             raise NonFinite(
                 f"variant `{self.layer.signature.name}`: NaN or infinity in {', '.join(bad)}.\n"
@@ -359,7 +371,8 @@ class _Call:
         leading = x.shape[: x.dim() - rank]
         allowed = [(), (self.heads,), (1,)] + ([(self.batch, self.heads), (1, self.heads), (1, 1)] if batched else [])
         if x.dim() < rank or tuple(leading) not in allowed or tuple(x.shape[x.dim() - rank :]) != dims:
-            shown = [list((*a, *dims)) for a in ((), (self.heads,), *([(self.batch, self.heads)] if batched else []))]
+            leads = [(), (self.heads,), *([(self.batch, self.heads)] if batched else [])]
+            shown = [[*lead, *dims] for lead in leads]
             raise self._error(f"{name} has shape {list(x.shape)}", f"It must be {' or '.join(map(str, shown))}.")
         x = x.to(self.layer.compute_dtype)
         while x.dim() < rank + 2:
@@ -374,7 +387,9 @@ class _Call:
     def _error(self, what: str, remedy: str) -> ShapeError:
         return ShapeError(f"variant `{self.layer.signature.name}`: {what}.\n  {remedy}")
 
-    def _named(self, role: str, given: Mapping[str, Any], declared: Mapping[str, Any], optional: tuple[str, ...]) -> None:
+    def _named(
+        self, role: str, given: Mapping[str, Any], declared: Mapping[str, Any], optional: tuple[str, ...]
+    ) -> None:
         missing = [n for n in declared if n not in given and n not in optional]
         unknown = [n for n in given if n not in declared]
         if not missing and not unknown:
@@ -408,10 +423,3 @@ class _Call:
                 f"{name} has dtype {x.dtype}, the layer was compiled for {dtype}",
                 f"Convert it, {name}.to({dtype}), or compile with dtype={x.dtype}.",
             )
-
-
-def rate_name(signature: Signature, rate: Rate) -> str | None:
-    """The gate or param that a rate of the update reads."""
-    if isinstance(rate, GateSpec):
-        return rate.name
-    return signature.rate_name(rate) if isinstance(rate, ParamSpec) else None

@@ -1,4 +1,6 @@
-"""Ready declarations, each with its source. All of them are ordinary declarations: nothing in the compiler knows them."""
+"""Ready declarations, each with its source. All of them are ordinary declarations: nothing in the compiler knows
+them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 import tttc.operations as ops
 from tttc.variant import Variant, gate, normal, param, sgd, state
 
-__all__ = ["GatedThreeLayer", "LinearAttention", "TTTLinear", "TTTMLP"]
+__all__ = ["TTTMLP", "GatedThreeLayer", "LinearAttention", "TTTLinear"]
 
 
 class TTTLinear(Variant):
@@ -51,7 +53,9 @@ class TTTMLP(Variant):
 
 
 class LinearAttention(Variant):
-    """Unnormalised linear attention: one step of descent on -k W v (arXiv:2006.16236; as TTT, arXiv:2407.04620, Theorem 1)."""
+    """Unnormalised linear attention: one step of descent on -k W v (arXiv:2006.16236; as TTT, arXiv:2407.04620, Theorem
+    1).
+    """
 
     mini_batch = 16
     W = state("D", "D")
@@ -66,7 +70,9 @@ class LinearAttention(Variant):
 
 
 class GatedThreeLayer(Variant):
-    """An invented learner, in no paper: two layers gated by a third, RMSNorm, a learning rate of its own for the gate."""
+    """An invented learner, in no paper: two layers gated by a third, RMSNorm, a learning rate of its own for the
+    gate.
+    """
 
     mini_batch = 16
     W1 = state("D", "F", init=normal(0.02))

@@ -69,16 +69,21 @@ sign = _dispatch("sign", torch.sign, "-1, 0 or 1; its derivative is 0.")
 tanh = _dispatch("tanh", torch.tanh, "Hyperbolic tangent.")
 sigmoid = _dispatch("sigmoid", torch.sigmoid, "1 / (1 + exp(-x)), stable at any x.")
 silu = _dispatch("silu", F.silu, "x * sigmoid(x).")
-gelu = _dispatch("gelu", lambda x: F.gelu(x, approximate="tanh"), "GELU, tanh form (Hendrycks and Gimpel, arXiv:1606.08415).")
+gelu = _dispatch(
+    "gelu", lambda x: F.gelu(x, approximate="tanh"), "GELU, tanh form (Hendrycks and Gimpel, arXiv:1606.08415)."
+)
 relu = _dispatch("relu", F.relu, "max(x, 0); its derivative at 0 is 0.")
 softplus = _dispatch("softplus", lambda x: F.softplus(x, threshold=1e4), "log(1 + exp(x)), stable at any x.")
 softmax = _dispatch("softmax", lambda x: torch.softmax(x, -1), "exp(x) / sum(exp(x)) over the last axis.")
 layer_norm = _dispatch(
     "layer_norm",
     _layer_norm,
-    "layer_norm(x, gamma, beta, eps=...): gamma * (x - mean) / sqrt(var + eps) + beta over the last axis; biased variance.",
+    "layer_norm(x, gamma, beta, eps=...): gamma * (x - mean) / sqrt(var + eps) + beta over the last axis, "
+    "with the biased variance.",
 )
-rms_norm = _dispatch("rms_norm", _rms_norm, "rms_norm(x, gamma, eps=...): gamma * x / sqrt(mean(x**2) + eps) over the last axis.")
+rms_norm = _dispatch(
+    "rms_norm", _rms_norm, "rms_norm(x, gamma, eps=...): gamma * x / sqrt(mean(x**2) + eps) over the last axis."
+)
 l2_norm = _dispatch("l2_norm", _l2_norm, "l2_norm(x, eps=...): x / sqrt(sum(x**2) + eps) over the last axis.")
 dot = _dispatch("dot", lambda x, y: (x * y).sum(-1), "Inner product over the last axis.")
 where = _dispatch("where", torch.where, "where(condition, x, y): x where the condition holds, otherwise y.")
@@ -92,7 +97,7 @@ def elementwise(expression: sympy.Expr) -> Callable[..., Any]:
     """
     expression = sympy.sympify(expression)
     symbols = sorted(expression.free_symbols, key=lambda s: s.name)
-    meaning = sympy.lambdify(symbols, expression, modules=[_TORCH_NAMES, "math"], cse=True)
+    meaning = sympy.lambdify(symbols, expression, modules=[_TORCH_NAMES, "numpy"], cse=True)
 
     def operation(*operands: Any) -> Any:
         if len(operands) != len(symbols):
@@ -106,21 +111,24 @@ def elementwise(expression: sympy.Expr) -> Callable[..., Any]:
     return operation
 
 
-def _select(conditions: list[Any], values: list[Any], default: Any = None) -> Any:
-    """`numpy.select` on tensors: what SymPy prints a Piecewise as."""
-    shape_of = next((x for x in (*conditions, *values) if isinstance(x, torch.Tensor)), None)
-    result: Any = float("nan") if default is None else default
+def _select(conditions: list[Any], values: list[Any], default: float = float("nan")) -> Any:
+    """`numpy.select` on tensors and numbers: what SymPy prints a Piecewise as."""
+    like = next((x for x in values if isinstance(x, torch.Tensor)), None)
+    if like is None:
+        like = next(c for c in conditions if isinstance(c, torch.Tensor)).double()
+    result = torch.as_tensor(default, dtype=like.dtype)
     for condition, value in zip(reversed(conditions), reversed(values), strict=True):
-        if not isinstance(condition, torch.Tensor):
-            result = value if condition else result
-            continue
-        result = torch.where(condition, torch.as_tensor(value, dtype=shape_of.dtype), torch.as_tensor(result, dtype=shape_of.dtype))
+        value = torch.as_tensor(value, dtype=like.dtype)
+        result = torch.where(torch.as_tensor(condition), value, result)
     return result
 
 
 def _extreme(pick: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    def meaning(*operands: Any) -> Any:
-        result, *rest = (torch.as_tensor(x, dtype=torch.float64) for x in operands)
+    """`numpy.amax((x, y), axis=0)` on tensors and numbers: what SymPy prints Max and Min as."""
+
+    def meaning(operands: tuple[Any, ...], axis: int = 0) -> Any:
+        like = next(x for x in operands if isinstance(x, torch.Tensor))
+        result, *rest = (torch.as_tensor(x, dtype=like.dtype) for x in operands)
         for x in rest:
             result = pick(result, x)
         return result
@@ -129,6 +137,14 @@ def _extreme(pick: Callable[..., torch.Tensor]) -> Callable[..., Any]:
 
 
 _TORCH_NAMES: dict[str, Any] = {
-    name: getattr(torch, name)
-    for name in ("exp", "log", "sqrt", "tanh", "sin", "cos", "tan", "sinh", "cosh", "erf", "sign", "atan", "asinh", "sigmoid")
-} | {"Abs": torch.abs, "Max": _extreme(torch.maximum), "Min": _extreme(torch.minimum), "select": _select}
+    **{
+        name: getattr(torch, name)
+        for name in (
+            *("exp", "log", "sqrt", "tanh", "sin", "cos", "tan", "sinh", "cosh", "erf", "sign", "sigmoid", "abs"),
+            *("less", "less_equal", "greater", "greater_equal"),
+        )
+    },
+    "amax": _extreme(torch.maximum),
+    "amin": _extreme(torch.minimum),
+    "select": _select,
+}

@@ -1,7 +1,7 @@
 """Tracing: the user's own functions, run on `Traced` values, build the IR.
 
-The user's surface is positional, as in NumPy; axes get their names here. `state("D", "D")` has the axes D and D1; elementwise
-operations align by position and rename. A value that the user bound to a name keeps it.
+The user's surface is positional, as in NumPy; axes get their names here. `state("D", "D")` has the axes D and D1;
+elementwise operations align by position and rename. A value that the user bound to a name keeps it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from tttc.ir.scalars import Formula, adopt, formula_name
 
 
 class Traced:
-    """A value of the user's functions while they are traced: an expression, and its axes in the order of its dimensions."""
+    """A value of the user's functions while they are traced: an expression, and its axes in the order of its
+    dimensions.
+    """
 
     __array_priority__ = 1000
 
@@ -101,13 +103,17 @@ class Traced:
         raise _unsupported("a Python `if`, `and`, `or` or `not` on a value", "Use tttc.where(condition, x, y).")
 
     def __iter__(self) -> Iterator[Any]:
-        raise _unsupported("iterating over a value", "Write the operation on the whole vector, or contract it with `@`.")
+        raise _unsupported(
+            "iterating over a value", "Write the operation on the whole vector, or contract it with `@`."
+        )
 
     def __getitem__(self, index: Any) -> Traced:
         raise _unsupported("indexing a value", "Declare the parts as states, params or tokens of their own.")
 
     def __float__(self) -> float:
-        raise _unsupported("turning a value into a number", "Keep it as a value; sizes of dims are known only to tttc.compile.")
+        raise _unsupported(
+            "turning a value into a number", "Keep it as a value; sizes of dims are known only to tttc.compile."
+        )
 
     __int__ = __float__
 
@@ -127,7 +133,7 @@ def _exp(x: Traced) -> Traced:
     return Traced(b.apply("exp", x.expr), x.axes)
 
 
-# -- values --------------------------------------------------------------------------------------------------------------
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 def lift(x: Any) -> Traced:
@@ -151,14 +157,18 @@ def leaf_axes(dims: Sequence[str]) -> Axes:
 
 
 def _aligned(operands: Sequence[Traced], what: str) -> tuple[list[Expr], Axes]:
-    """Rename axes so that positions agree from the last dimension backwards, as NumPy broadcasts; the axes of the result."""
+    """Rename axes so that positions agree from the last dimension backwards, as NumPy broadcasts; the axes of the
+    result.
+    """
     widest = max(operands, key=lambda o: len(o.axes))
     renamed = []
     for operand in operands:
         own = widest.axes[len(widest.axes) - len(operand.axes) :]
         if any(a.size != t.size for a, t in zip(operand.axes, own, strict=True)):
             pair = (operand, widest) if operands.index(operand) < operands.index(widest) else (widest, operand)
-            raise _shape_error(f"cannot {what}", pair, "Declare both alike, or contract the axis that is too many with `@`.")
+            raise _shape_error(
+                f"cannot {what}", pair, "Declare both alike, or contract the axis that is too many with `@`."
+            )
         renamed.append(b.rename(operand.expr, dict(zip(operand.axes, own, strict=True))))
     return renamed, widest.axes
 
@@ -197,7 +207,7 @@ def _shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeErr
     return ShapeError(f"{what} {shapes}.{place}\n  {remedy}")
 
 
-# -- operations ----------------------------------------------------------------------------------------------------------
+# -- operations --------------------------------------------------------------------------------------------------------
 
 
 def trace(name: str, operands: Sequence[Any], settings: Mapping[str, Any]) -> Traced:
@@ -272,7 +282,7 @@ def apply_formula(body: sympy.Expr, symbols: Sequence[sympy.Symbol], operands: S
     return Traced(Expr("map", tuple(renamed), Formula(formula_name(adopted), tuple(real), adopted)), axes)
 
 
-# -- names ---------------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The declaration: what a user writes to define a Test-Time-Training variant.
 
-A `Variant` subclass lists its fast weights (`state`), slow weights (`param`) and per-token inputs (`gate`, `token`), and
-defines `learner` and `loss`. The class runs: bound to float64 torch tensors it *is* the definition of correct
+A `Variant` subclass lists its fast weights (`state`), slow weights (`param`) and per-token inputs (`gate`, `token`),
+and defines `learner` and `loss`. The class runs: bound to float64 torch tensors it *is* the definition of correct
 (`tttc/reference.py`); bound to traced values it gives the compiler the same two functions (`tttc/trace.py`).
 """
 
@@ -94,8 +94,8 @@ def _rate_of(rates: Rates, state: str) -> Rate:
 def state(*dims: str, init: Init = 0.0) -> Any:
     """Declare a fast weight, trained at test time: `W = tttc.state("D", "F")`.
 
-    `dims` are the names of its axes. `init` (a number, or a function `init(shape, generator)` such as `tttc.normal(0.02)`)
-    is where it starts when a call gives no state.
+    `dims` are the names of its axes. `init` (a number, or a function `init(shape, generator)` such as
+    `tttc.normal(0.02)`) is where it starts when a call gives no state.
     """
     return StateSpec(dims, init, _declared_at())
 
@@ -111,13 +111,19 @@ def token(*dims: str) -> Any:
 
 
 def gate(
-    name: str, per: str = "token", *, axis: str = "D", activation: str = "sigmoid", scale: float | str = 1.0, by: str = "hidden"
+    name: str,
+    per: str = "token",
+    *,
+    axis: str = "D",
+    activation: str = "sigmoid",
+    scale: float | str = 1.0,
+    by: str = "hidden",
 ) -> Any:
     """Declare a per-token input named `name`: [B, T, H], or [B, T, H, axis] with `per="channel"`.
 
     The keywords say how `tttc.nn.TTT` makes it: `by="hidden"`, scale * activation(hidden @ weight + bias), or
-    `by="position"`, max(1 / i + learned_i, 0) for the i-th token of a mini-batch (arXiv:2407.04620). `activation` is one of
-    sigmoid, softplus, tanh, exp, none; `scale` a number or an expression of the dims such as "1/D".
+    `by="position"`, max(1 / i + learned_i, 0) for the i-th token of a mini-batch (arXiv:2407.04620). `activation` is
+    one of sigmoid, softplus, tanh, exp, none; `scale` a number or an expression of the dims such as "1/D".
     """
     return GateSpec(name, per, axis, activation, scale, by, _declared_at())
 
@@ -125,8 +131,9 @@ def gate(
 def sgd(lr: Rates, read_scale: Rates | None = None) -> SGD:
     """Gradient descent: W_t = W_start - tau_t * sum_{s <= t} lr_s * g_s.
 
-    `lr` scales each source token s, `read_scale` (tau) each reading token t; each is a gate, a number, a `param` without axes,
-    or a dict from state name to one of these. The state handed to the next mini-batch uses tau of the last token.
+    `lr` scales each source token s, `read_scale` (tau) each reading token t; each is a gate, a number, a `param`
+    without axes, or a dict from state name to one of these. The state handed to the next mini-batch uses tau of the
+    last token.
     """
     return SGD(lr, read_scale, _declared_at())
 
@@ -206,8 +213,8 @@ class Signature:
     @property
     def dims(self) -> tuple[str, ...]:
         """Every dim name that the declaration mentions, q, k and v first."""
-        specs = (*self.tokens.values(), *self.states.values(), *self.params.values(), *self.gates.values())
-        return tuple(dict.fromkeys(dim for spec in specs for dim in spec.dims))
+        groups: tuple[Mapping[str, Any], ...] = (self.tokens, self.states, self.params, self.gates)
+        return tuple(dict.fromkeys(dim for group in groups for spec in group.values() for dim in spec.dims))
 
     def rate_name(self, rate: ParamSpec) -> str:
         """The attribute that a `param` used inside `update` was declared as."""
@@ -229,7 +236,7 @@ def read_declaration(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
     params = {name: spec for name, spec in declared.items() if isinstance(spec, ParamSpec)}
     tokens = {name: TokenSpec(("D",)) for name in ("q", "k", "v")}
     tokens |= {name: spec for name, spec in declared.items() if isinstance(spec, TokenSpec)}
-    attribute_gates = {name: spec for name, spec in declared.items() if isinstance(spec, GateSpec)}
+    attribute_gates: dict[str, GateSpec] = {name: spec for name, spec in declared.items() if isinstance(spec, GateSpec)}
 
     update = variant.update
     problems = list(_setting_problems(variant, states))
@@ -281,11 +288,15 @@ def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -
         problems.append(Problem(f"anchor is {variant.anchor!r}.", remedy, where))
     if variant.steps != 1:
         problems.append(
-            Problem(f"steps is {variant.steps!r}.", "Only one inner step per mini-batch is supported: steps = 1.", where)
+            Problem(
+                f"steps is {variant.steps!r}.", "Only one inner step per mini-batch is supported: steps = 1.", where
+            )
         )
     if not isinstance(variant.update, SGD):
         problems.append(
-            Problem(f"update is {variant.update!r}.", 'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).', where)
+            Problem(
+                f"update is {variant.update!r}.", 'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).', where
+            )
         )
     return problems
 
@@ -296,7 +307,9 @@ def _rate_problems(
     problems = []
     for role, rate in rates:
         if isinstance(rate, GateSpec) and rate.per not in ("token", "channel"):
-            problems.append(Problem(f"gate `{rate.name}` is per {rate.per!r}.", 'Use per="token" or "channel".', rate.where))
+            problems.append(
+                Problem(f"gate `{rate.name}` is per {rate.per!r}.", 'Use per="token" or "channel".', rate.where)
+            )
         elif isinstance(rate, GateSpec) and rate.per == "channel":
             problems.append(
                 Problem(
@@ -321,7 +334,8 @@ def _rate_problems(
         if isinstance(per_state, Mapping) and set(per_state) != set(states):
             problems.append(
                 Problem(
-                    f"{role} is given for {', '.join(sorted(per_state)) or 'nothing'}, but the states are {', '.join(states)}.",
+                    f"{role} is given for {', '.join(sorted(per_state)) or 'nothing'}, "
+                    f"but the states are {', '.join(states)}.",
                     f"Give {role} for each state, or one for all of them.",
                     update.where,
                 )
@@ -338,7 +352,9 @@ def _name_problems(
         for name, spec in specs.items():
             if name in seen and seen[name] != role:
                 problems.append(
-                    Problem(f"`{name}` is both a {seen[name]} and a {role}.", "Give one of them another name.", spec.where)
+                    Problem(
+                        f"`{name}` is both a {seen[name]} and a {role}.", "Give one of them another name.", spec.where
+                    )
                 )
             seen[name] = role
             bad = [d for d in spec.dims if not (isinstance(d, str) and d.isidentifier() and d[0].isupper())]

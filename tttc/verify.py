@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,7 +45,8 @@ class Verification:
         width = max(len(r.name) for r in self.rows)
         lines = [f"{self.variant}: {'equal to the oracle' if self.ok else 'DIFFERS from the oracle'} ({self.settings})"]
         lines += [
-            f"  {r.name:<{width}}  {r.error:8.1e}  {'ok' if r.ok else f'more than {r.tolerance:.0e}'}" for r in self.rows
+            f"  {r.name:<{width}}  {r.error:8.1e}  {'ok' if r.ok else f'more than {r.tolerance:.0e}'}"
+            for r in self.rows
         ]
         return "\n".join(lines)
 
@@ -60,6 +62,10 @@ class Inputs:
     params: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor]
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments beside q, k and v."""
+        return {"gates": self.gates, "params": self.params, "state": self.state, "tokens": self.tokens}
 
     def named(self) -> dict[str, torch.Tensor]:
         return {"q": self.q, "k": self.k, "v": self.v, **self.tokens, **self.gates, **self.params, **self.state}
@@ -84,9 +90,8 @@ def verify(
     sizes = default_dims(declared, 8) | dict(dims or {})
     inputs = random_inputs(declared, sizes, batch, tokens, heads, seed)
     layer = compile(variant, sizes, torch.float64, chunk=chunk, checkpoint=checkpoint)
-    keywords = {"gates": inputs.gates, "params": inputs.params, "state": inputs.state, "tokens": inputs.tokens}
-    z, final = layer(inputs.q, inputs.k, inputs.v, **keywords)
-    z_true, final_true = reference(variant, inputs.q, inputs.k, inputs.v, **keywords)
+    z, final = layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())
+    z_true, final_true = reference(variant, inputs.q, inputs.k, inputs.v, **inputs.keywords())
     rows = [Row("z", relative_error(z, z_true), OUTPUT_TOLERANCE)]
     rows += [Row(f"state {n}", relative_error(final[n], w), OUTPUT_TOLERANCE) for n, w in final_true.items()]
     found = gradients(z, dict(final), inputs.named(), seed)
@@ -105,7 +110,9 @@ def default_dims(declared: Signature, width: int) -> dict[str, int]:
 def random_inputs(
     declared: Signature, dims: Mapping[str, int], batch: int, tokens: int, heads: int, seed: int = 0
 ) -> Inputs:
-    """Inputs of unit scale, weights scaled by the width that they contract, gates in (0, 0.5), for which no rule diverges."""
+    """Inputs of unit scale, weights scaled by the width that they contract, gates in (0, 0.5), for which no rule
+    diverges.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -116,10 +123,13 @@ def random_inputs(
 
     vectors = {n: normal(batch, tokens, heads, *sizes(s.dims)) for n, s in declared.tokens.items()}
     gates = {}
-    for n, s in declared.gates.items():
-        raw = torch.rand((batch, tokens, heads, *sizes(s.dims)), generator=generator, dtype=torch.float64)
+    for n, gate in declared.gates.items():
+        raw = torch.rand((batch, tokens, heads, *sizes(gate.dims)), generator=generator, dtype=torch.float64)
         gates[n] = (raw * 0.5 / dims["D"] ** 0.5 + 0.01).requires_grad_()
-    params = {n: (1.0 + normal(heads, *sizes(s.dims), scale=0.3)).detach().requires_grad_() for n, s in declared.params.items()}
+    params = {
+        n: (1.0 + normal(heads, *sizes(s.dims), scale=0.3)).detach().requires_grad_()
+        for n, s in declared.params.items()
+    }
     state = {}
     for n, s in declared.states.items():
         scale = 0.5 / dims[s.dims[0]] ** 0.5 if s.dims else 0.5

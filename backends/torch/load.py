@@ -33,9 +33,7 @@ class TorchScan:
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
         carried, fixed = len(self.scan.carry), len(self.scan.fixed)
         if self.scan.loops:
-            return tuple(
-                self._call("_adjoint")(saved, *inputs[carried:], *cotangents, self._chunk(inputs), checkpoint)
-            )
+            return tuple(self._call("_adjoint")(saved, *inputs[carried:], *cotangents, self._chunk(inputs), checkpoint))
         zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
         return tuple(self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros))
 

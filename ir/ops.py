@@ -215,7 +215,7 @@ _row(
         lambda n, sizes, v: np.take(v, -1, axis=n.src[0].axes.index(n.arg)),
         lambda g, y, x: (b.put_last(g, y.arg),),
         "linear",
-        hint="last",
+        hint="end",
     )
 )
 _row(

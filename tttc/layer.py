@@ -185,8 +185,8 @@ class Layer:
         B, T, H = call.batch, call.tokens, call.heads
         if T == 0:
             empty = call.sequences["q"].new_zeros(B, 0, H, *(self.dims[d] for d in self._width))
-            return _attached(empty, call), call.state
-        b = self._mini_batch(T)
+            return _attached(empty, call), call.state.map(call.unflatten)
+        b = None if self._plan.mini_batch in ("T", None) else int(self._plan.mini_batch)
         weights, position = call.state.weights, call.state.position
         start, summed = (call.state.start, call.state.summed) if position else (weights, call.zeros())
         outputs: list[torch.Tensor] = []
@@ -206,15 +206,8 @@ class Layer:
             now = stop
         z = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
         z = z.unflatten(0, (B, H)).transpose(1, 2)
-        after = State(call.unflatten(weights), position)
-        if position:
-            after.start, after.summed = call.unflatten(start), call.unflatten(summed)
-        return z, after
-
-    def _mini_batch(self, tokens: int) -> int | None:
-        """Tokens of a mini-batch; None where it never ends."""
-        b = self._plan.mini_batch
-        return None if b in ("T", None) else int(b)
+        after = State(weights, position, start, summed) if position else State(weights)
+        return z, after.map(call.unflatten)
 
     def _whole_until(self, now: int, tokens: int, b: int | None) -> int:
         """The end of the whole mini-batches that one scan can take from here."""
@@ -242,12 +235,13 @@ class Layer:
         inputs = [call.value(p, values, now, stop) for p in self._params[name]]
         sequence = [p for p in self._params[name] if p.arg[0].at]
         checkpoint = self._checkpoint(stop - now) if sequence else 0
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+            outputs, _ = self._scans[name].forward(inputs, stop - now)  # nothing but the first carry is kept
+            return outputs
         return _Run.apply(self._scans[name], checkpoint, *inputs)
 
     def _checkpoint(self, tokens: int) -> int:
-        """Chunks between two kept states: about the square root of their number, or what was asked for; 0 keeps
-        everything.
-        """
+        """Chunks between two kept states, about the square root of their number unless given; 0 keeps everything."""
         if self.checkpoint is None or self.checkpoint == 0:
             return 0
         if self.checkpoint != "auto":
@@ -278,8 +272,8 @@ class _Call:
         self.layer = layer
         declared = layer.signature
         given = {"q": q, "k": k, "v": v, **tokens}
-        self._named("token", given, declared.tokens, optional=())
-        self._named("gate", gates, declared.gates, optional=())
+        self._named("token", given, declared.tokens)
+        self._named("gate", gates, declared.gates)
         for name, x in {**given, **gates}.items():
             self._tensor(name, x)
         if q.dim() < 3:
@@ -291,7 +285,7 @@ class _Call:
             self._shape(name, gates[name], gate.dims, None)
         if params is None:
             params = layer.init_params()
-        self._named("param", params, declared.params, optional=())
+        self._named("param", params, declared.params)
         self.sequences = {n: self._flat_sequence(x) for n, x in {**given, **gates}.items()}
         self.params = {
             n: self._flat(n, params[n], len(s.dims), self._dims(s.dims), batched=False)
@@ -302,7 +296,7 @@ class _Call:
     def _state(self, state: State | Mapping[str, torch.Tensor] | None) -> State:
         specs = self.layer.signature.states
         values: Mapping[str, torch.Tensor] = self.layer.init_state() if state is None else state
-        self._named("state", values, specs, optional=())
+        self._named("state", values, specs)
 
         def flat(group: Mapping[str, torch.Tensor]) -> Tensors:
             return {n: self._flat(n, group[n], len(s.dims), self._dims(s.dims), batched=True) for n, s in specs.items()}
@@ -332,8 +326,9 @@ class _Call:
     def zeros(self) -> Tensors:
         return {n: torch.zeros_like(w) for n, w in self.state.weights.items()}
 
-    def unflatten(self, group: Tensors) -> Tensors:
-        return {n: x.unflatten(0, (self.batch, self.heads)) for n, x in group.items()}
+    def unflatten(self, x: torch.Tensor) -> torch.Tensor:
+        """[G, ...] -> [B, H, ...]."""
+        return x.unflatten(0, (self.batch, self.heads))
 
     def value(self, p: Expr, values: Tensors, now: int, stop: int) -> torch.Tensor:
         """The tensor of one parameter of a scan."""
@@ -387,10 +382,8 @@ class _Call:
     def _error(self, what: str, remedy: str) -> ShapeError:
         return ShapeError(f"variant `{self.layer.signature.name}`: {what}.\n  {remedy}")
 
-    def _named(
-        self, role: str, given: Mapping[str, Any], declared: Mapping[str, Any], optional: tuple[str, ...]
-    ) -> None:
-        missing = [n for n in declared if n not in given and n not in optional]
+    def _named(self, role: str, given: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
+        missing = [n for n in declared if n not in given]
         unknown = [n for n in given if n not in declared]
         if not missing and not unknown:
             return

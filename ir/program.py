@@ -197,6 +197,8 @@ class Program:
     dtype: str = "f64"
     names: Mapping[Expr, str] = field(default_factory=lambda: MappingProxyType({}))
     update: Update | None = None
+    title: str = ""
+    """The name of the declaration, for messages."""
     per_token: tuple[Function, ...] = ()
     """The functions `gradient` and `output` of one token, kept from the primal stage on for those that rearrange
     them.

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from tttc.backends import torch as torch_backend
-from tttc.compile import Entry, Options, refuse, run_pipeline
+from tttc.compile import Entry, Options, checked_signature, refuse, run_pipeline
 from tttc.errors import DeclarationError, ShapeError
 from tttc.layer import Layer
-from tttc.variant import Signature, Variant, signature
+from tttc.variant import Signature, Variant
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 BACKENDS = ("auto", "torch")
@@ -45,7 +45,7 @@ def compile(
         ShapeError: if a dim is missing or not positive.
         BackendRefusal: if the backend named cannot run the program.
     """
-    declared = signature(variant)
+    declared = checked_signature(variant)
     sizes = _checked_dims(declared, dims)
     if dtype not in DTYPES:
         raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")

@@ -36,7 +36,7 @@ from tttc.ir.schedule import schedule
 from tttc.ir.simplify import renamed_hints, simplify
 from tttc.ir.verify import verify
 from tttc.trace import Traced, captured_names, leaf_axes, lift
-from tttc.variant import GateSpec, ParamSpec, Rate, Signature, Variant, read_declaration
+from tttc.variant import SGD, GateSpec, ParamSpec, Rate, Signature, Variant, is_dim, read_declaration
 
 COMPOSITES = tuple(op.name for op in OPS.values() if op.lower)
 
@@ -155,7 +155,7 @@ def _declared_program(declared: Signature, options: Options) -> tuple[Program | 
             Problem(f"loss returns [{shape}], not a scalar.", "Reduce it: tttc.sum(...) or tttc.mean(...).")
         )
     if problems or loss is None or output is None:
-        return None, problems
+        return None, _merged(problems)
     z = leaf("z", "output", output.axes)
     update = _update_rule(declared, states, params, gates)
     program = Program(
@@ -169,8 +169,22 @@ def _declared_program(declared: Signature, options: Options) -> tuple[Program | 
         options.dtype,
         names,
         update,
+        title=declared.name,
     )
     return program, []
+
+
+def _merged(problems: list[Problem]) -> list[Problem]:
+    """A line that several functions run is one problem: `in loss and output: ...`."""
+    functions: dict[tuple[str, str, SourceLine | None], list[str]] = {}
+    for p in problems:
+        function, separator, what = p.what.removeprefix("in ").partition(": ")
+        key = (what, p.remedy, p.where) if separator and p.what.startswith("in ") else (p.what, p.remedy, p.where)
+        functions.setdefault(key, []).append(function if key[0] == what else "")
+    return [
+        Problem(f"in {' and '.join(names)}: {what}" if names[0] else what, remedy, where)
+        for (what, remedy, where), names in functions.items()
+    ]
 
 
 def _traced(
@@ -179,11 +193,18 @@ def _traced(
     try:
         return lift(getattr(bound, name)(*(Traced(e) for e in arguments)))
     except DeclarationError as error:
-        problems.append(Problem(f"{error}.", f"Define `{name}` or what it calls.", None))
+        what = str(error).removeprefix(f"variant `{declared.name}` ")
+        problems.append(Problem(f"the class {what}.", "Define it as a method of the class."))
     except TTTCError as error:
         what, _, remedy = f"in {name}: {error}".rpartition("\n  ")
         problems.append(Problem(what or str(error), remedy))
-    except Exception as error:  # the user's own code may raise anything; say where, and keep the cause
+    except AttributeError as error:
+        known = [*declared.states, *declared.params, *declared.attributes]
+        known += [n for n in declared.tokens if n not in ("q", "k", "v")]
+        near = difflib.get_close_matches(str(error.name), known, 1, 0.0)
+        remedy = f"Declare it on the class, or write one of {', '.join(known)}" + (f": `{near[0]}`?" if near else ".")
+        problems.append(Problem(f"in {name}: `{error.name}` is not declared.", remedy, _user_line(error)))
+    except Exception as error:  # the user's own code may raise anything; say where
         what = f"in {name}: {type(error).__name__}: {error}"
         problems.append(
             Problem(what, "The function must run on traced values: only operations of tttc on them.", _user_line(error))
@@ -251,7 +272,7 @@ def differentiate(program: Program, options: Options) -> Program:
     if not any(g is not None for g in found):
         states = ", ".join(w.arg[0].name for w in update.states)
         raise NotDifferentiable(
-            f"variant `{program.name}`: the loss does not depend on any state ({states}).\n"
+            f"variant `{program.title}`: the loss does not depend on any state ({states}).\n"
             "  Let `loss` call `self.learner(k)`, or read a state in it."
         )
     assigns = []
@@ -313,19 +334,36 @@ def run_pipeline(declared: Signature, options: Options) -> History:
 
 def check(variant: type[Variant]) -> list[Problem]:
     """Everything wrong with a declaration, without compiling it; an empty list when it is fine."""
-    declared, problems = read_declaration(variant)
-    if problems:
-        return problems
-    options = Options(dict.fromkeys(declared.dims, 2), "f64")
-    program, problems = _declared_program(declared, options)
+    declared, program, problems = _examined(variant)
     if problems or program is None:
         return problems
     try:
-        differentiate(program, options)
+        differentiate(program, _smallest(declared))
     except NotDifferentiable as error:
         what, _, remedy = str(error).partition("\n  ")
-        return [Problem(what, remedy)]
+        return [Problem(what.removeprefix(f"variant `{declared.name}`: "), remedy)]
     return []
+
+
+def checked_signature(variant: type[Variant]) -> Signature:
+    """The signature of a declaration without problems; raises `DeclarationError` with all of them at once."""
+    declared, _, problems = _examined(variant)
+    if problems:
+        raise DeclarationError(problems_text(declared.name, problems))
+    return declared
+
+
+def _examined(variant: type[Variant]) -> tuple[Signature, Program | None, list[Problem]]:
+    """Problems of the settings and, where the axes are named at all, of the functions."""
+    declared, problems = read_declaration(variant)
+    if not isinstance(declared.update, SGD) or not all(map(is_dim, declared.dims)):
+        return declared, None, problems
+    program, found = _declared_program(declared, _smallest(declared))
+    return declared, program, problems + found
+
+
+def _smallest(declared: Signature) -> Options:
+    return Options(dict.fromkeys(declared.dims, 2), "f64")
 
 
 # -- meaning -----------------------------------------------------------------------------------------------------------

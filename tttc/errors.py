@@ -29,7 +29,7 @@ class ShapeError(TTTCError, ValueError):
     """Two shapes that do not fit: in a declaration, or between a declaration and a call."""
 
 
-class NotDifferentiable(TTTCError):
+class NotDifferentiable(DeclarationError):
     """A loss through which no gradient to any fast weight exists."""
 
 

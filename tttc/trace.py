@@ -16,7 +16,7 @@ import sympy
 
 from tttc.errors import ShapeError, TTTCError, users_line
 from tttc.ir import build as b
-from tttc.ir.expr import Axes, Axis, Expr, const
+from tttc.ir.expr import Axes, Axis, Expr, const, leaves
 from tttc.ir.scalars import Formula, adopt, formula_name
 
 
@@ -204,7 +204,15 @@ def _shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeErr
     shapes = " and ".join("[" + ", ".join(o.shape) + "]" for o in operands)
     line = users_line()
     place = f"\n{line.shown()}" if line else ""
-    return ShapeError(f"{what} {shapes}.{place}\n  {remedy}")
+    origins = {dim: origin for o in operands for dim in o.shape if (origin := _origin(o.expr, dim))}
+    whence = "; ".join(f"{dim} comes from {origin}" for dim, origin in origins.items())
+    return ShapeError(f"{what} {shapes}.{place}" + (f"\n    {whence}" if whence else "") + f"\n  {remedy}")
+
+
+def _origin(e: Expr, dim: str) -> str:
+    """The declared value that brought a dim into an expression."""
+    found = [x.arg[0] for x in leaves([e]) if dim in (a.size for a in x.axes)]
+    return f"{found[-1].role} {found[-1].name}" if found else ""
 
 
 # -- operations --------------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ class GateSpec:
         return float(self.scale)
 
 
+Spec = StateSpec | ParamSpec | TokenSpec | GateSpec
 Rate = GateSpec | ParamSpec | float | int
 Rates = Rate | Mapping[str, Rate]
 
@@ -211,10 +212,14 @@ class Signature:
         return self.variant.__name__
 
     @property
+    def specs(self) -> tuple[Spec, ...]:
+        """Everything declared with axes: tokens (q, k and v first), states, params, gates."""
+        return (*self.tokens.values(), *self.states.values(), *self.params.values(), *self.gates.values())
+
+    @property
     def dims(self) -> tuple[str, ...]:
-        """Every dim name that the declaration mentions, q, k and v first."""
-        groups: tuple[Mapping[str, Any], ...] = (self.tokens, self.states, self.params, self.gates)
-        return tuple(dict.fromkeys(dim for group in groups for spec in group.values() for dim in spec.dims))
+        """Every dim name that the declaration mentions, those of q, k and v first."""
+        return tuple(dict.fromkeys(dim for spec in self.specs for dim in spec.dims))
 
     def rate_name(self, rate: ParamSpec) -> str:
         """The attribute that a `param` used inside `update` was declared as."""
@@ -357,8 +362,7 @@ def _name_problems(
                     )
                 )
             seen[name] = role
-            bad = [d for d in spec.dims if not (isinstance(d, str) and d.isidentifier() and d[0].isupper())]
-            if bad:
+            if not all(map(is_dim, spec.dims)):
                 problems.append(
                     Problem(
                         f"{role} `{name}` has the dims {spec.dims!r}.",
@@ -366,7 +370,7 @@ def _name_problems(
                         spec.where,
                     )
                 )
-            reserved = sorted({"B", "H", "T", "C"} & set(spec.dims))
+            reserved = sorted({"B", "H", "T", "C"} & {d for d in spec.dims if isinstance(d, str)})
             if reserved:
                 problems.append(
                     Problem(
@@ -376,6 +380,11 @@ def _name_problems(
                     )
                 )
     return problems
+
+
+def is_dim(name: Any) -> bool:
+    """A dim is a name that starts with a capital."""
+    return isinstance(name, str) and name.isidentifier() and name[0].isupper()
 
 
 def _class_line(variant: type[Variant]) -> SourceLine | None:

@@ -436,7 +436,8 @@ def _block_text(block: Block, program: Program, namer: Namer, indent: str, lengt
             axes = targets[step.target].axes
             shown = f"{step.name}[{step.target.at}]" if step.target.at else step.name
         value = printer.ordered(step.value, axes).text
-        annotation = f": {type_text(axes, program.dtype)}" if step.target is None else ""
+        new = step.target is None or step.target.role == "saved"
+        annotation = f": {type_text(axes, program.dtype)}" if new else ""
         lines.append(f"{indent}{shown}{annotation} = {value}")
         if step.target is None or (step.target.at is None and step.value.axes == axes and _worth_a_name(step.value)):
             printer.names[step.value] = step.name

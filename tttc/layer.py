@@ -12,6 +12,7 @@ import torch
 from tttc.backends.interface import CompiledScan
 from tttc.compile import History
 from tttc.errors import NonFinite, ShapeError, StateMismatch
+from tttc.explain import explain
 from tttc.ir.expr import Expr
 from tttc.variant import Signature
 
@@ -122,11 +123,9 @@ class Layer:
         dims = ", ".join(f"{d}={n}" for d, n in self.dims.items())
         return f"Layer({self.signature.name}, {dims}, {self.dtype}, {self.device}, backend={self.backend})"
 
-    def explain(self, latex: bool = False) -> str:
-        """The mathematics stage by stage, the costs, and why this backend was taken."""
-        from tttc.explain import explain
-
-        return explain(self, latex=latex)
+    def explain(self, latex: bool = False, stages: Sequence[str] | None = None) -> str:
+        """The mathematics stage by stage (or of `stages`), the costs, and why this backend was taken; or as LaTeX."""
+        return explain(self, latex=latex, stages=stages)
 
     def init_params(self, generator: torch.Generator | None = None) -> Tensors:
         """Initial values of the params, each [*dims]."""

@@ -1,0 +1,77 @@
+"""What every test runs under: one thread per worker, deterministic examples, poisoned memory, golden texts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# The same examples in every run; `--hypothesis-profile=explore` draws new ones.
+_common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile("repeatable", derandomize=True, database=None, max_examples=25, **_common)
+settings.register_profile("explore", derandomize=False, max_examples=500, **_common)
+settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden instead of comparing with it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores, so each has one thread."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU that torch can use")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh tensors hold NaN, so that a value which is never written cannot look right by chance."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*arguments: object, **settings: object) -> torch.Tensor:
+        made = allocate(*arguments, **settings)
+        if made.is_floating_point() and not made.is_meta:
+            with torch.no_grad():
+                made.fill_(float("nan"))
+        return made
+
+    return poisoned
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with tests/golden/<name>.txt, or write it there with --update-golden."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        text = _anywhere(text, request.path).rstrip("\n") + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return
+        assert path.exists(), f"{path} is missing; write it with --update-golden"
+        assert text == path.read_text(), f"the wording differs from {path}; --update-golden accepts the new one"
+
+    return compare
+
+
+def _anywhere(text: str, file: Path) -> str:
+    """Without the folder of the test file, and without line numbers, which move at every edit of it."""
+    for folder in (str(file.parent), os.path.relpath(file.parent)):
+        text = text.replace(f"{folder}{os.sep}", "")
+    return re.sub(rf"\b{re.escape(file.name)}:\d+", f"{file.name}:<line>", text)

@@ -1,0 +1,103 @@
+"""What several test files share: the variants, compiled layers, and the comparison with the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+import tttc
+from tttc import library
+from tttc.layer import Layer, State
+from tttc.reference import reference
+from tttc.variant import Variant, signature
+from tttc.verify import (
+    GRADIENT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    Inputs,
+    gradients,
+    random_inputs,
+    relative_error,
+)
+
+VARIANTS = {name: getattr(library, name) for name in library.__all__}
+CAUSAL_READS = ("after", "before", "start")
+READS = (*CAUSAL_READS, "end")
+MINI_BATCHES = (1, 4, 16, "all")
+
+
+class Result(NamedTuple):
+    """What is compared: outputs, final weights, and the gradient of a random function of both, by input."""
+
+    z: torch.Tensor
+    final: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+
+def dims_of(variant: type[Variant], D: int, F: int | None = None) -> dict[str, int]:
+    """Sizes for the dims of a variant: F as given, or 4 * D; every other dim is D."""
+    hidden = 4 * D if F is None else F
+    return {d: hidden if d == "F" else D for d in signature(variant).dims}
+
+
+@lru_cache(maxsize=None)
+def compiled(name: str, D: int = 3, F: int | None = None, *, chunk: Any = None, checkpoint: Any = "auto", **settings: Any) -> Layer:
+    """A library variant with other settings, compiled in float64; each combination once per worker."""
+    variant = VARIANTS[name].replace(**settings)
+    return tttc.compile(variant, dims_of(variant, D, F), torch.float64, chunk=chunk, checkpoint=checkpoint)
+
+
+def inputs_for(layer: Layer, tokens: int, *, batch: int = 1, heads: int = 1, seed: int = 0) -> Inputs:
+    return random_inputs(layer.signature, layer.dims, batch, tokens, heads, seed)
+
+
+def keywords(inputs: Inputs) -> dict[str, Any]:
+    return {"gates": inputs.gates, "params": inputs.params, "state": inputs.state, "tokens": inputs.tokens}
+
+
+def result_of(z: torch.Tensor, final: Mapping[str, torch.Tensor], inputs: Inputs) -> Result:
+    return Result(z, dict(final), gradients(z, dict(final), inputs.named(), seed=0))
+
+
+def layer_result(layer: Layer, inputs: Inputs) -> Result:
+    z, final = layer(inputs.q, inputs.k, inputs.v, **keywords(inputs))
+    return result_of(z, final, inputs)
+
+
+def oracle_result(variant: type[Variant], inputs: Inputs) -> Result:
+    z, final = reference(variant, inputs.q, inputs.k, inputs.v, **keywords(inputs))
+    return result_of(z, final, inputs)
+
+
+def split_call(layer: Layer, inputs: Inputs, cuts: Sequence[int]) -> tuple[torch.Tensor, State]:
+    """The same sequence in several calls, each continuing with the state that the last one returned."""
+    ends = [*cuts, inputs.q.shape[1]]
+    state: Any = inputs.state
+    outputs = []
+    for begin, end in zip([0, *cuts], ends, strict=True):
+        part = slice(begin, end)
+        z, state = layer(
+            inputs.q[:, part],
+            inputs.k[:, part],
+            inputs.v[:, part],
+            gates={n: x[:, part] for n, x in inputs.gates.items()},
+            params=inputs.params,
+            state=state,
+            tokens={n: x[:, part] for n, x in inputs.tokens.items()},
+        )
+        outputs.append(z)
+    return torch.cat(outputs, 1), state
+
+
+def differences(found: Result, wanted: Result, output: float = OUTPUT_TOLERANCE, gradient: float = GRADIENT_TOLERANCE) -> str:
+    """The tensors that differ by more than is allowed, with their relative Frobenius errors; empty when all agree.
+
+    The defaults are those of `tttc.verify`: float64 rounds at 1.1e-16, an output is the result of a few thousand
+    operations, and a gradient sums over all tokens and passes every operation twice.
+    """
+    errors = {"z": (relative_error(found.z, wanted.z), output)}
+    errors |= {f"state {n}": (relative_error(found.final[n], w), output) for n, w in wanted.final.items()}
+    errors |= {f"grad {n}": (relative_error(found.gradients[n], g), gradient) for n, g in wanted.gradients.items()}
+    return "\n".join(f"{name}: {error:.1e} > {allowed:.0e}" for name, (error, allowed) in errors.items() if not error <= allowed)

@@ -1,0 +1,219 @@
+"""Costs: against the formulas of the literature, counts made from arrays, and runs of the printed text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy
+
+import tttc
+from tttc.ir import build as b
+from tttc.ir import cost
+from tttc.ir.expr import Axis, Expr, leaf, postorder
+from tttc.ir.program import S_AXIS, T_AXIS, Assign, Block, Program
+from tttc.library import TTTMLP, GatedThreeLayer, LinearAttention, TTTLinear
+
+B, H, T, C, D, F, n = (cost.dim(name) for name in "BHTCDFn")
+
+
+@cache
+def program(variant: type[tttc.Variant]) -> Program:
+    """Compiled for widths in use: where a state is tiny, another order of its products is cheaper."""
+    dims = {"D": 64, "F": 256} if variant in (TTTMLP, GatedThreeLayer) else {"D": 64}
+    return tttc.compile(variant, dims).stages.program
+
+
+def cubic(formula: sympy.Expr) -> sympy.Expr:
+    """The terms that are a product of three sizes: those of products of two matrices."""
+    terms = sympy.expand(formula).as_ordered_terms()
+    return sympy.Add(*(t for t in terms if sympy.Poly(t, C, D, F).total_degree() == 3))
+
+
+# -- the formulas of the literature ------------------------------------------------------------------------------------
+
+
+def test_forward_of_a_linear_learner_is_the_known_formula() -> None:
+    """6 b dk dv + 2 b^2 (dk + dv), and 2 b dv for the bias: the rates of the chunk times its gradients."""
+    found = cost.scan_cost(program(TTTLinear).scans[0]).work.contraction
+    assert sympy.expand(found - (6 * C * D**2 + 2 * C**2 * (D + D) + 2 * C * D)) == 0
+
+
+def test_forward_of_a_two_layer_learner_is_the_known_formula() -> None:
+    """56 b f^2 + 20 b^2 f with a hidden width of 4 f, and 2 b (f + 4 f) for the two biases."""
+    found = cost.scan_cost(program(TTTMLP).scans[0]).work.contraction.subs(F, 4 * D)
+    assert sympy.expand(found - (56 * C * D**2 + 20 * C**2 * D + 2 * C * 5 * D)) == 0
+
+
+@pytest.mark.parametrize("variant", [TTTLinear, TTTMLP, LinearAttention, GatedThreeLayer])
+def test_backward_takes_two_products_for_each_of_the_forward(variant: type[tttc.Variant]) -> None:
+    compiled = program(variant)
+    forward = cost.scan_cost(compiled.scans[0]).work.contraction
+    backward = cost.adjoint_cost(compiled.adjoints[0]).backward.work.contraction
+    assert cubic(forward) != 0
+    assert cubic(backward) == sympy.expand(2 * cubic(forward))
+
+
+# -- independent counts ------------------------------------------------------------------------------------------------
+
+
+def count_from_arrays(roots: list[Expr], sizes: Mapping[str, int]) -> int:
+    """FLOPs of the contractions under `roots`: what NumPy's own einsum planner says of arrays of these sizes."""
+    total = 0
+    for e in postorder(roots):
+        if e.op != "contract" or not e.arg:
+            continue
+        names = {a: chr(ord("a") + i) for i, a in enumerate(dict.fromkeys(a for s in e.src for a in s.axes))}
+        spec = ",".join("".join(names[a] for a in s.axes) for s in e.src) + "->" + "".join(names[a] for a in e.axes)
+        arrays = [np.empty([sizes[a.size] for a in s.axes]) for s in e.src]
+        _, report = np.einsum_path(spec, *arrays, optimize=False)
+        total += round(float(report.split("Naive FLOP count:")[1].split()[0]))
+    return total
+
+
+@pytest.mark.parametrize("variant", [TTTLinear, TTTMLP, LinearAttention, GatedThreeLayer])
+@pytest.mark.parametrize("sizes", [{"C": 4, "D": 3, "F": 5}, {"C": 2, "D": 6, "F": 3}])
+def test_contractions_of_both_sweeps_agree_with_numpy(variant: type[tttc.Variant], sizes: dict[str, int]) -> None:
+    """Small sizes: the report of NumPy has four digits."""
+    for a in program(variant).adjoints:
+        costs = cost.adjoint_cost(a)
+        forward = [x.value for x in (*a.outputs, *a.forward.assigns)]
+        backward = [x.value for x in a.backward.assigns]
+        assert cost.evaluate(costs.forward.contraction, sizes) == count_from_arrays(forward, sizes)
+        assert cost.evaluate(costs.backward.work.contraction, sizes) == count_from_arrays(backward, sizes)
+
+
+class Counting(np.ndarray):
+    """An array that counts the FLOPs of the matrix products that it takes part in."""
+
+    flops = 0
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **settings: Any) -> Any:
+        plain = [np.asarray(x) for x in inputs]
+        if ufunc is np.matmul:
+            Counting.flops += 2 * plain[0].shape[-1] * prod(plain[0].shape[:-1]) * prod(plain[1].shape[1:])
+        settings["out"] = tuple(np.asarray(x) for x in settings["out"]) if settings.get("out") else None
+        return np.asarray(getattr(ufunc, method)(*plain, **settings)).view(Counting)
+
+
+@pytest.mark.parametrize("variant", [TTTLinear, TTTMLP, LinearAttention])
+@pytest.mark.parametrize("stage", ["primal", "dualize", "schedule"])
+def test_contractions_of_a_call_agree_with_running_the_printed_text(variant: type[tttc.Variant], stage: str) -> None:
+    """The text is executed on arrays that count their own matrix products."""
+    dims = {"D": 3, "F": 5} if variant is TTTMLP else {"D": 3}
+    found = tttc.compile(variant, dims, chunk=16).stages[stage].program
+    function = found.functions[0]
+    scope: dict[str, Any] = {}
+    exec(str(found), scope)
+    arguments = []
+    for p in function.params:
+        shape = [dims[a.size] for a in p.axes if a.name not in ("t", "s")]
+        arguments.append(np.ones([32, *shape] if p.arg[0].at else shape).view(Counting))
+    Counting.flops = 0
+    scope[function.name](*arguments)
+    formula = cost.function_work(function).contraction
+    assert Counting.flops > 0
+    assert cost.evaluate(formula, {**dims, "T": 32}, cost.lengths_of(function)) == Counting.flops
+
+
+# -- the rules of counting ---------------------------------------------------------------------------------------------
+
+D_AXIS, F_AXIS = Axis("D", "D"), Axis("F", "F")
+X = leaf("x", "token", (T_AXIS, D_AXIS), "c")
+Y = leaf("y", "token", (S_AXIS, D_AXIS), "c")
+W = leaf("W", "state", (D_AXIS, F_AXIS))
+V = leaf("V", "state", (F_AXIS, D_AXIS))
+
+
+@pytest.mark.parametrize(
+    ("e", "contraction", "elementwise"),
+    [
+        (b.contract((X, W), (D_AXIS,)), 2 * C * D * F, 0),
+        (b.contract((X, Y), (D_AXIS,)), 2 * C**2 * D, 0),
+        (b.mask(b.contract((X, Y), (D_AXIS,)), T_AXIS, S_AXIS), 2 * C**2 * D, 0),  # both halves are counted
+        (b.contract((leaf("g", "gate", (T_AXIS,), "c"), leaf("h", "gate", (S_AXIS,), "c")), ()), 0, C**2),
+        (b.apply("gelu", X), 0, C * D),
+        (b.add(X, leaf("b", "state", (D_AXIS,))), 0, C * D),
+        (b.total(X, (D_AXIS,)), 0, C * D),
+        (b.broadcast(b.const(0), (D_AXIS, F_AXIS)), 0, 0),
+        (b.add(b.apply("gelu", X), b.apply("gelu", X)), 0, 2 * C * D),  # shared: computed once
+    ],
+)
+def test_one_operation(e: Expr, contraction: sympy.Expr, elementwise: sympy.Expr) -> None:
+    found = cost.work([e])
+    assert sympy.expand(found.contraction - contraction) == 0
+    assert sympy.expand(found.elementwise - elementwise) == 0
+
+
+def test_a_composite_costs_what_it_consists_of() -> None:
+    gamma, beta = leaf("gamma", "param", (D_AXIS,)), leaf("beta", "param", (D_AXIS,))
+    whole = Expr("layer_norm", (X, gamma, beta), (D_AXIS, 1e-6))
+    # on [C, D]: mean, centre, square, mean, times rsqrt, gamma, beta; on [C]: + eps, rsqrt
+    assert sympy.expand(cost.work([whole]).elementwise - (7 * C * D + 2 * C)) == 0
+
+
+# -- chunks ------------------------------------------------------------------------------------------------------------
+
+
+def test_traffic_state_and_intermediate_of_a_chunk() -> None:
+    found = cost.scan_cost(program(TTTMLP).scans[0])
+    assert sympy.expand(found.read - (3 * C * D + 2 * C)) == 0  # q, k, v, lr, tau
+    assert found.written == C * D
+    assert sympy.expand(found.carry - (2 * D * F + D + F)) == 0
+    assert found.fixed == 2 * D  # gamma, beta
+    assert found.largest.subs({C: 16, D: 64, F: 256}) == 16 * 256  # no [D, F] beside the state itself
+    assert sympy.expand(found.whole_call().flops - found.work.flops * B * H * T / C) == 0
+    assert found.intensity(4, False).subs({C: 1, D: 1, F: 1}) == found.work.flops.subs({C: 1, D: 1, F: 1}) / (4 * 6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "depth"), [(TTTLinear, 2), (TTTMLP, 4), (GatedThreeLayer, 6), (LinearAttention, 0)]
+)
+def test_dependent_contractions_of_a_chunk(variant: type[tttc.Variant], depth: int) -> None:
+    """k @ W1, x @ W2, back through W2, k.T @ g: two for each layer; none where no gradient reads the weights."""
+    compiled = program(variant)
+    found = cost.scan_cost(compiled.scans[0])
+    assert found.depth == depth
+    assert found.critical_path() == sympy.expand(depth * T / C)
+    assert cost.adjoint_cost(compiled.adjoints[0]).backward.depth == depth
+    assert (found.sequential.contraction != 0) == (depth != 0)
+
+
+def test_a_chain_that_ends_in_a_variable_nobody_reads_does_not_grow() -> None:
+    """Each turn reads W on its way to V by two contractions, but no turn waits for V."""
+    onward = b.add(V, b.contract((b.contract((X, W), (D_AXIS,)), X), (T_AXIS,)))
+    assert cost.chain_growth({"W": W, "V": onward}) == 0
+    assert cost.chain_growth({"W": onward, "V": onward}) == 2  # now the next turn reads it
+
+
+def test_variables_that_feed_each_other_share_their_chain() -> None:
+    """V from W by two contractions, W from V by none: two for every two turns."""
+    turned = b.contract((b.contract((X, W), (D_AXIS,)), X), (T_AXIS,))
+    assert cost.chain_growth({"W": b.rename(V, {}), "V": turned}) == 1
+    assert cost.chain_growth({"W": V, "V": b.apply("tanh", W)}) == 0
+
+
+def test_memory_of_a_backward() -> None:
+    costs = cost.adjoint_cost(program(LinearAttention).adjoints[0])
+    assert sympy.expand(costs.residuals - (C**2 + D**2)) == 0  # A and the weights that came in
+    assert sympy.expand(costs.memory() - (T / (C * n) * D**2 + n * (C**2 + D**2))) == 0
+    assert sympy.expand(costs.memory(sympy.S.Zero) - T / C * (C**2 + D**2)) == 0
+
+
+def test_tiles_and_mini_batches_are_weighed_by_how_often_they_run() -> None:
+    stages = tttc.compile(TTTLinear.replace(mini_batch="all"), {"D": 3}, chunk=8).stages
+    tile, close = (cost.scan_cost(s).work.flops for s in stages.program.scans)
+    scheduled = stages["schedule"].program
+    found = cost.function_work(scheduled.functions[0]).flops
+    assert sympy.expand(found - (T / C * tile + T / cost.MINI_BATCH * close)) == 0
+    assert cost.lengths_of(scheduled.functions[0]) == {C: 8, cost.MINI_BATCH: T}
+
+
+def test_a_block_without_a_carry_has_no_critical_path() -> None:
+    block = Block((Assign(leaf("z", "output", (T_AXIS, F_AXIS), "c"), b.contract((X, W), (D_AXIS,))),))
+    found = cost.chunk_cost(block, ())
+    assert (found.depth, found.carry, found.fixed) == (0, 0, D * F)

@@ -7,6 +7,7 @@ and defines `learner` and `loss`. The class runs: bound to float64 torch tensors
 
 from __future__ import annotations
 
+import keyword
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tttc.errors import DeclarationError, Problem, SourceLine, problems_text
+from tttc.ir import numerics
 
 READS = ("after", "before", "start", "end")
 Init = float | Callable[..., Any]
@@ -351,8 +353,10 @@ def _rate_problems(
 def _name_problems(
     states: Mapping[str, Any], params: Mapping[str, Any], tokens: Mapping[str, Any], gates: Mapping[str, GateSpec]
 ) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     seen: dict[str, str] = {}
+    dims = {d for group in (states, params, tokens, gates) for spec in group.values() for d in spec.dims}
+    declared = {*states, *params, *tokens, *gates}
     for role, specs in (("state", states), ("param", params), ("token", tokens), ("gate", gates)):
         for name, spec in specs.items():
             if name in seen and seen[name] != role:
@@ -362,6 +366,9 @@ def _name_problems(
                     )
                 )
             seen[name] = role
+            if name in ("q", "k", "v") and role == "token":
+                continue
+            problems += _variable_problems(role, name, spec.where, declared, dims)
             if not all(map(is_dim, spec.dims)):
                 problems.append(
                     Problem(
@@ -380,6 +387,35 @@ def _name_problems(
                     )
                 )
     return problems
+
+
+def _variable_problems(
+    role: str, name: str, where: SourceLine | None, declared: set[str], dims: set[str]
+) -> list[Problem]:
+    """A declared name becomes a variable of printed programs and of generated code, where others must not take it."""
+    derived = {a.format(other): other for other in declared for a in _DERIVED_NAMES}
+    if not name.isidentifier() or keyword.iskeyword(name):
+        why = "is not a name that a variable can have"
+    elif name in dims:
+        why = "is also the name of a dim"
+    elif name in derived:
+        why = f"is what generated programs call a value that belongs to `{derived[name]}`"
+    elif name in _RESERVED_NAMES or name in numerics.names():
+        why = "is a name that generated programs use themselves"
+    else:
+        return []
+    return [Problem(f"{role} `{name}` {why}.", "Give it another name.", where)]
+
+
+_DERIVED_NAMES = ("d{}", "S_{}", "dS_{}", "{}_start", "{}_in", "{}_c", "d{}_c")
+_RESERVED_NAMES = frozenset(
+    (
+        *("z", "dz", "loss", "torch", "aten", "F", "G", "C", "T", "c", "m", "t", "i"),
+        *("chunk", "every", "chunks", "group", "kept", "saved", "saves", "sequences", "size", "start", "made"),
+        *("range", "len", "self", "learner", "output", "update", "mini_batch", "read", "anchor", "steps", "bind"),
+        "replace",
+    )
+)
 
 
 def is_dim(name: Any) -> bool:

@@ -144,6 +144,7 @@ class Layer:
             values[name] = value.to(self.compute_dtype).to(self.device)
         return values
 
+    @torch.compiler.disable  # a loop over chunks is no graph: torch.compile takes the module around it
     def __call__(
         self,
         q: torch.Tensor,

@@ -52,6 +52,10 @@ class Cache:
     taps: Tensor | None
     """The last `conv_kernel - 1` rows that the convolution reads, [B, conv_kernel - 1, hidden_size]."""
 
+    def detach(self) -> Cache:
+        """The same values without their history: for truncated backpropagation through time."""
+        return Cache(self.state.detach(), self.position, None if self.taps is None else self.taps.detach())
+
 
 class TTT(nn.Module):
     """A Test-Time-Training layer for the declaration `variant`, from and to [B, T, hidden_size].
@@ -68,7 +72,7 @@ class TTT(nn.Module):
         output_gate: multiply by gelu(x Wg), tanh form, after the post norm.
         conv_kernel: if given, q and k come from one shared projection, each by its own causal depthwise
             convolution over this many tokens (4 in the Mamba-style backbone of arXiv:2407.04620).
-        backend: as for `tttc.compile`, which is called on the first use with a device and dtype.
+        backend, checkpoint: as for `tttc.compile`, which is called on the first use with a device and dtype.
         dtype, device: of the parameters, as in `torch.nn`.
 
     Parameters by their names in `state_dict()`, where the options and the declaration call for them:
@@ -102,6 +106,7 @@ class TTT(nn.Module):
         output_gate: bool = False,
         conv_kernel: int | None = None,
         backend: str = "auto",
+        checkpoint: int | str | None = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -118,6 +123,7 @@ class TTT(nn.Module):
         self.rope_theta = rope_theta
         self.conv_kernel = conv_kernel
         self.backend = backend
+        self.checkpoint = checkpoint
 
         made: dict[str, Any] = {"dtype": dtype, "device": device}
         width = {name: math.prod(self._shape(spec.dims)) for name, spec in declared.tokens.items()}
@@ -183,7 +189,7 @@ class TTT(nn.Module):
             y: [B, T, hidden_size], or (y, cache) with `return_state=True`.
 
         Raises:
-            ShapeError: x is not [B, T, hidden_size].
+            ShapeError: x is not [B, T, hidden_size], or of another dtype or device than the parameters.
             StateMismatch: `state` is of another batch size or of a layer with other options.
         """
         self._check(x, state)
@@ -215,10 +221,15 @@ class TTT(nn.Module):
 
     def compiled(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The compiled variant for a device and dtype, made on first use; layers of equal dims share it."""
-        key = (self.variant, tuple(self.dims.items()), dtype, device, self.backend)
+        key = (self.variant, tuple(self.dims.items()), dtype, device, self.backend, self.checkpoint)
         if key not in _COMPILED:
             _COMPILED[key] = compile_variant(
-                self.variant, dims=self.dims, dtype=dtype, device=device, backend=self.backend
+                self.variant,
+                dims=self.dims,
+                dtype=dtype,
+                device=device,
+                backend=self.backend,
+                checkpoint=self.checkpoint,
             )
         return _COMPILED[key]
 
@@ -228,6 +239,14 @@ class TTT(nn.Module):
                 f"tttc.nn.TTT({self.variant.__name__}): x has the shape {list(x.shape)}, "
                 f"expected [B, T, {self.hidden_size}].\n"
                 f"  The last axis is the hidden_size that the layer was made with."
+            )
+        weight = self.q_proj.weight
+        cast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        if x.device != weight.device or (x.dtype != weight.dtype and not cast):
+            raise ShapeError(
+                f"tttc.nn.TTT({self.variant.__name__}): x is {x.dtype} on {x.device}, "
+                f"the parameters are {weight.dtype} on {weight.device}.\n"
+                f"  Move one of them: x.to({weight.dtype}), or layer.to(...); or run under torch.autocast."
             )
         if state is None:
             return

@@ -137,23 +137,34 @@ def pull_sign(e: Expr) -> Expr | None:
     return None
 
 
-@rule("c * x -> constants first")
-def constant_first(e: Expr) -> Expr | None:
+def _number(e: Expr) -> bool:
+    """Whether the value is known when the program is compiled: made of constants and sizes alone."""
+    return e.op in ("const", "size") or (e.op in ("mul", "div") and all(map(_number, e.src)))
+
+
+@rule("x * c -> c * x")
+def number_first(e: Expr) -> Expr | None:
     match e:
-        case Expr("mul", (x, c)) if is_const(c) and not is_const(x):
+        case Expr("mul", (x, c)) if _number(c) and not _number(x):
             return b.mul(c, x)
+        case Expr("div", (Expr("mul", (c, x)), y)) if _number(c) and not _number(y) and not _number(x):
+            return b.mul(c, b.div(x, y))
     return None
 
 
 @rule("a * (b * x) -> (a * b) * x")
-def merge_constants(e: Expr) -> Expr | None:
+def merge_numbers(e: Expr) -> Expr | None:
     match e:
-        case Expr("mul", (a, Expr("mul", (c, x)))) if is_const(a) and is_const(c):
-            return b.mul(const(a.arg * c.arg), x)
-        case Expr("mul", (Expr("mul", (c, x)), y)) if is_const(c):
+        case Expr("mul", (a, Expr("mul", (c, x)))) if _number(a) and _number(c):
+            return b.mul(b.mul(a, c), x)
+        case Expr("mul", (Expr("mul", (c, x)), y)) if _number(c) and not _number(x):
             return b.mul(c, b.mul(x, y))
-        case Expr("mul", (y, Expr("mul", (c, x)))) if is_const(c) and not is_const(y):
+        case Expr("mul", (y, Expr("mul", (c, x)))) if _number(c) and not _number(y):
             return b.mul(c, b.mul(y, x))
+        case Expr("mul", (a, Expr("div", (c, n)))) if is_const(a) and is_const(c):
+            return b.div(const(a.arg * c.arg), n)
+        case Expr("mul", (Expr("div", (c, n)), a)) if is_const(a) and is_const(c):
+            return b.div(const(a.arg * c.arg), n)
         case Expr("neg", (Expr("mul", (c, x)),)) if is_const(c):
             return b.mul(const(-c.arg), x)
     return None
@@ -200,9 +211,9 @@ def pull_constant(e: Expr) -> Expr | None:
     match e:
         case Expr("contract", src, over):
             for i, s in enumerate(src):
-                if s.op == "mul" and is_const(s.src[0]):
+                if s.op == "mul" and _number(s.src[0]):
                     return b.mul(s.src[0], b.contract((*src[:i], s.src[1], *src[i + 1 :]), over))
-        case Expr("sum" | "mean", (Expr("mul", (c, x)),), over) if is_const(c):
+        case Expr("sum" | "mean", (Expr("mul", (c, x)),), over) if _number(c):
             return b.mul(c, Expr(e.op, (x,), over))
     return None
 
@@ -301,15 +312,22 @@ def factor_contraction(e: Expr) -> Expr | None:
     return None
 
 
-def _sum_terms(e: Expr, sign: int = 1) -> list[tuple[int, Expr]]:
-    match e:
-        case Expr("add", (x, y)):
-            return [*_sum_terms(x, sign), *_sum_terms(y, sign)]
-        case Expr("sub", (x, y)):
-            return [*_sum_terms(x, sign), *_sum_terms(y, -sign)]
-        case Expr("neg", (x,)):
-            return _sum_terms(x, -sign)
-    return [(sign, e)]
+MOST_TERMS = 48  # of a sum that are searched for common factors: the search is quadratic
+
+
+def _sum_terms(e: Expr) -> list[tuple[int, Expr]]:
+    """The terms of a sum with their signs, in order; what is beyond the limit stays one term."""
+    terms, i = [(1, e)], 0
+    while i < len(terms) and len(terms) < MOST_TERMS:
+        sign, x = terms[i]
+        match x:
+            case Expr("add" | "sub", (y, z)):
+                terms[i : i + 1] = [(sign, y), (sign if x.op == "add" else -sign, z)]
+            case Expr("neg", (y,)):
+                terms[i] = (-sign, y)
+            case _:
+                i += 1
+    return terms
 
 
 def _sum(terms: list[tuple[int, Expr]]) -> Expr:
@@ -359,6 +377,17 @@ def mask_of_ones(e: Expr) -> Expr | None:
     return None
 
 
+@rule("c * (a * x) -> (c * a) * x where a is the smaller")
+def number_to_smallest(e: Expr) -> Expr | None:
+    match e:
+        case Expr("mul", (c, Expr("mul", (a, x)))) if _number(c) and not _number(a):
+            if len(a.axes) < len(x.axes):
+                return b.mul(b.mul(c, a), x)
+            if len(x.axes) < len(a.axes):
+                return b.mul(a, b.mul(c, x))
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     fold_constants,
     multiply_by_one,
@@ -369,8 +398,8 @@ RULES: tuple[Rule, ...] = (
     add_negative,
     multiply_by_minus_one,
     pull_sign,
-    constant_first,
-    merge_constants,
+    number_first,
+    merge_numbers,
     trivial_power,
     empty_sum,
     pull_scalar,
@@ -387,11 +416,18 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+FINISHING: tuple[Rule, ...] = (number_to_smallest,)
+
+
 def simplify(
     roots: Iterable[Expr], fired: Counter[str] | None = None, moved: dict[Expr, Expr] | None = None
 ) -> list[Expr]:
-    """The shortest form that the rules reach; every root keeps its set of axes."""
-    return rewrite(roots, RULES, fired, moved)
+    """The shortest form that the rules reach; every root keeps its set of axes.
+
+    Numbers are first gathered in front, so that they meet, and then put where they cost least.
+    """
+    gathered = rewrite(roots, RULES, fired, moved)
+    return rewrite(gathered, FINISHING, fired, moved)
 
 
 def renamed_hints(hints: Mapping[Expr, str], moved: Mapping[Expr, Expr]) -> dict[Expr, str]:

@@ -71,7 +71,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 def _anywhere(text: str, file: Path) -> str:
-    """Without the folder of the test file, and without line numbers, which move at every edit of it."""
-    for folder in (str(file.parent), os.path.relpath(file.parent)):
-        text = text.replace(f"{folder}{os.sep}", "")
-    return re.sub(rf"\b{re.escape(file.name)}:\d+", f"{file.name}:<line>", text)
+    """Without the folders of this checkout, and without line numbers, which move at every edit."""
+    root = Path(__file__).parents[1]
+    for folder in (file.parent, root):
+        text = text.replace(f"{folder}{os.sep}", "").replace(f"{os.path.relpath(folder)}{os.sep}", "")
+    return re.sub(r"\b(\w+\.py):\d+", r"\1:<line>", text)

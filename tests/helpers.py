@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,16 @@ def dims_of(variant: type[Variant], D: int, F: int | None = None) -> dict[str, i
     return {d: hidden if d == "F" else D for d in signature(variant).dims}
 
 
-@lru_cache(maxsize=None)
-def compiled(name: str, D: int = 3, F: int | None = None, *, chunk: Any = None, checkpoint: Any = "auto", **settings: Any) -> Layer:
+@cache
+def compiled(
+    name: str,
+    D: int = 3,
+    F: int | None = None,
+    *,
+    chunk: Any = None,
+    checkpoint: Any = "auto",
+    **settings: Any,
+) -> Layer:
     """A library variant with other settings, compiled in float64; each combination once per worker."""
     variant = VARIANTS[name].replace(**settings)
     return tttc.compile(variant, dims_of(variant, D, F), torch.float64, chunk=chunk, checkpoint=checkpoint)
@@ -91,7 +99,9 @@ def split_call(layer: Layer, inputs: Inputs, cuts: Sequence[int]) -> tuple[torch
     return torch.cat(outputs, 1), state
 
 
-def differences(found: Result, wanted: Result, output: float = OUTPUT_TOLERANCE, gradient: float = GRADIENT_TOLERANCE) -> str:
+def differences(
+    found: Result, wanted: Result, output: float = OUTPUT_TOLERANCE, gradient: float = GRADIENT_TOLERANCE
+) -> str:
     """The tensors that differ by more than is allowed, with their relative Frobenius errors; empty when all agree.
 
     The defaults are those of `tttc.verify`: float64 rounds at 1.1e-16, an output is the result of a few thousand
@@ -100,4 +110,6 @@ def differences(found: Result, wanted: Result, output: float = OUTPUT_TOLERANCE,
     errors = {"z": (relative_error(found.z, wanted.z), output)}
     errors |= {f"state {n}": (relative_error(found.final[n], w), output) for n, w in wanted.final.items()}
     errors |= {f"grad {n}": (relative_error(found.gradients[n], g), gradient) for n, g in wanted.gradients.items()}
-    return "\n".join(f"{name}: {error:.1e} > {allowed:.0e}" for name, (error, allowed) in errors.items() if not error <= allowed)
+    return "\n".join(
+        f"{name}: {error:.1e} > {allowed:.0e}" for name, (error, allowed) in errors.items() if not error <= allowed
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -119,9 +120,9 @@ class History:
 def _debug(entry: Entry) -> None:
     level = int(os.environ.get("TTTC_DEBUG", "0") or 0)
     if level >= 1:
-        print(f"tttc: {entry.name:<14}{entry.milliseconds:8.1f} ms")
+        print(f"tttc: {entry.name:<14}{entry.milliseconds:8.1f} ms", file=sys.stderr)
     if level >= 3:
-        print(entry)
+        print(entry, file=sys.stderr)
 
 
 # -- declare -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,332 @@
+"""Every stage of every library variant, as printed: it runs as a Python file and computes what the oracle computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tttc
+from tests.helpers import MINI_BATCHES, READS, VARIANTS, compiled, inputs_for, oracle_result
+from tttc.errors import PassChangedMeaning
+from tttc.ir.interpret import interpret
+from tttc.ir.program import Assign, Block, For
+from tttc.ir.verify import MalformedProgram
+from tttc.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
+
+compiler = import_module("tttc.compile")  # the attribute `tttc.compile` is the function
+STAGES = tuple(stage.name for stage in compiler.PIPELINE)
+LOOPS = ("primal", "dualize", "schedule")  # the stages that hold the whole layer as one function
+TOKENS = 10  # two mini-batches of 4, and one that ends early
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+every_length = pytest.mark.parametrize("mini_batch", [4, "all"])
+
+
+def executed(layer, stage):
+    """The functions of a printed stage, run as a Python file."""
+    scope = {"__name__": stage}
+    exec(compile(str(layer.stages[stage]), f"<{stage}>", "exec"), scope)
+    return scope
+
+
+def one_head(inputs):
+    """The inputs of the only batch element and head, as arrays by name."""
+    sequences = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.gates, **inputs.tokens}
+    found = {n: x[0, :, 0] for n, x in sequences.items()}
+    found |= {n: x[0] for n, x in inputs.params.items()} | {n: x[0, 0] for n, x in inputs.state.items()}
+    return {n: x.detach().numpy().copy() for n, x in found.items()}
+
+
+def called(scope, function, arguments):
+    """A printed function on arrays by name; its results by name."""
+    given = {p.arg[0].name: arguments[p.arg[0].name] for p in function.params}
+    results = scope[function.name](**given)
+    results = results if isinstance(results, tuple) else (results,)
+    return {r.arg[0].name: x for r, x in zip(function.returns, results, strict=True)}
+
+
+def error(found, wanted):
+    """Relative in the Frobenius norm, as in `tttc.verify`; NaN and other shapes are infinitely wrong."""
+    wanted = np.asarray(wanted.detach() if isinstance(wanted, torch.Tensor) else wanted)
+    if np.shape(found) != wanted.shape or not np.isfinite(found).all():
+        return np.inf
+    return np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0)
+
+
+# -- loops over tokens and chunks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", LOOPS)
+@pytest.mark.parametrize("read", READS)
+@every_length
+@every_variant
+def test_a_loop_equals_the_oracle(name, mini_batch, read, stage):
+    """Outputs and final weights, to the tolerance of `tttc.verify`."""
+    layer = compiled(name, mini_batch=mini_batch, read=read)
+    inputs = inputs_for(layer, TOKENS)
+    wanted = oracle_result(layer.signature.variant, inputs)
+    program = layer.stages[stage].program
+    found = called(executed(layer, stage), program[program.name], one_head(inputs))
+    assert error(found.pop("z"), wanted.z[0, :, 0]) <= OUTPUT_TOLERANCE
+    assert set(found) == set(wanted.final)
+    for n, w in found.items():
+        assert error(w, wanted.final[n][0, 0]) <= OUTPUT_TOLERANCE
+
+
+@every_length
+@every_variant
+def test_a_loop_over_no_tokens_returns_the_weights(name, mini_batch):
+    layer = compiled(name, mini_batch=mini_batch)
+    arguments = one_head(inputs_for(layer, 0))
+    for stage in LOOPS:
+        program = layer.stages[stage].program
+        if mini_batch == "all" and stage != "primal":
+            continue  # a single chunk of no tokens is no chunk; the layer does not run it
+        found = called(executed(layer, stage), program[program.name], arguments)
+        assert len(found.pop("z")) == 0
+        for n, w in found.items():
+            np.testing.assert_array_equal(w, arguments[n])
+
+
+@pytest.mark.parametrize("read", READS)
+@every_length
+@every_variant
+def test_the_adjoint_equals_the_gradients_of_the_oracle(name, mini_batch, read):
+    """The printed reverse sweeps; where the mini-batch stays open, that of its tiles after that of its end."""
+    layer = compiled(name, mini_batch=mini_batch, read=read)
+    inputs = inputs_for(layer, TOKENS)
+    cotangents = random_cotangents(layer, inputs)
+    program, scope = layer.stages["adjoint"].program, executed(layer, "adjoint")
+    arguments = one_head(inputs) | cotangents
+    names = {f.name for f in program.functions}
+    if f"{program.name}_adjoint" in names:
+        found = called(scope, program[f"{program.name}_adjoint"], arguments)
+    else:
+        found = tiled_gradients(layer, program, scope, arguments)
+    for n, g in oracle_gradients(layer, inputs, cotangents).items():
+        got = found.get(f"d{n}", np.zeros(g.shape))
+        assert error(got, g) <= GRADIENT_TOLERANCE, n
+
+
+def random_cotangents(layer, inputs):
+    generator = np.random.default_rng(3)
+    made = {"dz": generator.standard_normal(inputs.q.shape[1:2] + inputs.v.shape[3:])}
+    return made | {f"d{n}": generator.standard_normal(w.shape[2:]) for n, w in inputs.state.items()}
+
+
+def oracle_gradients(layer, inputs, cotangents):
+    wanted = oracle_result(layer.signature.variant, inputs)
+    total = (wanted.z[0, :, 0] * torch.tensor(cotangents["dz"])).sum()
+    total = total + sum((w[0, 0] * torch.tensor(cotangents[f"d{n}"])).sum() for n, w in wanted.final.items())
+    named = inputs.named()
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)
+    sequences = {"q", "k", "v", *inputs.gates, *inputs.tokens}
+    by_name = dict(zip(named, found, strict=True))
+    return {n: g[0, :, 0] if n in sequences else g[0] if n in inputs.params else g[0, 0] for n, g in by_name.items()}
+
+
+def tiled_gradients(layer, program, scope, arguments):
+    """The chain rule over two scans: `open` sums the gradients of the mini-batch, `close` ends it."""
+    declared = layer.signature
+    sums = {f"S_{n}": np.zeros_like(arguments[n]) for n in declared.states}
+    forward = executed(layer, "schedule")
+    schedule = layer.stages["schedule"].program
+    grown = called(forward, schedule[f"{program.name}_open"], arguments | sums)
+    rates = {n: arguments[n][-1] for n in declared.gates}  # the end of a mini-batch takes the gates of its last token
+    summed = {n: grown[n] for n in sums}
+    end = called(scope, program[f"{program.name}_close_adjoint"], arguments | summed | rates)
+    back = arguments | sums | {f"d{n}": end[f"d{n}"] for n in sums}
+    found = called(scope, program[f"{program.name}_open_adjoint"], back)
+    for n in declared.gates:
+        if f"d{n}" in end:
+            found[f"d{n}"] = found.get(f"d{n}", np.zeros_like(arguments[n]))
+            found[f"d{n}"][-1] += end[f"d{n}"]
+    for n in (*declared.states, *declared.params):
+        if f"d{n}" in end:
+            found[f"d{n}"] = found.get(f"d{n}", 0) + end[f"d{n}"]
+    return found
+
+
+# -- functions of one token ---------------------------------------------------------------------------------
+
+
+def one_token(layer):
+    """A random token: all that the per-token functions read, as arrays and as torch leaves."""
+    arguments = one_head(inputs_for(layer, 1))
+    sequences = {"q", "k", "v", *layer.signature.gates, *layer.signature.tokens}
+    arrays = {n: x[0] if n in sequences else x for n, x in arguments.items()}
+    return arrays, {n: torch.tensor(x, requires_grad=True) for n, x in arrays.items()}
+
+
+def bound(layer, tensors):
+    declared = layer.signature
+    values = {n: tensors[n] for n in (*declared.states, *declared.params)}
+    values |= {n: tensors[n] for n in declared.tokens if n not in ("q", "k", "v")}
+    return declared.variant.bind(values | {a: tensors[g] for a, g in declared.attributes.items()})
+
+
+@pytest.mark.parametrize("stage", ["declare", "differentiate", "simplify"])
+@every_variant
+def test_the_functions_of_one_token(name, stage):
+    """loss and output are the user's, gradient is what torch.autograd finds. 1e-13: a few dozen roundings on one token."""
+    layer = compiled(name)
+    arrays, tensors = one_token(layer)
+    program, scope = layer.stages[stage].program, executed(layer, stage)
+    user = bound(layer, tensors)
+    loss = user.loss(tensors["k"], tensors["v"])
+    states = {n: tensors[n] for n in layer.signature.states}
+    wanted = {"z": user.output(tensors["q"]), "loss": loss}
+    gradients = torch.autograd.grad(loss, list(states.values()), allow_unused=True, materialize_grads=True)
+    wanted |= {f"d{n}": g for n, g in zip(states, gradients, strict=True)}
+    found = {n: x for f in program.functions for n, x in called(scope, f, arrays).items()}
+    assert set(found) == ({"z", "loss"} if stage == "declare" else {"z", *(f"d{n}" for n in states)})
+    for n, x in found.items():
+        assert error(x, wanted[n]) <= 1e-13, n
+
+
+# -- the interpreter ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@every_length
+@every_variant
+def test_the_interpreter_computes_what_the_text_does(name, mini_batch, stage):
+    """1e-13: the same operations in NumPy, some as einsum and some as @."""
+    layer = compiled(name, mini_batch=mini_batch)
+    program, scope = layer.stages[stage].program, executed(layer, stage)
+    for function in program.functions:
+        arguments = compiler.random_arguments(function.params, program.dims, TOKENS)
+        found = called(scope, function, arguments)
+        for n, x in zip(found, interpret(program, function.name, arguments), strict=True):
+            assert error(found[n], x) <= 1e-13, (function.name, n)
+
+
+def test_the_stages_are_those_of_the_pipeline():
+    layer = compiled("TTTLinear")
+    assert [entry.name for entry in layer.stages] == [*STAGES, "emit"]
+    assert layer.source in str(layer.stages["emit"])
+    with pytest.raises(KeyError, match="no stage 'dual'"):
+        layer.stages["dual"]
+    assert layer.stages.diff("primal", "dualize").startswith("--- primal\n+++ dualize\n")
+
+
+@every_variant
+def test_no_weights_of_a_single_token_after_dualize(name):
+    """The point of the dual form: nothing in it has a token axis beside both axes of a weight matrix."""
+    from tttc.ir.expr import postorder
+    from tttc.ir.program import blocks
+
+    program = compiled(name, D=16).stages["schedule"].program
+    for function in program.functions:
+        for block in blocks(function.body):
+            for e in postorder(a.value for a in block.assigns):
+                assert len(e.axes) <= 2, e
+
+
+# -- a compiler that checks itself --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mini_batch", MINI_BATCHES)
+@pytest.mark.parametrize("read", READS)
+@every_variant
+def test_the_compiler_checks_its_own_passes(monkeypatch, name, read, mini_batch):
+    monkeypatch.setenv("TTTC_CHECK", "1")
+    variant = VARIANTS[name].replace(mini_batch=mini_batch, read=read)
+    assert tttc.compile(variant, compiled(name).dims, torch.float64).stages["adjoint"]
+
+
+def with_stage(monkeypatch, name, change):
+    """The pipeline with one stage whose result is changed by `change`."""
+    stages = [
+        replace(s, run=lambda p, o, run=s.run: change(run(p, o))) if s.name == name else s for s in compiler.PIPELINE
+    ]
+    monkeypatch.setattr(compiler, "PIPELINE", tuple(stages))
+
+
+def doubled(program):
+    """Every value that is assigned to `z` is twice what it should be."""
+
+    def statement(s):
+        if isinstance(s, For):
+            return replace(s, body=tuple(map(statement, s.body)))
+        if isinstance(s, Block):
+            return Block(tuple(Assign(a.target, twice(a.value)) if a.leaf.name == "z" else a for a in s.assigns))
+        return s
+
+    functions = tuple(replace(f, body=tuple(map(statement, f.body))) for f in program.functions)
+    return replace(program, functions=functions)
+
+
+def twice(e):
+    from tttc.ir import build as b
+
+    return b.mul(b.const(2), e)
+
+
+@pytest.mark.parametrize("stage", ["differentiate", "simplify", "primal", "dualize", "schedule"])
+def test_a_pass_that_changes_a_value_is_named(monkeypatch, stage):
+    monkeypatch.setenv("TTTC_CHECK", "1")
+    with_stage(monkeypatch, stage, doubled)
+    with pytest.raises(PassChangedMeaning, match=f"stage '{stage}' changed the output z"):
+        tttc.compile(VARIANTS["TTTLinear"], {"D": 3}, torch.float64)
+
+
+def test_a_pass_that_makes_nonsense_is_named_without_being_asked(monkeypatch):
+    """Types and scopes are verified always."""
+    with_stage(monkeypatch, "dualize", without_allocation)
+    with pytest.raises(MalformedProgram, match="stage 'dualize'"):
+        tttc.compile(VARIANTS["TTTLinear"], {"D": 3}, torch.float64)
+
+
+def without_allocation(program):
+    functions = tuple(replace(f, body=f.body[1:]) for f in program.functions)
+    return replace(program, functions=functions)
+
+
+# -- determinism --------------------------------------------------------------------------------------------
+
+PRINT_ALL = """
+import torch, tttc
+from tests.helpers import READS, VARIANTS, dims_of
+for variant in VARIANTS.values():
+    for settings in ({}, {"mini_batch": "all", "read": "before"}, {"mini_batch": 200, "read": "end"}):
+        layer = tttc.compile(variant.replace(**settings), dims_of(variant, 3), torch.float64)
+        for entry in layer.stages:
+            print(entry.name, entry.program or "")
+        print(layer.source)
+"""
+
+
+def test_the_text_is_the_same_in_every_process():
+    """Names come from the declaration and from positions, never from hashes or counters."""
+    root = Path(__file__).parents[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PRINT_ALL],
+            cwd=root,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    one, other = (process.communicate()[0] for process in started)
+    assert all(process.returncode == 0 for process in started)
+    assert len(one) > 10_000
+    assert one == other
+
+
+def test_the_text_does_not_depend_on_what_was_compiled_before():
+    first = tttc.compile(VARIANTS["TTTMLP"], {"D": 3, "F": 12}, torch.float64)
+    tttc.compile(VARIANTS["GatedThreeLayer"], {"D": 3, "F": 12}, torch.float64)
+    again = tttc.compile(VARIANTS["TTTMLP"], {"D": 3, "F": 12}, torch.float64)
+    assert first.source == again.source
+    for stage in STAGES:
+        assert str(first.stages[stage].program) == str(again.stages[stage].program)

@@ -1,0 +1,303 @@
+"""The command line: `tttc list | explain | check | verify | compile | doctor | demo`.
+
+Each command is a few lines over a function that Python code can call as well. Errors of class `TTTCError` are
+the user's to mend: they are printed without a traceback, and the exit code is 2. A declaration that was
+checked or verified and found wanting gives 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich.text import Text
+
+from tttc.api import compile as compile_layer
+from tttc.compile import check as check_declaration
+from tttc.doctor import Diagnosis, diagnose, version
+from tttc.errors import TTTCError
+from tttc.layer import Layer
+from tttc.loading import full_dims, library_variants, load_variant
+from tttc.terminal import console, error_table, print_program, table
+from tttc.variant import Variant, read_declaration
+from tttc.verify import verify as verify_variant
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, with errors of `tttc` as messages instead of tracebacks."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TTTCError as error:
+            if os.environ.get("TTTC_DEBUG", "0") not in ("", "0"):
+                raise
+            console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="A compiler for Test-Time-Training layers: declare the inner-loop learner, get its kernels.",
+    epilog="A VARIANT is a ready one (see `tttc list`), file.py:Class, or a file.py with one declaration. "
+    "TTTC_DEBUG=1 shows tracebacks.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+VariantArgument = Annotated[
+    str,
+    typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
+]
+DimOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        metavar="NAME=SIZE",
+        help="Size of a dim, may be repeated. Otherwise D=64, F=4*D, the rest D.",
+    ),
+]
+
+
+VERIFIED_WIDTH = 8  # the definition runs token by token: wide enough to be wrong, narrow enough to be quick
+
+
+def main() -> None:
+    """The entry point of the command `tttc`."""
+    app(prog_name="tttc")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tttc {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_variants() -> None:
+    """Show the ready declarations.
+
+    Their source, tttc/library.py, is the best place to begin a declaration of one's own.
+    """
+    found = table("name", "what it is", "mini-batch", "read", "states", numbers=["mini-batch"])
+    for name, variant in library_variants().items():
+        declared, _ = read_declaration(variant)
+        states = ", ".join(f"{state}[{', '.join(spec.dims)}]" for state, spec in declared.states.items())
+        found.add_row(name, _first_line(variant), str(declared.mini_batch), declared.read, states)
+    console().print(found)
+
+
+def _first_line(variant: type[Variant]) -> str:
+    return (variant.__doc__ or "").strip().partition("\n")[0]
+
+
+@app.command()
+def explain(
+    variant: VariantArgument,
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Print this stage alone.")] = None,
+    dim: DimOption = None,
+    latex: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the mathematics as LaTeX; - for stdout.")
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="STAGE STAGE", help="Print what changes from one stage to another."),
+    ] = None,
+) -> None:
+    """Print the mathematics of a variant, stage by stage, its costs, and what each backend says.
+
+    The stages are declare, differentiate, simplify, primal, dualize, schedule, adjoint and emit.
+
+        tttc explain ttt_mlp
+        tttc explain ttt_mlp --stage dualize
+        tttc explain mine.py:Mine --diff primal dualize
+        tttc explain mine.py:Mine --dim D=128 --latex mine.tex
+    """
+    layer = _compiled(variant, dim)
+    if latex is not None:
+        _write(layer.explain(latex=True), latex)
+    elif diff is not None:
+        print_program(layer.stages.diff(*(_stage(layer, name) for name in diff)))
+    elif stage is not None:
+        print_program(str(layer.stages[_stage(layer, stage)]))
+    else:
+        print_program(layer.explain())
+
+
+def _compiled(name: str, dim: list[str] | None, **settings: Any) -> Layer:
+    variant = load_variant(name)
+    return compile_layer(variant, full_dims(variant, _sizes(dim)), **settings)
+
+
+def _sizes(dim: list[str] | None) -> dict[str, int]:
+    """["D=64"] as {"D": 64}."""
+    sizes = {}
+    for text in dim or []:
+        name, _, size = text.partition("=")
+        if not (name.isidentifier() and size.isdecimal() and int(size) > 0):
+            raise typer.BadParameter(f"{text!r} is not a dim and its size, such as D=64.", param_hint="--dim")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _stage(layer: Layer, name: str) -> str:
+    """The name, if it is that of a stage."""
+    names = [entry.name for entry in layer.stages]
+    if name not in names:
+        raise TTTCError(f"there is no stage `{name}`.\n  The stages are {', '.join(names)}.")
+    return name
+
+
+def _write(text: str, target: str) -> None:
+    """To a file, or to stdout for `-`."""
+    text = text.rstrip("\n")
+    if target == "-":
+        print(text)
+    else:
+        try:
+            Path(target).write_text(f"{text}\n", encoding="utf-8")
+        except OSError as error:
+            raise TTTCError(f"cannot write {target}: {error.strerror}.") from error
+        console(stderr=True).print(f"wrote {target}", soft_wrap=True)
+
+
+@app.command()
+def check(variant: VariantArgument) -> None:
+    """List everything that is wrong with a declaration, without compiling it.
+
+    The exit code is 1 if anything is.
+
+        tttc check mine.py:Mine
+    """
+    found = load_variant(variant)
+    problems = check_declaration(found)
+    for number, problem in enumerate(problems, 1):
+        console().print(Text(f"{number}. {problem}\n"), soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    console().print(f"{found.__name__}: nothing is wrong with the declaration.")
+
+
+@app.command()
+def verify(
+    variant: VariantArgument,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dim",
+            metavar="NAME=SIZE",
+            help="Size of a dim, may be repeated. Otherwise D=8, F=4*D, the rest D.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence.", min=0)] = 37,
+    heads: Annotated[int, typer.Option(help="Number of heads.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+) -> None:
+    """Compare the compiled layer with the declaration, run token by token in float64, gradients included.
+
+    One line per tensor: the error relative to its norm. The exit code is 1 if any is too large.
+
+        tttc verify ttt_mlp
+        tttc verify mine.py:Mine --dim D=8 --tokens 50
+    """
+    found = load_variant(variant)
+    dims = full_dims(found, {"D": VERIFIED_WIDTH} | _sizes(dim))
+    result = verify_variant(found, dims, tokens=tokens, heads=heads, seed=seed)
+    console().print(error_table(result.rows))
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command("compile")
+def compile_variant(
+    variant: VariantArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; else stdout.")
+    ] = None,
+    dim: DimOption = None,
+    backend: Annotated[
+        str, typer.Option(help="Which backend writes it; auto takes the best that can run here.")
+    ] = "auto",
+) -> None:
+    """Write the source that is generated for a variant.
+
+    tttc compile ttt_mlp
+    tttc compile mine.py:Mine --dim D=128 -o mine_layer.py
+    """
+    source = _compiled(variant, dim, backend=backend).source
+    if output is None:
+        print_program(source)
+    else:
+        _write(source, str(output))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show what this machine can run, what it cannot, and what would change that.
+
+    The exit code is 1 if anything is wrong; a package that is merely absent is not.
+
+        tttc doctor
+        tttc doctor --json
+    """
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        _print_diagnosis(diagnosis)
+    if diagnosis.problems:
+        raise typer.Exit(1)
+
+
+def _print_diagnosis(diagnosis: Diagnosis) -> None:
+    styles = {"ok": "green", "absent": "yellow", "problem": "bold red"}
+    found = table("", "status", "what was found → what to do")
+    for group, findings in diagnosis.groups().items():
+        found.add_row(Text(group, "bold"))
+        for finding in findings:
+            text = f"{finding.found} → {finding.remedy}" if finding.remedy else finding.found
+            found.add_row(f"  {finding.name}", Text(finding.status, styles[finding.status]), text)
+    console().print(found)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the report.")] = Path("tttc-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes and shorter training: under a minute.")] = False,
+) -> None:
+    """Declare a layer that nobody has written a kernel for, compile it, prove it, time it, train with it.
+
+    Takes under five minutes on two cores and writes an HTML report. The exit code is 1 if the layer differs
+    from its definition, or if a language model learns less than byte pairs tell.
+
+        tttc demo
+        tttc demo --quick --out /tmp/tttc-demo
+    """
+    from tttc.demo import (
+        DemoFailed,
+        run_demo,
+    )  # brings matplotlib, which takes a second and no other command needs
+
+    try:
+        run_demo(out, quick)
+    except DemoFailed as failure:
+        console(stderr=True).print(Text(f"demo failed: {failure}", style="red"), soft_wrap=True)
+        raise typer.Exit(1) from failure

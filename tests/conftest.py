@@ -72,7 +72,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 def _anywhere(text: str, file: Path) -> str:
     """Without the folders of this checkout, and without line numbers, which move at every edit."""
-    root = Path(__file__).parents[1]
-    for folder in (file.parent, root):
-        text = text.replace(f"{folder}{os.sep}", "").replace(f"{os.path.relpath(folder)}{os.sep}", "")
+    for folder in (str(file.parent), os.path.relpath(file.parent), str(GOLDEN.parents[1])):
+        text = text.replace(f"{folder}{os.sep}", "")
     return re.sub(r"\b(\w+\.py):\d+", r"\1:<line>", text)

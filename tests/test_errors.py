@@ -547,7 +547,9 @@ def test_params_and_state_may_be_left_out():
 
 
 def test_inputs_of_lower_precision():
-    """bfloat16 in and out, float32 within: no worse than the rounding of inputs and outputs to 8 bits, 1.5e-2 in all."""
+    """bfloat16 in and out, float32 within: no worse than the rounding of inputs and outputs to 8 bits, 1.5e-2 in
+    all.
+    """
     layer = tttc.compile(LinearAttention, {"D": 16}, torch.bfloat16)
     inputs = inputs_for(compiled("LinearAttention", D=16), 40)
     q, k, v = (x.detach().to(torch.bfloat16) for x in (inputs.q, inputs.k, inputs.v))

@@ -48,7 +48,9 @@ def small(name, **settings):
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradcheck(name, read):
-    """Every entry of the Jacobian by every input, against central differences (torch's tolerances: 1e-5 absolute, 1e-3)."""
+    """Every entry of the Jacobian by every input, against central differences (torch's tolerances: 1e-5 absolute,
+    1e-3).
+    """
     layer = small(name, read=read)
     function, values = positional(layer, inputs_for(layer, TOKENS))
     assert torch.autograd.gradcheck(function, values)
@@ -73,8 +75,9 @@ def test_gradgradcheck_of_every_entry():
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_adjoint_dot_product(name, read):
-    """<J x, y> = <x, J' y>: J x of the oracle, J' y of the layer, in random directions. 1e-11 is that of a sum of gradients;
-    the two sides are one number here, and it may be smaller than its terms, hence relative to their norms."""
+    """<J x, y> = <x, J' y>: J x of the oracle, J' y of the layer, in random directions. 1e-11 is that of a sum of
+    gradients; the two sides are one number here, and it may be smaller than its terms, hence relative to their
+    norms."""
     layer = small(name, read=read)
     inputs = inputs_for(layer, TOKENS)
     values = list(inputs.named().values())

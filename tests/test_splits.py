@@ -200,7 +200,9 @@ def test_batch_elements_and_heads_are_apart(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_state_may_lack_batch_and_heads(name):
-    """[*dims], [H, *dims] and [B, H, *dims] of the same weights are one state; what is shared gets the sum of the gradients."""
+    """[*dims], [H, *dims] and [B, H, *dims] of the same weights are one state; what is shared gets the sum of the
+    gradients.
+    """
     layer = compiled(name, mini_batch=4)
     inputs = inputs_for(layer, 6, batch=2, heads=3)
     full = {n: w[:1, :1].expand_as(w).detach().clone().requires_grad_() for n, w in inputs.state.items()}
@@ -246,7 +248,9 @@ def outputs(layer, inputs, changed, t):
 @pytest.mark.parametrize("mini_batch", [4, "all"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_causality_is_exact(name, mini_batch, read):
-    """Changing token t leaves every output before it alone, to the last bit; read="before" also that of t but for its query."""
+    """Changing token t leaves every output before it alone, to the last bit; read="before" also that of t but for its
+    query.
+    """
     layer = compiled(name, mini_batch=mini_batch, read=read, chunk=4)
     inputs = inputs_for(layer, 11)
     every = ("q", "k", "v", *inputs.gates, *inputs.tokens)

@@ -175,7 +175,9 @@ def bound(layer, tensors):
 @pytest.mark.parametrize("stage", ["declare", "differentiate", "simplify"])
 @every_variant
 def test_the_functions_of_one_token(name, stage):
-    """loss and output are the user's, gradient is what torch.autograd finds. 1e-13: a few dozen roundings on one token."""
+    """loss and output are the user's, gradient is what torch.autograd finds. 1e-13: a few dozen roundings on one
+    token.
+    """
     layer = compiled(name)
     arrays, tensors = one_token(layer)
     program, scope = layer.stages[stage].program, executed(layer, stage)

@@ -161,8 +161,8 @@ every_example = pytest.mark.parametrize(("name", "index"), cases, ids=[f"{n}-{i}
 def test_adjoint_against_central_differences(name, index):
     """J' g by the table against (f(x + h) - f(x - h)) / 2h.
 
-    That is wrong by h**2 = 1e-10 times third derivatives, which reach a few thousand at the edges of the domains, and by
-    rounding over h, 1e-11.
+    That is wrong by h**2 = 1e-10 times third derivatives, which reach a few thousand at the edges of the domains, and
+    by rounding over h, 1e-11.
     """
     e = EXAMPLES[name][index]
     known = drawn(e, name)

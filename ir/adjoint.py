@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.differentiate import lower_composites, vjp
+from tttc.ir.differentiate import collected, lower_composites, vjp
 from tttc.ir.dualize import finished
 from tttc.ir.expr import Expr, const, depends_on, leaf, leaves, postorder, substitute
 from tttc.ir.program import (
@@ -60,12 +60,8 @@ def _collect(scan: Scan, found: Mapping[Expr, Expr | None]) -> list[Assign]:
     """One assignment per input variable: leaves that read the same variable under other axis names are added up."""
     assigns = []
     for p in (*scan.sequence, *scan.carry, *scan.fixed):
-        total: Expr | None = None
-        for e, g in found.items():
-            if e.arg[0] == p.arg[0] and g is not None:
-                aligned = b.rename(g, dict(zip(e.axes, p.axes, strict=True)))
-                total = aligned if total is None else b.add(total, aligned)
-        value = b.broadcast(total if total is not None else const(0), p.axes)
+        total = collected(p, found.items())
+        value = b.broadcast(const(0) if total is None else total, p.axes)
         target = cotangent(p)
         if p in scan.fixed:
             value = b.add(target, value)

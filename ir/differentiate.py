@@ -10,14 +10,52 @@ db = r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.expr import OPS, Expr, depends_on, postorder, transform
+from tttc.ir.expr import OPS, Expr, const, depends_on, leaf, leaves, postorder, transform
 from tttc.ir.expr import rebuild as rebuilt
+from tttc.ir.program import Assign, Block, Function, Program, blocks
+
+
+class NoGradient(Exception):
+    """The loss depends on none of the states."""
 
 
 class NoAdjoint(Exception):
     """Internal: an op without a derivative was reached."""
+
+
+def differentiate(program: Program) -> Program:
+    """loss -> gradient: the derivative of the loss with respect to every state, kept as products."""
+    assert program.update is not None
+    states = program.update.states
+    (block,) = blocks(program["loss"].body)
+    (loss,) = lower_composites([block.assigns[0].value], states)
+    read = [e for e in leaves([loss]) if e.arg[0].role == "state"]
+    found, named = vjp([(loss, const(1))], read, program.names, prefix="g_")
+    if all(g is None for g in found):
+        raise NoGradient(", ".join(w.arg[0].name for w in states))
+    assigns = []
+    for w in states:
+        total = collected(w, zip(read, found, strict=True))
+        value = b.broadcast(const(0) if total is None else total, w.axes)
+        assigns.append(Assign(leaf(f"d{w.arg[0].name}", "gradient", w.axes), value))
+    used = {e.arg[0].name for e in leaves(a.value for a in assigns)}
+    params = tuple(p for p in program["loss"].params if p.arg[0].name in used)
+    gradient = Function("gradient", params, (Block(tuple(assigns)),), tuple(a.target for a in assigns))
+    names = {**program.names, **named}
+    return replace(program, stage="differentiate", functions=(gradient, program["output"]), names=names)
+
+
+def collected(variable: Expr, found: Iterable[tuple[Expr, Expr | None]]) -> Expr | None:
+    """The cotangent of a variable: leaves that read it under other axis names are added up."""
+    total: Expr | None = None
+    for e, g in found:
+        if e.arg[0] == variable.arg[0] and g is not None:
+            aligned = b.rename(g, dict(zip(e.axes, variable.axes, strict=True)))
+            total = aligned if total is None else b.add(total, aligned)
+    return total
 
 
 def lower_composites(roots: Iterable[Expr], of: Iterable[Expr]) -> list[Expr]:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, Leaf, const, leaf, rebuild, transform
 from tttc.ir.program import Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
-from tttc.ir.simplify import renamed_hints, simplify
+from tttc.ir.simplify import renamed_hints, simplify_program
 
 
 def token_loop(program: Program) -> Program:
@@ -58,7 +58,7 @@ def token_loop(program: Program) -> Program:
     body = (Allocate(_at(z.target, "t")), For("m", "T", step, (opening, *inner)))
     params = tuple(_at(p, "t") if p.arg[0].role in ("token", "gate") else p for p in loop_params(program))
     function = Function(program.name, params, body, (z.target, *update.states))
-    return _simplified(
+    return simplify_program(
         replace(
             program,
             stage="primal",
@@ -128,21 +128,3 @@ def _name(e: Expr) -> str:
 def _update(program: Program) -> Update:
     assert program.update is not None
     return program.update
-
-
-def _simplified(program: Program) -> Program:
-    """The same program with every block simplified, names following their values."""
-    names = dict(program.names)
-
-    def statement(s: Statement) -> Statement:
-        if isinstance(s, For):
-            return replace(s, body=tuple(statement(x) for x in s.body))
-        if isinstance(s, Block):
-            moved: dict[Expr, Expr] = {}
-            values = simplify([a.value for a in s.assigns], moved=moved)
-            names.update(renamed_hints(program.names, moved))
-            return Block(tuple(Assign(a.target, v) for a, v in zip(s.assigns, values, strict=True)))
-        return s
-
-    functions = tuple(replace(f, body=tuple(statement(s) for s in f.body)) for f in program.functions)
-    return replace(program, functions=functions, names=names)

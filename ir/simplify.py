@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from tttc.ir import build as b
 from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, Axis, Expr, const, is_const
+from tttc.ir.program import Assign, Block, For, Program, Statement
 from tttc.ir.rewrite import Rule, rewrite, rule
 from tttc.ir.scalars import SCALARS
 
@@ -436,3 +438,21 @@ def renamed_hints(hints: Mapping[Expr, str], moved: Mapping[Expr, Expr]) -> dict
     for e, name in hints.items():
         result.setdefault(moved.get(e, e), name)
     return result
+
+
+def simplify_program(program: Program) -> Program:
+    """Every block of a program simplified, the values of one together, so that what they share stays one node."""
+    names = dict(program.names)
+
+    def statement(s: Statement) -> Statement:
+        if isinstance(s, For):
+            return replace(s, body=tuple(statement(x) for x in s.body))
+        if not isinstance(s, Block):
+            return s
+        moved: dict[Expr, Expr] = {}
+        values = simplify([a.value for a in s.assigns], moved=moved)
+        names.update(renamed_hints(program.names, moved))
+        return Block(tuple(Assign(a.target, v) for a, v in zip(s.assigns, values, strict=True)))
+
+    functions = tuple(replace(f, body=tuple(statement(s) for s in f.body)) for f in program.functions)
+    return replace(program, functions=functions, names=names)

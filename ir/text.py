@@ -383,6 +383,8 @@ def function_text(function: Function, program: Program) -> str:
     if sequence:
         first = next(p for p in function.params if p.arg[0].at)
         lines.append(f"    T = len({first.arg[0].name})")
+    if any(isinstance(s, For) and any(isinstance(x, Save) for x in s.body) for s in function.body):
+        lines.append("    saved = []")
     namer = Namer(variables(function) | set(program.dims) | {"T"}, program.names)
     lines += _statements_text(function.body, program, namer, "    ", {})
     lines.append("    return " + (", ".join(r.arg[0].name for r in function.returns) or "()"))
@@ -416,9 +418,11 @@ def _statements_text(
             shape = ", ".join(["T", *(a.size for a in axes if a.name not in ("t", "s"))])
             lines.append(f"{indent}{leaf.name} = empty({shape})")
         elif isinstance(statement, Save):
-            lines += _wrapped(f"{indent}saved.append((", [e.arg[0].name for e in statement.values], ",))")
+            names = [e.arg[0].name for e in statement.values]
+            lines += _wrapped(f"{indent}saved.append((", names, ",))" if names else "))")
         elif isinstance(statement, Restore):
-            lines += _wrapped(f"{indent}(", [r.arg[0].name for r in statement.targets], ",) = saved.pop()")
+            names = [r.arg[0].name for r in statement.targets]
+            lines += _wrapped(f"{indent}(", names, ",) = saved.pop()" if names else ") = saved.pop()")
         else:
             lines += _block_text(statement, program, namer, indent, lengths)
     return lines

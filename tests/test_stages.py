@@ -19,6 +19,7 @@ from tttc.errors import PassChangedMeaning
 from tttc.ir.interpret import interpret
 from tttc.ir.program import Assign, Block, For
 from tttc.ir.verify import MalformedProgram
+from tttc.meaning import random_arguments
 from tttc.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
 
 compiler = import_module("tttc.compile")  # the attribute `tttc.compile` is the function
@@ -204,7 +205,7 @@ def test_the_interpreter_computes_what_the_text_does(name, mini_batch, stage):
     layer = compiled(name, mini_batch=mini_batch)
     program, scope = layer.stages[stage].program, executed(layer, stage)
     for function in program.functions:
-        arguments = compiler.random_arguments(function.params, program.dims, TOKENS)
+        arguments = random_arguments(function.params, program.dims, TOKENS)
         found = called(scope, function, arguments)
         for n, x in zip(found, interpret(program, function.name, arguments), strict=True):
             assert error(found[n], x) <= 1e-13, (function.name, n)

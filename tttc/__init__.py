@@ -6,7 +6,8 @@ form, and returns an ordinary PyTorch layer.
 
 from tttc import library, nn
 from tttc.api import compile
-from tttc.compile import PIPELINE, check
+from tttc.compile import PIPELINE
+from tttc.declare import check
 from tttc.errors import TTTCError
 from tttc.layer import Layer, State
 from tttc.operations import (

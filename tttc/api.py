@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from tttc.backends import torch as torch_backend
-from tttc.compile import Entry, Options, checked_signature, refuse, run_pipeline
-from tttc.errors import DeclarationError, ShapeError
+from tttc.compile import Entry, Options, run_pipeline
+from tttc.declare import checked_signature
+from tttc.errors import BackendRefusal, DeclarationError, ShapeError
 from tttc.layer import Layer
 from tttc.variant import Signature, Variant
 
@@ -50,10 +51,10 @@ def compile(
     if dtype not in DTYPES:
         raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     if backend not in BACKENDS:
-        raise refuse(backend, [f"there is no such backend in this version; there are {', '.join(BACKENDS)}"])
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise _refused(backend, [f"there is no such backend in this version; there are {', '.join(BACKENDS)}"])
+    if chunk is not None and (not _is_int(chunk) or chunk < 1):
         raise ShapeError(f"chunk is {chunk!r}; it must be a positive int")
-    if not (checkpoint in (None, "auto") or (isinstance(checkpoint, int) and checkpoint >= 0)):
+    if not (checkpoint in (None, "auto") or (_is_int(checkpoint) and int(checkpoint) >= 0)):
         raise ShapeError(f'checkpoint is {checkpoint!r}; it must be "auto", None or a number of chunks')
     stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk))
     began = time.perf_counter()
@@ -76,6 +77,12 @@ def compile(
     )
 
 
+def _refused(backend: str, reasons: list[str]) -> BackendRefusal:
+    """The error of a backend that was asked for by name."""
+    listed = "\n".join(f"  - {r}" for r in reasons)
+    return BackendRefusal(f'backend {backend!r} cannot run this program:\n{listed}\n  Use backend="torch" or "auto".')
+
+
 def _checked_dims(declared: Signature, dims: Mapping[str, int]) -> dict[str, int]:
     missing = [d for d in declared.dims if d not in dims]
     if missing:
@@ -86,8 +93,12 @@ def _checked_dims(declared: Signature, dims: Mapping[str, int]) -> dict[str, int
         said = "; ".join(f"{d} (an axis of {', '.join(names)})" for d, names in users.items())
         example = ", ".join(f'"{d}": 64' for d in declared.dims)
         raise ShapeError(f"variant `{declared.name}`: no size is given for {said}.\n  Pass dims={{{example}}}.")
-    bad = {d: n for d, n in dims.items() if isinstance(n, bool) or not isinstance(n, int) or n < 1}
+    bad = {d: n for d, n in dims.items() if not _is_int(n) or n < 1}
     if bad:
         said = ", ".join(f"{d}={n!r}" for d, n in bad.items())
         raise ShapeError(f"variant `{declared.name}`: {said}.\n  Every dim is a positive int.")
     return {d: dims[d] for d in declared.dims}
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)

@@ -17,7 +17,7 @@ import typer.core
 from rich.text import Text
 
 from tttc.api import compile as compile_layer
-from tttc.compile import check as check_declaration
+from tttc.declare import check as check_declaration
 from tttc.doctor import Diagnosis, diagnose, version
 from tttc.errors import TTTCError
 from tttc.layer import Layer

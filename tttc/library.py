@@ -83,7 +83,7 @@ class GatedThreeLayer(Variant):
 
     def learner(self, x: Any) -> Any:
         h = ops.silu(x @ self.Wg) * (x @ self.W1)
-        return x + ops.rms_norm(ops.tanh(h @ self.W2) @ self.W3, self.gamma, eps=1e-6)
+        return x + ops.rms_norm(ops.tanh(h @ self.W2) @ self.W3, self.gamma, eps=1e-2)
 
     def loss(self, k: Any, v: Any) -> Any:
         return ops.mean((self.learner(k) - v) ** 2)

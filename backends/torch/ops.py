@@ -27,11 +27,9 @@ ELEMENTWISE = {
     "huber": "huber({0}, {1})",
 }
 
-# the derivative of a function and its product with a cotangent, where PyTorch has them as one operation
-FUSED_DERIVATIVES = {
-    "dgelu": 'aten.gelu_backward({g}, {x}, approximate="tanh")',
-    "dsilu": "aten.silu_backward({g}, {x})",
-}
+# the derivative of a function and its product with a cotangent, where PyTorch has them as one operation that can itself
+# be differentiated (aten.silu_backward cannot)
+FUSED_DERIVATIVES = {"dgelu": 'aten.gelu_backward({g}, {x}, approximate="tanh")'}
 
 HELPERS = '''
 def less_equal(x, y):

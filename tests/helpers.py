@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -59,20 +58,7 @@ def compiled(
 
 
 def inputs_for(layer: Layer, tokens: int, *, batch: int = 1, heads: int = 1, seed: int = 0) -> Inputs:
-    """The random inputs of `tttc.verify`, with weights twice as large and learning rates a fifth.
-
-    As they are, a norm of small values makes a step on every token a chaotic map at D = 3: one rounding of an input
-    becomes 1e-10 of a gradient in the oracle itself, and nothing is left to compare to 1e-11. So scaled, the worst is
-    about 1e-13.
-    """
-    inputs = random_inputs(layer.signature, layer.dims, batch, tokens, heads, seed)
-    rates = {n: scaled(x, 0.2) if n.startswith("lr") else x for n, x in inputs.gates.items()}
-    return replace(inputs, gates=rates, state={n: scaled(w, 2.0) for n, w in inputs.state.items()})
-
-
-def scaled(x: torch.Tensor, by: float) -> torch.Tensor:
-    """`by` times a leaf of autograd, as a leaf of its own."""
-    return (x.detach() * by).requires_grad_()
+    return random_inputs(layer.signature, layer.dims, batch, tokens, heads, seed)
 
 
 def keywords(inputs: Inputs) -> dict[str, Any]:

@@ -277,3 +277,16 @@ def test_a_zero_learning_rate_leaves_the_state_alone(name, mini_batch, read):
     _, state = layer(inputs.q, inputs.k, inputs.v, **(keywords(inputs) | {"gates": gates}))
     for n, w in inputs.state.items():
         assert torch.equal(state[n], w)
+
+
+def test_a_missing_state_starts_at_its_init():
+    """What is given is taken, the rest is what the declaration says."""
+    layer = compiled("TTTLinear")
+    inputs = inputs_for(layer, 5)
+    given = {"W1": inputs.state["W1"]}
+    whole = {"b1": layer.init_state()["b1"], **given}
+    outputs = [
+        layer(inputs.q, inputs.k, inputs.v, gates=inputs.gates, params=inputs.params, state=s)[0]
+        for s in (given, whole)
+    ]
+    assert torch.equal(*outputs)

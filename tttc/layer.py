@@ -163,8 +163,8 @@ class Layer:
             q, k, v: [B, T, H, D] in the dtype of the layer; `tokens` likewise for further declared tokens.
             gates: one tensor [B, T, H] per gate, [B, T, H, axis] where it is per channel.
             params: [*dims] or [H, *dims] each; their `init` if not given.
-            state: what a previous call returned, or a dict of [*dims], [H, *dims] or [B, H, *dims]; their `init` if not
-            given.
+            state: what a previous call returned, or a dict of [*dims], [H, *dims] or [B, H, *dims]; a state that is
+                missing starts at its `init`.
             check: raise `NonFinite` if an input holds a NaN or an infinity.
 
         Returns:
@@ -295,7 +295,7 @@ class _Call:
 
     def _state(self, state: State | Mapping[str, torch.Tensor] | None) -> State:
         specs = self.layer.signature.states
-        values: Mapping[str, torch.Tensor] = self.layer.init_state() if state is None else state
+        values = {**self.layer.init_state(), **(state or {})}
         self._named("state", values, specs)
 
         def flat(group: Mapping[str, torch.Tensor]) -> Tensors:

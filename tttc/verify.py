@@ -10,7 +10,7 @@ import torch
 
 from tttc.api import compile
 from tttc.reference import reference
-from tttc.variant import Signature, Variant, signature
+from tttc.variant import GateSpec, ParamSpec, Signature, Variant, signature
 
 OUTPUT_TOLERANCE = 1e-12  # float64: the rounding of a few thousand operations, relative to the norm of the tensor
 GRADIENT_TOLERANCE = 1e-11  # a gradient sums over all tokens and passes every operation twice
@@ -110,10 +110,13 @@ def default_dims(declared: Signature, width: int) -> dict[str, int]:
 def random_inputs(
     declared: Signature, dims: Mapping[str, int], batch: int, tokens: int, heads: int, seed: int = 0
 ) -> Inputs:
-    """Inputs of unit scale, weights scaled by the width that they contract, gates in (0, 0.5), for which no rule
-    diverges.
+    """Inputs of unit scale, weights scaled by the width that they contract, small learning rates.
+
+    Larger rates make a step on every token a chaotic map for some learners: one rounding of an input then becomes 1e-10
+    of a gradient in the oracle itself, and there is nothing left to compare to 1e-11.
     """
     generator = torch.Generator().manual_seed(seed)
+    rates = _rate_names(declared)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).requires_grad_()
@@ -125,17 +128,24 @@ def random_inputs(
     gates = {}
     for n, gate in declared.gates.items():
         raw = torch.rand((batch, tokens, heads, *sizes(gate.dims)), generator=generator, dtype=torch.float64)
-        gates[n] = (raw * 0.5 / dims["D"] ** 0.5 + 0.01).requires_grad_()
-    params = {
-        n: (1.0 + normal(heads, *sizes(s.dims), scale=0.3)).detach().requires_grad_()
-        for n, s in declared.params.items()
-    }
+        gates[n] = (0.01 + raw * (0.1 if n in rates else 0.5) / dims["D"] ** 0.5).requires_grad_()
+    params = {}
+    for n, p in declared.params.items():
+        value = 1.0 + normal(heads, *sizes(p.dims), scale=0.3).detach()
+        params[n] = (0.05 * value if n in rates else value).requires_grad_()
     state = {}
     for n, s in declared.states.items():
-        scale = 0.5 / dims[s.dims[0]] ** 0.5 if s.dims else 0.5
+        scale = dims[s.dims[0]] ** -0.5 if s.dims else 1.0
         state[n] = normal(batch, heads, *sizes(s.dims), scale=scale)
     extra = {n: x for n, x in vectors.items() if n not in ("q", "k", "v")}
     return Inputs(vectors["q"], vectors["k"], vectors["v"], gates, params, state, extra)
+
+
+def _rate_names(declared: Signature) -> set[str]:
+    """The gates and params that are learning rates."""
+    rates = [declared.update.lr_of(n) for n in declared.states]
+    named = {r.name for r in rates if isinstance(r, GateSpec)}
+    return named | {declared.rate_name(r) for r in rates if isinstance(r, ParamSpec)}
 
 
 def gradients(

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tttc.report import (
-    ErrorRow,
     LossCurve,
     Report,
     StageText,
@@ -22,6 +21,7 @@ from tttc.report import (
     render,
     write_report,
 )
+from tttc.verify import Row
 
 REPORT = Report(
     title="Mine: <from declaration>",
@@ -29,7 +29,7 @@ REPORT = Report(
     facts=[("cpu", "a fast one"), ("torch", "2.13")],
     declaration="class Mine(tttc.Variant):\n    mini_batch = 16",
     stages=[StageText("declare", 0.4, "x = a < b"), StageText("dualize", 12.3, "z = tril(A) @ r")],
-    verification=[ErrorRow("z", 3e-16, 1e-12), ErrorRow("grad q", 0.5, 1e-12)],
+    verification=[Row("z", 3e-16, 1e-12), Row("grad q", 0.5, 1e-12)],
     timings=[
         TimingRow("tttc", 10.0, 20.0),
         TimingRow("eager", 100.0, 200.0),
@@ -111,7 +111,7 @@ def test_text_is_escaped(page: str) -> None:
 
 def test_verdicts_follow_the_errors(page: str) -> None:
     assert re.findall(r"(equal|differs)</td>", page) == ["equal", "differs"]
-    assert not ErrorRow("z", math.nan, 1.0).ok
+    assert not Row("z", math.nan, 1.0).ok
 
 
 def test_pictures_come_light_and_dark(page: str) -> None:

@@ -289,7 +289,7 @@ def demo(
     from its definition, or if a language model learns less than byte pairs tell.
 
         tttc demo
-        tttc demo --quick --out /tmp/tttc-demo
+        tttc demo --quick --out my-report
     """
     from tttc.demo import (
         DemoFailed,

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.text import Text
 
 from tttc import training
@@ -35,9 +34,9 @@ from tttc.doctor import cxx_compiler, diagnose
 from tttc.layer import Layer
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
 from tttc.loading import full_dims
-from tttc.report import ErrorRow, LossCurve, Report, StageText, TimingRow, milliseconds, write_report
+from tttc.report import LossCurve, Report, StageText, TimingRow, milliseconds, write_report
 from tttc.terminal import console, error_table, print_program, table
-from tttc.verify import verify
+from tttc.verify import Row, verify
 
 FULL_TEXT_STAGES = ("declare", "differentiate", "simplify", "primal", "dualize")
 
@@ -84,7 +83,7 @@ def run_demo(out: Path, quick: bool) -> Path:
     _section(3, "Verification: against the declaration itself, token by token in float64")
     verification = _verify()
     _section(4, f"Speed: {_size_text(effort, dims)}")
-    with _one_thread():
+    with training.one_thread():  # on a busy machine, threads that wait for each other say little about the code
         timings = _time(layer, dims, effort)
     _print_timings(timings)
     _section(5, "Training: byte-level language models on the Python standard library")
@@ -158,24 +157,13 @@ def _show_stages(layer: Layer) -> list[StageText]:
     return stages
 
 
-def _verify() -> list[ErrorRow]:
+def _verify() -> Sequence[Row]:
     with _working("running the definition, gradients included"):
         result = verify(GatedLearner)
     console().print(error_table(result.rows))
     if not result.ok:
         raise DemoFailed(f"the compiled {GatedLearner.__name__} differs from its definition: see the table above.")
-    return [ErrorRow(row.name, row.error, row.tolerance) for row in result.rows]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """For times that hold on a busy machine too: threads that wait for each other there say little about the code."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return result.rows
 
 
 def _size_text(effort: Effort, dims: dict[str, int]) -> str:
@@ -292,7 +280,7 @@ def _training_text(curves: Sequence[LossCurve]) -> str:
 
 
 def _summary(
-    verification: Sequence[ErrorRow], timings: Sequence[TimingRow], curves: Sequence[LossCurve], bigram: float
+    verification: Sequence[Row], timings: Sequence[TimingRow], curves: Sequence[LossCurve], bigram: float
 ) -> list[str]:
     worst = max(row.error for row in verification)
     ours, *others = timings

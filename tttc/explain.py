@@ -205,16 +205,13 @@ def _critical_path(program: Program) -> Formula:
 def explain(layer: Layer, latex: bool = False, stages: Iterable[str] | None = None) -> str:
     """Everything about a layer as one text; `latex` gives the mathematics as a LaTeX document instead.
 
-    `stages` are the names of those that are printed: all but `emit`, whose text is `layer.source`, if not given.
+    `stages` are the names of those that are printed, all of them if not given.
     """
     if latex:
         return latex_document(layer)
-    wanted = [e.name for e in layer.stages if e.name != "emit"] if stages is None else list(stages)
+    wanted = [e.name for e in layer.stages] if stages is None else list(stages)
     parts = ["\n".join(_header(layer)), "\n".join(_summary(layer))]
     parts += [_stage_text(layer.stages[name]) for name in wanted]
-    if stages is None:
-        lines = layer.source.count("\n") + 1
-        parts.append(f"# stage emit: {lines:,} lines of source, not shown here: they are layer.source.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -21,6 +21,8 @@ from pygments import highlight  # type: ignore[import-untyped]
 from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 from pygments.lexers import PythonLexer  # type: ignore[import-untyped]
 
+from tttc.verify import Row
+
 
 @dataclass(frozen=True)
 class StageText:
@@ -29,19 +31,6 @@ class StageText:
     name: str
     milliseconds: float
     text: str
-
-
-@dataclass(frozen=True)
-class ErrorRow:
-    """How far one tensor is from the definition, relative to its norm."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.tolerance  # false for NaN
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,7 @@ class Report:
     facts: Sequence[tuple[str, str]]
     declaration: str
     stages: Sequence[StageText]
-    verification: Sequence[ErrorRow]
+    verification: Sequence[Row]
     timings: Sequence[TimingRow]
     timing_setup: str
     curves: Sequence[LossCurve]

@@ -255,7 +255,7 @@ def train(
         TimeRemainingColumn(),
     )
     # A thread that redraws on its own would compete with the training.
-    with _one_thread(), Progress(*columns, disable=not progress, auto_refresh=False) as bar:
+    with one_thread(), Progress(*columns, disable=not progress, auto_refresh=False) as bar:
         trainers = []
         with torch.random.fork_rng(devices=[]):
             for variant, width in zip(variants, matched_widths(variants, size), strict=True):
@@ -273,7 +273,8 @@ def train(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """One thread of torch meanwhile: what small tensors want, and what gives times that hold on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -56,7 +56,7 @@ class Effort:
     validations: int  # points on a learning curve, each of which takes a second or so
 
 
-FULL = Effort(size=(1, 512, 4), rounds=3, compile_seconds=60, seconds=235, validations=8)
+FULL = Effort(size=(1, 512, 4), rounds=3, compile_seconds=60, seconds=205, validations=8)
 QUICK = Effort(size=(1, 128, 2), rounds=3, compile_seconds=0, seconds=50, validations=3)
 LANGUAGE_MODELS = (GatedLearner, TTTLinear, TTTMLP, LinearAttention)
 

@@ -124,8 +124,9 @@ def adjoint_function(a: ScanAdjoint) -> Function:
     returned = tuple(cotangent(p) for p in scan.params)
     sweep: tuple[Statement, ...] = (a.forward, Save(a.residuals))
     back: tuple[Statement, ...] = (Restore(a.residuals), a.backward)
-    if not scan.loops:
-        return Function(name, params, (zero, Block(a.forward.assigns), a.backward), returned)
+    if not scan.loops:  # the carry stays as it came: the backward may read it
+        kept = tuple(x for x in a.forward.assigns if x.target in a.residuals)
+        return Function(name, params, (zero, *((Block(kept),) if kept else ()), a.backward), returned)
     allocate = tuple(Allocate(cotangent(p)) for p in scan.sequence)
     body: tuple[Statement, ...] = (
         *allocate,

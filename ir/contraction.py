@@ -49,12 +49,6 @@ def layout(node: Expr) -> Layout:
     return Layout("einsum")
 
 
-def flop_count(node: Expr, sizes: Sizes) -> int:
-    """Multiplications and additions of a two-operand contraction."""
-    axes = {a for e in node.src for a in e.axes}
-    return prod(sizes[a.size] for a in axes) * (2 if node.arg else 1)
-
-
 def ordered(factors: Sequence[Expr], out: Axes, sizes: Sizes) -> Expr:
     """The product of `factors` summed to the axes `out`, as nested contractions of two in the cheapest order.
 

@@ -100,8 +100,6 @@ class Op:
     """What a shared result of this op is called when the user gave it no name."""
     lower: Callable[[Expr], Expr] | None = None
     """For a composite: the same value in simpler operations."""
-    scalar: Any = None
-    """For an elementwise op: its `Scalar` row (ir/scalars.py)."""
 
 
 OPS: dict[str, Op] = {}

@@ -265,6 +265,5 @@ for _scalar in SCALARS.values():
             _elementwise_numpy,
             _elementwise_adjoint,
             _LINEAR.get(_scalar.name, "nonlinear"),
-            scalar=_scalar,
         )
     )

@@ -24,7 +24,7 @@ from tttc.ir.dualize import (
     finished,
     grown_sum,
 )
-from tttc.ir.expr import Expr, Leaf, const, leaf
+from tttc.ir.expr import Expr, Leaf, const, leaf, substitute
 from tttc.ir.linearity import Dependence, dependence
 from tttc.ir.primal import loop_params, per_token
 from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan
@@ -135,7 +135,7 @@ def _tiled_function(program: Program, plan: Plan, scans: list[Scan]) -> Function
     tile, close = scans
     opening = Block(tuple(Assign(s, b.broadcast(const(0), s.axes)) for s in tile.carry))
     at_end = {p: _last_of_mini_batch(p) for p in close.fixed if p.arg[0].role == "gate"}
-    closing = Block(tuple(Assign(a.target, _replaced(a.value, at_end)) for a in close.updates))
+    closing = Block(tuple(Assign(a.target, *substitute([a.value], at_end)) for a in close.updates))
     inner = For("c", "m", plan.chunk, (tile.block,))
     step = plan.mini_batch
     assert step is not None
@@ -148,12 +148,6 @@ def _last_of_mini_batch(gate: Expr) -> Expr:
     found, axes = gate.arg
     whole = Expr("leaf", (), (Leaf(found.name, found.role, "m"), (T_AXIS, *axes)))
     return b.last(whole, T_AXIS)
-
-
-def _replaced(e: Expr, by: Mapping[Expr, Expr]) -> Expr:
-    from tttc.ir.expr import substitute
-
-    return substitute([e], by)[0]
 
 
 def sum_leaf(w: Expr) -> Expr:

@@ -67,13 +67,13 @@ def core(e: Expr) -> Expr:
     return e
 
 
-def steps(block: Block, namer: Namer, known: Mapping[Expr, str] | None = None) -> list[Step]:
+def steps(block: Block, namer: Namer) -> list[Step]:
     """The lines of a block: named values first, in the order of need, then stores, then the new values of the
     variables.
     """
-    names = dict(known or {})
+    names: dict[Expr, str] = {}
     roots = [a.value for a in block.assigns]
-    named = _to_be_named(roots, names, namer.hints)
+    named = _to_be_named(roots, namer.hints)
     carried = [a for a in block.assigns if a.leaf.at is None]
     read = {e.arg[0].name for e in postorder(roots) if e.op == "leaf"}
     fresh = {a.value: a for a in carried if a.leaf.name not in read and a.target.axes == a.value.axes}
@@ -115,8 +115,8 @@ def _reads(e: Expr, names: Mapping[Expr, str]) -> set[str]:
     return found
 
 
-def _to_be_named(roots: list[Expr], known: Mapping[Expr, str], hints: Mapping[Expr, str]) -> set[Expr]:
-    order = [e for e in postorder(roots) if e not in known]
+def _to_be_named(roots: list[Expr], hints: Mapping[Expr, str]) -> set[Expr]:
+    order = postorder(roots)
     uses: dict[Expr, int] = {}
     for e in order:
         for s in e.src:
@@ -127,15 +127,13 @@ def _to_be_named(roots: list[Expr], known: Mapping[Expr, str], hints: Mapping[Ex
     named |= {e for e in order if e in hints and e.op not in _FREE}
     lengths: dict[Expr, int] = {}
     for e in order:  # cut long expressions at their longest operand
-        lengths[e] = _length(e, lengths, named, known)
+        lengths[e] = _length(e, lengths, named)
         while lengths[e] > LONG:
-            candidates = [
-                core(s) for s in e.src if core(s) not in named and core(s) not in known and _worth_a_name(core(s))
-            ]
+            candidates = [core(s) for s in e.src if core(s) not in named and _worth_a_name(core(s))]
             if not candidates:
                 break
             named.add(max(candidates, key=lambda s: lengths[s]))
-            lengths[e] = _length(e, lengths, named, known)
+            lengths[e] = _length(e, lengths, named)
     return named
 
 
@@ -143,9 +141,9 @@ def _worth_a_name(e: Expr) -> bool:
     return e.op not in _FREE and not (e.op in ("neg", "broadcast") and e.src[0].op in _FREE)
 
 
-def _length(e: Expr, lengths: Mapping[Expr, int], named: set[Expr], known: Mapping[Expr, str]) -> int:
+def _length(e: Expr, lengths: Mapping[Expr, int], named: set[Expr]) -> int:
     own = {"leaf": 5, "const": 4, "size": 1}.get(e.op, 3 if e.op in SCALARS and SCALARS[e.op].infix else 6)
-    return own + sum(4 if core(s) in named or s in known else lengths.get(s, 4) for s in e.src)
+    return own + sum(4 if core(s) in named else lengths.get(s, 4) for s in e.src)
 
 
 # -- expressions ------------------------------------------------------------------------------------------------------

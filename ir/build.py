@@ -104,6 +104,40 @@ def put_last(a: Expr, axis: Axis) -> Expr:
     return Expr("put_last", (a,), axis)
 
 
+def segprod(a: Expr, rows: Axis, columns: Axis) -> Expr:
+    """Products of a segment of tokens: P[t, s] = a[s + 1] * ... * a[t], 1 where t = s, 0 where s comes after t."""
+    return Expr("segprod", (a,), (rows, columns))
+
+
+def cumprod(a: Expr, axis: Axis) -> Expr:
+    """a[0] * ... * a[t] at every token t."""
+    return Expr("cumprod", (a,), axis)
+
+
+def shift(a: Expr, axis: Axis, fill: float = 0.0) -> Expr:
+    """Every token gets the entry of the one before it, the first one `fill`."""
+    return Expr("shift", (a,), (axis, float(fill)))
+
+
+def shift_back(a: Expr, axis: Axis) -> Expr:
+    """Every token gets the entry of the one after it, the last one 0: the transpose of `shift`."""
+    return Expr("shift_back", (a,), axis)
+
+
+def solve(matrix: Expr, right: Expr, known: Axis, unknown: Axis) -> Expr:
+    """The x with x[t] + sum over s < t of matrix[t, s] * x[s] = right[t], its tokens on the axis `unknown`.
+
+    Of `matrix` only what lies strictly below the diagonal is read. `right` has its tokens on the axis `known`: t for
+    this system, s for the transposed one.
+    """
+    return Expr("solve", (matrix, broadcast(right, (known,))), (known, unknown))
+
+
+def between(*taken: Axis) -> Axis:
+    """A token axis that is none of `taken`."""
+    return next(Axis(name, taken[0].size) for name in ("t", "r", "s") if name not in {a.name for a in taken})
+
+
 def stop_gradient(a: Expr) -> Expr:
     return Expr("stop_gradient", (a,))
 

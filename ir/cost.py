@@ -10,7 +10,11 @@ What is counted:
   (gelu, rsqrt, a formula of the user's) counts as 1, whatever it takes to evaluate it. LayerNorm and its like
   count as what they consist of;
 - a reduction: 1 for each element that goes in;
-- nothing for masks, transposes, broadcasts and the choice of a token: they move values and compute none.
+- the products of segments of tokens: 1 for each of their C * C entries, a row being the one before times a decay;
+  the running product: 1 for each of its C entries. Both once for each channel;
+- a triangular solve: 2 FLOPs for each pair of tokens s < t and each column, and 1 for the diagonal: C * C * E. It
+  counts as a contraction, of which it is made;
+- nothing for masks, transposes, broadcasts, shifts and the choice of a token: they move values and compute none.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ EVERY = dim("n")  # chunks between two states that are kept for the backward
 
 ITEM_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
 
-_MOVES = frozenset(("leaf", "const", "size", "rename", "broadcast", "stop_gradient", "last", "put_last", "mask"))
+_MOVES = frozenset(("leaf", "const", "size", "rename", "broadcast", "stop_gradient")) | frozenset(
+    ("last", "put_last", "mask", "shift", "shift_back")
+)
 _REDUCTIONS = frozenset(("sum", "mean", "max"))
 _ADDITIONS = frozenset(("add", "sub", "neg", "rename", "broadcast"))
 
@@ -137,7 +143,17 @@ def node_work(e: Expr) -> Work:
     if e.op == "contract":
         every = elements(tuple(dict.fromkeys(a for s in e.src for a in s.axes)))
         return Work(contraction=len(e.src) * every) if e.arg else Work(elementwise=(len(e.src) - 1) * every)
+    if e.op == "solve":
+        known, _ = e.arg
+        return Work(contraction=dim(known.size) * elements(e.axes))
     return Work(elementwise=elements(e.axes))
+
+
+def is_contraction(e: Expr) -> bool:
+    """Whether the result waits for sums over all of an axis. A solve counts as one: its matrix can be inverted before
+    the right side is known.
+    """
+    return (e.op == "contract" and bool(e.arg)) or e.op == "solve"
 
 
 def work(roots: Iterable[Expr]) -> Work:
@@ -205,20 +221,37 @@ def _largest(roots: Iterable[Expr], handed_on: Iterable[Expr]) -> Formula:
     return sympy.Max(*sizes) if sizes else sympy.S.Zero
 
 
-def chain_growth(handed_on: Mapping[str, Expr]) -> Formula:
-    """How many contractions one more turn of a loop adds to the longest chain of dependent ones.
+Turn = Mapping[str, Mapping[str, int]]
+"""For each variable, and each new value that depends on it: the most contractions on a way from one to the other."""
 
-    `handed_on` has the new value of each variable that the turns share. One turn may lead from any of them to any
-    other, so this is the largest mean over the cycles: a variable that nothing leads back to lengthens the chain
-    once, not every turn.
+
+def turn_of(handed_on: Mapping[str, Expr], kept: Iterable[str] = ()) -> Turn:
+    """One turn of a loop whose turns share variables: `handed_on` has the new values, those of `kept` stay."""
+    return {n: _depths_from(n, handed_on) | ({n: 0} if n in kept else {}) for n in (*handed_on, *kept)}
+
+
+def after(first: Turn, then: Turn) -> Turn:
+    """Two turns, one after the other, as one."""
+    return {n: _continued(ends, then) for n, ends in first.items()}
+
+
+def growth(turn: Turn) -> Formula:
+    """How many contractions one more turn adds to the longest chain of dependent ones.
+
+    One turn may lead from any variable to any other, so this is the largest mean over the cycles: a variable that
+    nothing leads back to lengthens the chain once, not every turn.
     """
-    turn = {n: _depths_from(n, handed_on) for n in handed_on}
     chains, longest = turn, sympy.S.Zero
-    for turns in range(1, len(handed_on) + 1):
+    for turns in range(1, len(turn) + 1):
         closed = [sympy.Rational(ends[n], turns) for n, ends in chains.items() if n in ends]
         longest = max([longest, *closed])
-        chains = {n: _continued(ends, turn) for n, ends in chains.items()}
+        chains = after(chains, turn)
     return longest
+
+
+def chain_growth(handed_on: Mapping[str, Expr]) -> Formula:
+    """The growth of a loop of a single kind of turn."""
+    return growth(turn_of(handed_on))
 
 
 def _depths_from(name: str, handed_on: Mapping[str, Expr]) -> dict[str, int]:
@@ -229,15 +262,15 @@ def _depths_from(name: str, handed_on: Mapping[str, Expr]) -> dict[str, int]:
         if node.op == "leaf" and _name(node) == name:
             depths[node] = 0
         elif below:
-            depths[node] = max(below) + (node.op == "contract" and bool(node.arg))
+            depths[node] = max(below) + is_contraction(node)
     return {n: depths[value] for n, value in handed_on.items() if value in depths}
 
 
-def _continued(ends: Mapping[str, int], turn: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+def _continued(ends: Mapping[str, int], turn: Turn) -> dict[str, int]:
     """Chains that end at the variables `ends`, made longer by one turn."""
     longer: dict[str, int] = {}
     for middle, depth in ends.items():
-        for end, more in turn[middle].items():
+        for end, more in turn.get(middle, {}).items():
             longer[end] = max(longer.get(end, 0), depth + more)
     return longer
 
@@ -259,6 +292,18 @@ def adjoint_cost(adjoint: ScanAdjoint) -> AdjointCost:
         residuals=_total(adjoint.residuals),
         carry=_total(scan.carry),
     )
+
+
+def tiles_depth(tile: Scan, close: Scan) -> tuple[Formula, Formula]:
+    """The contractions that a mini-batch of one tile adds to the longest chain of dependent ones, and those that every
+    further tile of it adds.
+    """
+    tiled, closed = ({a.leaf.name: a.value for a in scan.updates} for scan in (tile, close))
+    opened = {a.leaf.name for a in tile.updates if a.leaf.role == "sum"}  # new in every mini-batch
+    first = turn_of(tiled, [n for n in closed if n not in tiled])
+    then = turn_of(closed, [n for n in tiled if n not in closed and n not in opened])
+    whole = {n: ends for n, ends in after(first, then).items() if n not in opened}
+    return growth(whole), growth(turn_of(tiled))
 
 
 def function_work(function: Function) -> Work:

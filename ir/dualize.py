@@ -1,15 +1,15 @@
-"""The dual form: the mini-batch at once, without the weights of any single token.
+"""The dual form: a chunk of tokens at once, without the weights of any single token.
 
-Token t reads x_t through W_t = W - tau_t * sum_{s <= t} lr_s * outer(X_s, d_s). Kept factored, that read is a
-contraction of x, the coefficients A, X and d, and the cheapest order of it is the dual form (ir/contraction.py):
+Three things come together. The update rule over a chunk is a matrix of coefficients A (ir/response.py). A gradient is a
+product outer(X_s, d_s), whose rows are those of the mini-batch's start, or the solution of a triangular system
+(ir/online.py). Reading through W_t = a_t * W - sum over s of A[t, s] * outer(X_s, d_s) is a contraction, taken in the
+cheapest order (ir/reading.py):
 
-    z[t] = x @ W_t                       token by token, a D x F matrix for each t
-    ->
     A: f64[C, C] = tril(outer(tau[m], lr[m]))
     z[m] = x @ W - (A * (x @ X.T)) @ d   a bias is the same with x = X = 1, hence A * (x @ X.T + 1)
     W = W - (eta[:, None] * X).T @ d     eta = tau of the last token * lr
 
-`read` is only the mask of A: lower triangle (after), strict lower triangle (before), nothing (start), everything (end).
+`read` chooses among the responses: x_t (after), x_{t-1} (before), x of the last token (end), or what was found (start).
 """
 
 from __future__ import annotations
@@ -19,44 +19,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tttc.ir import build as b
-from tttc.ir.contraction import ordered
-from tttc.ir.expr import Axes, Axis, Expr, Leaf, const, postorder, rebuild, transform
+from tttc.ir.expr import Axis, Expr, const
+from tttc.ir.linearity import Dependence, Finding, dependence
+from tttc.ir.online import NotTriangular, solved, the_unknown, unknown_rows
 from tttc.ir.primal import loop_params, per_token
 from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update
+from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
+from tttc.ir.response import GRADIENT, ChunkAlgebra, Response, coefficients, held
 from tttc.ir.simplify import renamed_hints, simplify
+from tttc.ir.update import (
+    COUNT,
+    Advanced,
+    Carried,
+    Ending,
+    accumulated,
+    added_leaf,
+    advance,
+    average_leaf,
+    averaged_gates,
+    ended,
+    is_staged,
+    memories,
+    momentum_leaf,
+    scale_leaf,
+    state_name,
+)
 
 DEFAULT_CHUNK = 64  # assumed length of a chunk where the mini-batch is the whole sequence
-
-
-@dataclass(frozen=True)
-class Term:
-    """A product of factors, summed over the axes that the result lacks, with a sign."""
-
-    sign: int
-    factors: tuple[Expr, ...]
-
-    def times(self, other: Term) -> Term:
-        return Term(self.sign * other.sign, (*self.factors, *other.factors))
-
-    def renamed(self, to: Mapping[Axis, Axis]) -> Term:
-        return Term(self.sign, tuple(b.rename(f, to) for f in self.factors))
-
-
-@dataclass(frozen=True)
-class Moving:
-    """Weights that differ from token to token: a sum of products, never multiplied out."""
-
-    axes: Axes
-    terms: tuple[Term, ...]
+CHUNK_SIZE = Axis("t", "C")
+Gradients = Mapping[str, tuple[Term, ...]]
 
 
 @dataclass(frozen=True)
 class ChunkForm:
-    """What one chunk computes, over its source tokens s and its reading tokens t."""
+    """What one chunk computes: the outputs, and the new values of what it carries."""
 
     z: Assign
-    growth: dict[str, tuple[Term, ...]]
-    """Per state, sum over s of lr_s * g_s as products: what the chunk adds to the open mini-batch's sum."""
+    updates: tuple[Assign, ...]
     moved: dict[Expr, Expr]
 
 
@@ -65,12 +64,15 @@ def dualize(program: Program) -> Program:
     update = program.update
     assert update is not None
     sizes = chunk_sizes(program)
-    form = chunk_form(program, sizes, sums=None)
-    stores = [Assign(form.z.target, form.z.value)]
-    closed = [Assign(w, closed_weights(update, w, form.growth[w.arg[0].name], sizes)) for w in update.states]
-    assigns, names, _ = finished([*stores, *closed], renamed_hints(program.names, form.moved))
-    step = "T" if update.mini_batch == "all" else update.mini_batch
-    body = (Allocate(form.z.target), For("c", "T", step, (Block(assigns),)))
+    form = whole_form(program, sizes)
+    assigns, names, _ = finished([form.z, *form.updates], renamed_hints(program.names, form.moved))
+    step: int | str = "T" if update.mini_batch == "all" else update.mini_batch
+    if gradient_class(program).sequential:
+        step = 1
+    kept = memories(update)
+    beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
+    loop = For("c", "T", step, (Block(assigns),))
+    body = (Allocate(form.z.target), *((beginning,) if kept else ()), loop)
     params = tuple(at_chunk(p, T_AXIS) for p in loop_params(program))
     function = Function(program.name, params, body, (form.z.target, *update.states))
     return replace(program, stage="dualize", functions=(function,), names=names)
@@ -93,206 +95,358 @@ def finished(
     return done, {**names, **renamed_hints(names, moved)}, moved
 
 
+# -- where gradients are taken -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientClass:
+    """How the gradients of a chunk are found: `kind` is "constant" (the weights do not matter), "frozen" (at the
+    mini-batch's start), "affine" (online, by a triangular system) or "sequential" (online, token by token).
+    """
+
+    kind: str
+    finding: Finding
+    why: str
+
+    @property
+    def sequential(self) -> bool:
+        return self.kind == "sequential"
+
+
+def gradient_class(program: Program) -> GradientClass:
+    """The class of the gradients, with the operation that decided it."""
+    update = program.update
+    assert update is not None
+    gradients, _ = per_token(program)
+    found = max((dependence(g, update.states) for g in gradients.values()), key=lambda f: f.dependence)
+    if found.dependence == Dependence.CONSTANT:
+        return GradientClass("constant", found, "the gradients do not depend on the weights")
+    if update.anchor == "mini_batch":
+        return GradientClass("frozen", found, "gradients are taken at the mini-batch's start")
+    if update.clip is not None:
+        why = "clipping makes the gradients nonlinear in the weights: one token after the other"
+        return GradientClass("sequential", found, why)
+    try:
+        _Chunk(program, {**program.dims, "C": DEFAULT_CHUNK}, opened=False).solved_rows()
+    except NotTriangular as reason:
+        return GradientClass("sequential", found, f"{reason}: one token after the other")
+    return GradientClass("affine", found, "the gradients are affine in the weights: one triangular system per chunk")
+
+
 # -- one chunk -------------------------------------------------------------------------------------------------------
 
 
-def chunk_form(program: Program, sizes: Mapping[str, int], sums: Mapping[str, Expr] | None) -> ChunkForm:
-    """The chunk's output and growth. `sums` holds, per state, what the open mini-batch has added before this chunk."""
-    update = program.update
-    assert update is not None
-    gradients, output = per_token(program)
-    moved: dict[Expr, Expr] = {}
-    names = [_name(w) for w in update.states]
-    at_source = dict(zip(names, over_chunk([gradients[n] for n in names], S_AXIS, moved), strict=True))
-    raw = {n: _terms(g, w.axes) for (n, g), w in zip(at_source.items(), update.states, strict=True)}
-    growth = {n: tuple(_with_rate(update.lr[n], S_AXIS, t) for t in terms) for n, terms in raw.items()}
-    weights = {n: _read_weights(update, w, raw[n], sums) for n, w in zip(names, update.states, strict=True)}
-    (reading,) = over_chunk([output.value], T_AXIS, moved)
-    z = _read(reading, weights, sizes, moved)
-    return ChunkForm(Assign(at_chunk(output.target, T_AXIS), z), growth, moved)
+def whole_form(program: Program, sizes: Mapping[str, int]) -> ChunkForm:
+    """A chunk that is a whole mini-batch, or any chunk where its boundaries cannot be observed."""
+    chunk = _Chunk(program, sizes, opened=False)
+    ends = chunk.closed()
+    return ChunkForm(chunk.output(), (*ends, *chunk.memories()), chunk.moved)
 
 
-def closed_weights(update: Update, w: Expr, growth: Sequence[Term], sizes: Mapping[str, int]) -> Expr:
-    """The weights that a whole mini-batch hands on: W - tau of its last token * its sum."""
-    tau = update.tau[_name(w)]
-    if tau is not None and tau.op != "const":
-        tau = b.last(at_chunk(tau, T_AXIS), T_AXIS) if _is_sequence(tau) else tau
-    factors = () if tau is None else (tau,)
-    return _summed([Term(1, (w,)), *(Term(-t.sign, (*factors, *t.factors)) for t in growth)], w.axes, sizes)
+def open_form(program: Program, sizes: Mapping[str, int]) -> ChunkForm:
+    """A tile of a mini-batch that began at the weights W, from what it has added so far to what it has added after."""
+    chunk = _Chunk(program, sizes, opened=True)
+    return ChunkForm(chunk.output(), (*chunk.grown(), *chunk.memories()), chunk.moved)
 
 
-def grown_sum(s: Expr, growth: Sequence[Term], sizes: Mapping[str, int]) -> Expr:
-    """The sum of the open mini-batch after this chunk."""
-    return _summed([Term(1, (s,)), *growth], s.axes, sizes)
+class _Chunk:
+    """The update rule over one chunk. `opened`: the chunk is part of a mini-batch that other chunks share."""
+
+    def __init__(self, program: Program, sizes: Mapping[str, int], *, opened: bool) -> None:
+        assert program.update is not None
+        self.program, self.sizes, self.opened = program, sizes, opened
+        self.declared = program.update
+        self.moved: dict[Expr, Expr] = {}
+        self.update = rates_over_chunk(program.update)
+        self.algebra = ChunkAlgebra()
+        self.starts: dict[str, Moving | Expr] = {state_name(w): w for w in self.declared.states}
+        gradients, self.reading = per_token(program)
+        self.raw = {n: terms_of(gradients[n], w.axes) for n, w in self._states()}
+        self.advanced = {n: self._advanced(w) for n, w in self._states()}
+        self.rows: dict[str, tuple[Term, ...]] | None = None
+
+    def _states(self) -> list[tuple[str, Expr]]:
+        return [(state_name(w), w) for w in self.declared.states]
+
+    def _advanced(self, w: Expr) -> Advanced:
+        """The rule of one state over the chunk, as responses."""
+        momentum = momentum_leaf(self.update, w) if self.update.per == "token" else None
+        average = average_leaf(self.update, w)
+        scale = scale_leaf(self.declared, w) if self.opened else None
+        carried = Carried(
+            start=w,
+            added=held(added_leaf(w)) if self.opened else None,
+            scale=scale,
+            momentum=None if momentum is None else held(momentum),
+            average=None if average is None else held(average),
+        )
+        return advance(self.update, state_name(w), carried, GRADIENT, self.algebra)
+
+    # -- gradients
+
+    def gradients(self) -> dict[str, tuple[Term, ...]]:
+        """Per state, the gradients of the source tokens as products."""
+        if self.rows is None:
+            self.rows = self._clipped(self._found())
+        return self.rows
+
+    def _found(self) -> dict[str, tuple[Term, ...]]:
+        update = self.declared
+        if update.anchor == "token":
+            kind = gradient_class(self.program)
+            if kind.kind == "affine":
+                return self.solved_rows()
+            if kind.sequential:
+                return self._at({n: self._found_weights(w, decayed=True) for n, w in self._states()})
+        for _ in range(update.steps - 1):
+            self.rows = self._clipped(self._at(self.starts))
+            self.starts = dict(self._next_starts())
+        self.rows = None
+        return self._at(self.starts)
+
+    def solved_rows(self) -> dict[str, tuple[Term, ...]]:
+        """Online gradients, by a triangular system."""
+        unknown = the_unknown(self.raw, self.declared.states)
+        if unknown is None:
+            return self._at(self.starts)
+        rows = unknown_rows(unknown)
+        terms = {n: self._at_sources(n, {unknown: rows}) for n in self.raw}
+        anchors = {n: self._moving(w, self._anchor(n), terms) for n, w in self._states()}
+        value = solved(unknown, anchors, self.sizes, self.moved)
+        return {n: self._at_sources(n, {unknown: value}) for n in self.raw}
+
+    def _anchor(self, name: str) -> Response:
+        """The weights at which the gradient of each token is taken: W_{t-1}, or alpha_t * W_{t-1}."""
+        before: Response = self.advanced[name].weights.before()
+        decay = self.update.decay.get(name)
+        return self.algebra.scaled(before, decay) if self.declared.decay_first and decay is not None else before
+
+    def _found_weights(self, w: Expr, *, decayed: bool) -> Expr:
+        """The weights that a chunk of one token finds, `decayed` by its own decay where that comes first."""
+        n = state_name(w)
+        start: Expr = w
+        if self.opened:
+            scale = scale_leaf(self.declared, w)
+            start = b.sub(w if scale is None else b.mul(scale, w), added_leaf(w))
+        decay = self.update.decay.get(n)
+        if decayed and self.declared.decay_first and decay is not None:
+            start = b.mul(b.last(decay, T_AXIS) if T_AXIS in decay.axes else decay, start)
+        return start
+
+    def _at(self, weights: Mapping[str, Moving | Expr]) -> dict[str, tuple[Term, ...]]:
+        """The gradients of all tokens at weights that they share."""
+        if all(isinstance(x, Expr) and x.op == "leaf" for x in weights.values()):
+            return {n: self._at_sources(n, {}) for n in self.raw}
+        result = {}
+        for n, terms in self.raw.items():
+            result[n] = tuple(Term(t.sign, tuple(self._read_at(f, weights) for f in t.factors)) for t in terms)
+        return result
+
+    def _read_at(self, factor: Expr, weights: Mapping[str, Moving | Expr]) -> Expr:
+        (over,) = over_chunk([factor], T_AXIS, {})
+        return b.rename(read_through(over, weights, self.sizes, {}), {T_AXIS: S_AXIS})
+
+    def _at_sources(self, name: str, given: Mapping[Expr, Expr]) -> tuple[Term, ...]:
+        """The gradient's factors at the source tokens, some of them given."""
+        result = []
+        for t in self.raw[name]:
+            factors = [given[f] if f in given else over_chunk([f], S_AXIS, self.moved)[0] for f in t.factors]
+            for f, value in given.items():
+                self.moved[f] = value
+            result.append(Term(t.sign, tuple(factors)))
+        return tuple(result)
+
+    def _clipped(self, found: dict[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
+        """Gradients scaled down to the norm `clip`: of a product that is the product of the norms (MATH 6.2)."""
+        if self.declared.clip is None:
+            return found
+        squares = []
+        for n, w in self._states():
+            for x in found[n]:
+                for y in found[n]:
+                    factors = (*x.factors, *y.factors)
+                    repeated = [b.size(a) for a in w.axes if not any(a in f.axes for f in factors)]
+                    squares.append(Term(x.sign * y.sign, (*factors, *repeated)))
+        square = summed(squares, (S_AXIS,), self.sizes)
+        most = float(self.declared.clip) ** 2
+        excess = b.apply("relu", b.sub(square, const(most)))
+        scale = b.apply("sqrt", b.div(const(most), b.add(const(most), excess)))
+        return {n: tuple(Term(t.sign, (scale, *t.factors)) for t in terms) for n, terms in found.items()}
+
+    # -- weights
+
+    def _moving(self, w: Expr, response: Response, gradients: Gradients) -> Moving:
+        """Weights as sums of products: what was found, and the gradients times their coefficients."""
+        terms = []
+        for p in response.parts:
+            coefficient = () if p.coefficient is None else (p.coefficient,)
+            terms.append(Term(p.sign, (*coefficient, *p.held)))
+        for sign, factors in coefficients(response):
+            terms += [Term(sign * t.sign, (*factors, *t.factors)) for t in gradients[state_name(w)]]
+        return Moving(w.axes, tuple(terms))
+
+    def _scaled_by_tau(self, added: Response, name: str, *, last: bool = False) -> Response:
+        tau = self.update.tau.get(name)
+        if tau is None:
+            return added
+        return self.algebra.scaled(added, b.last(tau, T_AXIS) if last and T_AXIS in tau.axes else tau)
+
+    def _next_starts(self) -> dict[str, Moving | Expr]:
+        """The weights after one step on a whole mini-batch, where the next step begins; kept as products."""
+        if is_staged(self.declared) or any(m is not None for m in self.declared.momentum.values()):
+            return {a.leaf.name: a.value for a in self._ended()}
+        found: dict[str, Moving | Expr] = {}
+        gradients = self.gradients()
+        for n, w in self._states():
+            a = self.advanced[n]
+            end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
+            moved = self._moving(w, end, gradients)
+            found[n] = Moving(w.axes, self._from_start(n, moved.terms))
+        return found
+
+    def _from_start(self, name: str, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """Terms in the weights at the mini-batch's start, where the leaf of the weights stands for a later step's."""
+        start = self.starts[name]
+        leaf_ = next(w for n, w in self._states() if n == name)
+        result: list[Term] = []
+        for t in terms:
+            if leaf_ not in t.factors:
+                result.append(t)
+                continue
+            others = Term(t.sign, tuple(f for f in t.factors if f is not leaf_))
+            started = start.terms if isinstance(start, Moving) else (Term(1, (start,)),)
+            result += [others.times(s) for s in started]
+        return tuple(result)
+
+    def closed(self) -> tuple[Assign, ...]:
+        """The weights that the mini-batch hands on, and what changes only there."""
+        if is_staged(self.declared):
+            return self._ended()
+        gradients, made = self.gradients(), []
+        for n, w in self._states():
+            a = self.advanced[n]
+            end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
+            terms = self._from_start(n, self._moving(w, end, gradients).terms)
+            made.append(Assign(w, summed(terms, w.axes, self.sizes)))
+        return tuple(made)
+
+    def _ended(self) -> tuple[Assign, ...]:
+        """The same through the stages that act where a mini-batch ends."""
+        ends = {}
+        gradients = self.gradients()
+        for n, w in self._states():
+            a, base = self.advanced[n], accumulated(self.declared, w)
+            started = a.started.last()
+            start = base if base is not w else still(self.starts[n], self.sizes)
+            factors = [f for p in started.parts for f in (*p.held, p.coefficient) if f is not None and f is not w]
+            for f in factors:
+                start = b.mul(f, start)
+            tau = self.update.tau.get(n)
+            if tau is not None and T_AXIS in tau.axes:
+                tau = b.last(tau, T_AXIS)
+            added = summed(self._moving(w, a.added.last(), gradients).terms, w.axes, self.sizes)
+            ends[n] = Ending(start, added, tau)
+        means = {}
+        for gate, sum_ in averaged_gates(self.declared).items():
+            total, count = b.total(at_chunk(gate, T_AXIS), (T_AXIS,)), b.size(CHUNK_SIZE)
+            if self.opened:
+                total, count = b.add(sum_, total), b.add(COUNT, count)
+            means[gate] = b.div(total, count)
+        return ended(self.declared, ends, means)
+
+    def grown(self) -> tuple[Assign, ...]:
+        """What an open mini-batch has added after this chunk."""
+        gradients, made = self.gradients(), []
+        for n, w in self._states():
+            a = self.advanced[n]
+            added = self._moving(w, a.added.last(), gradients)
+            made.append(Assign(added_leaf(w), summed(added.terms, w.axes, self.sizes)))
+        for n, w in self._states():
+            scale = scale_leaf(self.declared, w)
+            if scale is not None:
+                made.append(Assign(scale, self.advanced[n].scale))
+        sums = averaged_gates(self.declared)
+        for gate, sum_ in sums.items():
+            made.append(Assign(sum_, b.add(sum_, b.total(at_chunk(gate, T_AXIS), (T_AXIS,)))))
+        if sums:
+            made.append(Assign(COUNT, b.add(COUNT, b.size(CHUNK_SIZE))))
+        return tuple(made)
+
+    def memories(self) -> tuple[Assign, ...]:
+        """What changes at every token: momentum and averages."""
+        gradients, made = self.gradients(), []
+        for n, w in self._states():
+            a = self.advanced[n]
+            momentum = momentum_leaf(self.declared, w) if self.declared.per == "token" else None
+            for variable, response in ((momentum, a.momentum), (average_leaf(self.declared, w), a.average)):
+                if variable is not None:
+                    end = self._moving(w, response.last(), gradients)
+                    made.append(Assign(variable, summed(end.terms, w.axes, self.sizes)))
+        return tuple(made)
+
+    # -- the output
+
+    def output(self) -> Assign:
+        """What the tokens read."""
+        weights = {n: self._read_weights(n, w) for n, w in self._states()}
+        (reading,) = over_chunk([self.reading.value], T_AXIS, self.moved)
+        z = read_through(reading, weights, self.sizes, self.moved)
+        return Assign(at_chunk(self.reading.target, T_AXIS), z)
+
+    def _read_weights(self, n: str, w: Expr) -> Moving | Expr:
+        read, a, average = self.declared.read, self.advanced[n], average_leaf(self.declared, w)
+        if read == "start":
+            return w if average is None else average
+        if read == "end" and is_staged(self.declared):
+            return next(x.value for x in self._ended() if x.target is w)
+        gradients = self.gradients()
+        if self._single():
+            return self._read_alone(n, w)
+
+        def at(response: Response) -> Response:
+            return {"after": lambda: response, "before": response.before, "end": response.last}[read]()
+
+        if average is not None:
+            return self._moving(w, at(a.average), gradients)
+        response = self.algebra.minus(at(a.started), self._scaled_by_tau(at(a.added), n))
+        moved = self._moving(w, response, gradients)
+        return Moving(w.axes, self._from_start(n, moved.terms))
 
 
-def over_chunk(roots: Sequence[Expr], axis: Axis, moved: dict[Expr, Expr]) -> list[Expr]:
-    """Per-token expressions over all tokens of a chunk: named axes make this one more axis on the token leaves."""
-    return transform(roots, lambda e, src: at_chunk(e, axis) if e.op == "leaf" else rebuild(e, src), moved)
+    def _single(self) -> bool:
+        """Whether a chunk is always one token: then its weights are a matrix like any other."""
+        found = gradient_class(self.program)
+        alone = self.declared.mini_batch == 1 and self.declared.anchor == "mini_batch" and found.kind == "frozen"
+        return found.sequential or alone
+
+    def _read_alone(self, n: str, w: Expr) -> Moving | Expr:
+        """What the only token of a chunk reads: the weights that it found, or those that it leaves."""
+        a, average = self.advanced[n], average_leaf(self.declared, w)
+        if self.declared.read == "before":
+            return average if average is not None else self._found_weights(w, decayed=False)
+        if average is not None:
+            return self._moving(w, a.average.last(), self.gradients())
+        end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
+        return Moving(w.axes, self._from_start(n, self._moving(w, end, self.gradients()).terms))
 
 
-def at_chunk(e: Expr, axis: Axis) -> Expr:
-    """k -> k[c] with a token axis; leaves that are no sequences stay as they are."""
-    if not _is_sequence(e):
-        return e
-    found, axes = e.arg
-    return Expr("leaf", (), (Leaf(found.name, found.role, "c"), (axis, *axes)))
+def rates_over_chunk(update: Update) -> Update:
+    """The rule with the rates of all tokens of a chunk."""
+
+    def over(rates: Mapping[str, Expr | None]) -> dict[str, Expr | None]:
+        return {n: None if r is None else over_chunk([r], T_AXIS, {})[0] for n, r in rates.items()}
+
+    groups = {role: over(getattr(update, role)) for role in ("lr", "tau", "momentum", "decay", "average")}
+    return replace(update, **groups)  # type: ignore[arg-type]
 
 
-def _is_sequence(e: Expr) -> bool:
-    return e.op == "leaf" and e.arg[0].role in ("token", "gate", "output")
-
-
-def _name(e: Expr) -> str:
-    return str(e.arg[0].name)
-
-
-# -- gradients as products ---------------------------------------------------------------------------------------------
-
-
-def _terms(g: Expr, axes: Axes) -> tuple[Term, ...]:
-    """A gradient taken apart: sums into terms, outer products into factors. A vector is one factor."""
-    match g:
-        case Expr("add", (x, y)) if len(axes) > 1:
-            return (*_terms(x, axes), *_terms(y, axes))
-        case Expr("sub", (x, y)) if len(axes) > 1:
-            return (*_terms(x, axes), *(replace(t, sign=-t.sign) for t in _terms(y, axes)))
-        case Expr("neg", (x,)):
-            return tuple(replace(t, sign=-t.sign) for t in _terms(x, axes))
-        case Expr("rename", (x,), arg) if len(axes) > 1:
-            back = {new: old for old, new in arg}
-            inner = _terms(x, tuple(back.get(a, a) for a in axes))
-            return tuple(t.renamed(dict(arg)) for t in inner)
-        case Expr("contract", src, ()) if len(axes) > 1:
-            return (Term(1, tuple(f for s in src for f in _factors(s))),)
-        case Expr("mul", (x, y)) if len(axes) > 1 and g.op == "mul":
-            return tuple(p.times(q) for p in _terms(x, x.axes) for q in _terms(y, y.axes))
-    return (Term(1, (g,)),)
-
-
-def _factors(e: Expr) -> tuple[Expr, ...]:
-    match e:
-        case Expr("contract", src, ()):
-            return tuple(f for s in src for f in _factors(s))
-    return (e,)
-
-
-def _with_rate(rate: Expr, axis: Axis, term: Term) -> Term:
-    """The learning rate of each source token as one more factor."""
-    return Term(term.sign, (at_chunk(rate, axis), *term.factors))
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def _read_weights(update: Update, w: Expr, terms: Sequence[Term], sums: Mapping[str, Expr] | None) -> Moving | Expr:
-    """The weights that each token t reads, as a sum of products."""
-    if update.read == "start":
-        return w
-    name = _name(w)
-    tau = None if update.tau[name] is None else at_chunk(update.tau[name], T_AXIS)  # type: ignore[arg-type]
-    scale = () if tau is None else (tau,)
-    result = [Term(1, (w,))]
-    if sums is not None:
-        result.append(Term(-1, (*scale, sums[name])))
-    coefficients = _coefficients(update, name, tau)
-    result += [Term(-t.sign, (*coefficients, *t.factors)) for t in terms]
-    return Moving(w.axes, tuple(result))
-
-
-def _coefficients(update: Update, name: str, tau: Expr | None) -> tuple[Expr, ...]:
-    """The matrix A over (reading token, source token), or its factors where no mask ties them together."""
-    lr = at_chunk(update.lr[name], S_AXIS)
-    if update.read == "end":
-        return (lr,) if tau is None else (tau, lr)
-    if tau is None or not tau.axes or not lr.axes:
-        pair = lr if tau is None else b.mul(tau, lr)
-    else:
-        pair = b.contract((tau, lr), ())
-    square = b.broadcast(pair, (T_AXIS, S_AXIS))
-    return (b.mask(square, T_AXIS, S_AXIS, strict=update.read == "before"),)
-
-
-def _read(
-    output: Expr, weights: Mapping[str, Moving | Expr], sizes: Mapping[str, int], moved: dict[Expr, Expr]
-) -> Expr:
-    """Evaluate the output on weights that move: contractions take a sum of products apart, anything else multiplies it
-    out.
-    """
-    done: dict[Expr, Moving | Expr] = {}
-    for node in postorder([output]):
-        src = tuple(done[s] for s in node.src)
-        if node.op == "leaf" and node.arg[0].name in weights:
-            declared = weights[node.arg[0].name]
-            to = dict(zip(declared.axes, node.axes, strict=True))
-            done[node] = _renamed(declared, to)
-        elif any(isinstance(s, Moving) for s in src):
-            done[node] = _on_moving(node, src, sizes)
-        else:
-            done[node] = rebuild(node, src)  # type: ignore[arg-type]
-    for origin, node in moved.items():
-        value = done.get(node)
-        if isinstance(value, Expr):
-            moved[origin] = value
-    return _still(done[output], sizes)
-
-
-def _renamed(e: Moving | Expr, to: Mapping[Axis, Axis]) -> Moving | Expr:
-    if isinstance(e, Expr):
-        return b.rename(e, to)
-    return Moving(tuple(to.get(a, a) for a in e.axes), tuple(t.renamed(to) for t in e.terms))
-
-
-def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, int]) -> Moving | Expr:
-    moving = [s for s in src if isinstance(s, Moving)]
-    if node.op == "rename":
-        return _renamed(moving[0], dict(node.arg))
-    if node.op == "contract":
-        first = next(i for i, s in enumerate(src) if isinstance(s, Moving))
-        others = [_still(s, sizes) for i, s in enumerate(src) if i != first]
-        moving_operand = src[first]
-        assert isinstance(moving_operand, Moving)
-        out = [a for a in node.axes if a != T_AXIS]
-        products = [Term(t.sign, (*others, *t.factors)) for t in moving_operand.terms]
-        return _summed(products, tuple(out), sizes)
-    if node.op == "neg":
-        return Moving(moving[0].axes, tuple(replace(t, sign=-t.sign) for t in moving[0].terms))
-    if node.op == "mul" and len(moving) == 1 and len(moving[0].axes) > 1:
-        (other,) = (s for s in src if isinstance(s, Expr))
-        axes = tuple(a for a in node.axes if a != T_AXIS)
-        return Moving(axes, tuple(Term(t.sign, (other, *t.factors)) for t in moving[0].terms))
-    if node.op in ("add", "sub") and len(moving) == 2 and len(node.axes) > 1:
-        x, y = moving
-        sign = 1 if node.op == "add" else -1
-        return Moving(node.axes, (*x.terms, *(replace(t, sign=sign * t.sign) for t in y.terms)))
-    return rebuild(node, tuple(_still(s, sizes) for s in src))
-
-
-def _still(e: Moving | Expr, sizes: Mapping[str, int]) -> Expr:
-    """The weights of every token multiplied out: cheap for a vector, exact for anything."""
-    return e if isinstance(e, Expr) else _summed(e.terms, e.axes, sizes)
-
-
-def _summed(terms: Sequence[Term], axes: Axes, sizes: Mapping[str, int]) -> Expr:
-    """A sum of products as an expression with the given axes, and a reading-token axis where a factor has one."""
-    result: Expr | None = None
-    for term in terms:
-        out = (T_AXIS, *axes) if any(T_AXIS in f.axes for f in term.factors) else axes
-        product = _product(term.factors, out, sizes)
-        if result is None:
-            result = product if term.sign > 0 else b.neg(product)
-        else:
-            result = (b.add if term.sign > 0 else b.sub)(result, product)
-    assert result is not None
-    if len(terms) == 1 and set(axes) - set(result.axes):
-        return b.broadcast(result, axes)
-    return result
-
-
-def _product(factors: Sequence[Expr], out: Axes, sizes: Mapping[str, int]) -> Expr:
-    numbers = [f for f in factors if f.op == "const"]
-    others = [f for f in factors if f.op != "const"]
-    product = ordered(others, out, sizes) if others else const(1)
-    for number in numbers:
-        product = b.mul(number, product)
-    return product
+__all__ = [
+    "ChunkForm",
+    "GradientClass",
+    "chunk_sizes",
+    "dualize",
+    "finished",
+    "gradient_class",
+    "open_form",
+    "whole_form",
+]

@@ -18,7 +18,7 @@ import sympy
 
 from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, Axes, Axis, Expr, Leaf, leaves
-from tttc.ir.ops import TOKEN_AXES
+from tttc.ir.ops import TOKEN_AXES, is_upper
 from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement, blocks, values
 from tttc.ir.scalars import SCALARS, Formula
 from tttc.ir.text import Namer, Text, core, formulas, steps, variables
@@ -285,23 +285,29 @@ class LatexPrinter:
     # -- tokens
 
     def _mask(self, e: Expr) -> Text:
-        rows, columns, strict = e.arg
-        lower = e.axes == (rows, columns)
-        name = r"\operatorname{tril}" if lower else r"\operatorname{triu}"
-        name += ("_{-1}" if lower else "_{1}") if strict else ""
-        return _call(name, [self.spread(e.src[0], natural(e.axes)).text])
+        return _call(_token_operation(e), [self.spread(e.src[0], natural(e.axes)).text])
 
     def _broadcast(self, e: Expr) -> Text:
         return self.spread(e.src[0], natural(e.axes))
 
     def _last(self, e: Expr) -> Text:
-        return _call(r"\operatorname{last}", [self(e.src[0])])
+        return _call(_token_operation(e), [self(e.src[0])])
 
-    def _put_last(self, e: Expr) -> Text:
-        return _call(r"\operatorname{atlast}", [self(e.src[0])])
+    _put_last = _stop_gradient = _last
 
-    def _stop_gradient(self, e: Expr) -> Text:
-        return _call(r"\operatorname{sg}", [self(e.src[0])])
+    def _along_tokens(self, e: Expr) -> Text:
+        """An operation along the tokens of an axis: those are the rows of its operand."""
+        axis = e.arg[0] if e.op in ("segprod", "shift") else e.arg
+        rest = next((a for a in e.src[0].axes if a != axis), None)
+        return _call(_token_operation(e), [self.matrix(e.src[0], (axis, rest)).text])
+
+    _segprod = _cumprod = _shift = _shift_back = _along_tokens
+
+    def _solve(self, e: Expr) -> Text:
+        known, unknown = e.arg
+        matrix, right = e.src
+        rest = next((a for a in e.axes if a != unknown), None)
+        return _product(_inverse(e, self.matrix(matrix, (known, unknown))), self.matrix(right, (known, rest)))
 
     def _composite(self, e: Expr) -> Text:
         settings = e.arg[1:] if isinstance(e.arg, tuple) else ()
@@ -314,19 +320,45 @@ class LatexPrinter:
 
     def _indexed(self, e: Expr) -> Text:
         """By indices: the operands with their axes as subscripts, the summed axes below a sum."""
-        operands = [f"{_atom(self._inside(s))}" for s in e.src]
+        operands = [self._inside(s).text for s in e.src]
         if e.op in ("contract", "sum"):
             total = rf"\textstyle\sum_{{{','.join(a.name for a in e.arg)}}} " if e.arg else ""
-            return Text(total + r" \, ".join(operands), PRODUCT)
+            return Text(total + r" \, ".join(operands), SUM)
+        if e.op == "solve":
+            return _product(_inverse(e, self._inside(e.src[0])), self._inside(e.src[1]))
+        if e.op == "broadcast":
+            return self._inside(e.src[0])
+        if e.op == "neg":
+            return Text(f"-{operands[0]}", SUM)
         signs = {"add": " + ", "sub": " - ", "mul": r" \, ", "div": " / "}
         if e.op in signs:
             return Text(signs[e.op].join(operands), SUM)
-        return _call(function_name_latex(e.op), operands)
+        return _call(_token_operation(e), operands)
 
     def _inside(self, e: Expr) -> Text:
         text = self._own(e)
         indices = "".join(a.name for a in e.axes)
         return Text(rf"\left[{text.text}\right]_{{{indices}}}", ATOM) if indices else text
+
+
+def _token_operation(e: Expr) -> str:
+    """The name of an operation on tokens; of any other its own."""
+    if e.op == "mask":
+        rows, columns, strict = e.arg
+        lower = e.axes.index(rows) < e.axes.index(columns)
+        return (r"\operatorname{tril}" if lower else r"\operatorname{triu}") + (
+            ("_{-1}" if lower else "_{1}") if strict else ""
+        )
+    if e.op == "shift":
+        return rf"\operatorname{{shift}}_{{{e.arg[1]:g}}}"
+    known = {"shift_back": r"\operatorname{shift}_{0}" + TRANSPOSED, "put_last": r"\operatorname{atlast}"}
+    return (known | {"stop_gradient": r"\operatorname{sg}"}).get(e.op, function_name_latex(e.op))
+
+
+def _inverse(solve: Expr, matrix: Text) -> Text:
+    """Of a unit triangular system, of whose matrix only what lies beside the diagonal is read."""
+    name = r"\operatorname{triu}_{1}" if is_upper(solve) else r"\operatorname{tril}_{-1}"
+    return Text(rf"\left(I + {_call(name, [matrix.text]).text}\right)^{{-1}}", POWER)
 
 
 def _call(name: str, operands: Iterable[str]) -> Text:
@@ -390,7 +422,7 @@ def _body(body: tuple[Statement, ...], program: Program, namer: Namer) -> list[s
     lines: list[str] = []
     for statement in body:
         if isinstance(statement, Block):
-            lines.append(_align(_block(statement, program, namer)))
+            lines += [_align(_block(statement, program, namer))] if statement.assigns else []
         elif isinstance(statement, For):
             lines += [
                 _loop(statement),

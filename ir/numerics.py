@@ -5,6 +5,7 @@ from tttc.ir.numerics import *
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ broadcast_to = np.broadcast_to
 sum = np.sum
 mean = np.mean
 max = np.max
+cumprod = np.cumprod
 globals().update(NUMPY_NAMES)
 
 
@@ -53,6 +55,40 @@ def put_last(x: Any, length: int) -> Any:
     """`x` at the last of `length` tokens, zero at the others."""
     result = np.zeros((length, *np.shape(x)))
     result[-1] = x
+    return result
+
+
+def segprod(x: Any) -> Any:
+    """P[t, s] = x[s + 1] * ... * x[t] for s <= t, else 0: a row from the one before, so nothing can overflow."""
+    result = np.zeros((len(x), *np.shape(x)))
+    for t in range(len(x)):
+        result[t] = result[t - 1] * x[t] if t else 0.0
+        result[t, t] = 1.0
+    return result
+
+
+def shift(x: Any, fill: float) -> Any:
+    """Every token gets the entry of the one before it, the first one `fill`."""
+    return np.concatenate([np.full((1, *np.shape(x)[1:]), float(fill)), x[:-1]])
+
+
+def shift_back(x: Any) -> Any:
+    """Every token gets the entry of the one after it, the last one 0."""
+    return np.concatenate([x[1:], np.zeros((1, *np.shape(x)[1:]))])
+
+
+def solve_lower(matrix: Any, right: Any, upper: bool = False, along: tuple[int, ...] = ()) -> Any:
+    """x with x[t] + sum over s < t of matrix[t, s] * x[s] = right[t], by substitution; s > t if `upper`.
+
+    The further dimensions of `matrix` go with the dimensions `along` of `right`.
+    """
+    shape = [n if i == 0 or i in along else 1 for i, n in enumerate(np.shape(right))]
+    result = np.zeros_like(right)
+    order = list(builtins.range(len(right)))
+    for i, t in enumerate(order := order[::-1] if upper else order):
+        result[t] = right[t]
+        for s in order[:i]:
+            result[t] = result[t] - np.reshape(matrix[t, s], shape[1:]) * result[s]
     return result
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from tttc.ir import build as b
+from tttc.ir import numerics
 from tttc.ir.expr import OPS, Axes, Axis, Expr, Op, postorder
 from tttc.ir.scalars import SCALARS
 
-TOKEN_AXES = ("t", "s")  # the reading and the source tokens of a chunk
+TOKEN_AXES = ("t", "r", "s")  # the reading tokens of a chunk, those between, and the source tokens
 Values = Mapping[str, int]
 
 
@@ -59,6 +60,20 @@ def _without(src: tuple[Expr, ...], over: Axes) -> Axes:
 
 def _mask_axes(src: tuple[Expr, ...], arg: tuple[Axis, Axis, bool]) -> Axes:
     return (*(a for a in arg[:2] if a not in src[0].axes), *src[0].axes)
+
+
+def _segprod_axes(src: tuple[Expr, ...], arg: tuple[Axis, Axis]) -> Axes:
+    rows, columns = arg
+    return (rows, columns, *(a for a in src[0].axes if a != rows))
+
+
+def _solve_axes(src: tuple[Expr, ...], arg: tuple[Axis, Axis]) -> Axes:
+    known, unknown = arg
+    return (unknown, *(a for a in src[1].axes if a != known))
+
+
+def _token_first(src: tuple[Expr, ...], axis: Axis) -> Axes:
+    return (axis, *(a for a in src[0].axes if a != axis))
 
 
 def _broadcast_axes(src: tuple[Expr, ...], axes: Axes) -> Axes:
@@ -108,6 +123,40 @@ def _put_last_numpy(node: Expr, sizes: Values, value: Any) -> Any:
     return result
 
 
+def _segprod_numpy(node: Expr, sizes: Values, value: Any) -> Any:
+    return numerics.segprod(np.moveaxis(value, node.src[0].axes.index(node.arg[0]), 0))
+
+
+def _cumprod_numpy(node: Expr, sizes: Values, value: Any) -> Any:
+    return np.cumprod(np.moveaxis(value, node.src[0].axes.index(node.arg), 0), axis=0)
+
+
+def _shift_numpy(node: Expr, sizes: Values, value: Any) -> Any:
+    axis, fill = node.arg
+    return numerics.shift(np.moveaxis(value, node.src[0].axes.index(axis), 0), fill)
+
+
+def _shift_back_numpy(node: Expr, sizes: Values, value: Any) -> Any:
+    return numerics.shift_back(np.moveaxis(value, node.src[0].axes.index(node.arg), 0))
+
+
+def _solve_numpy(node: Expr, sizes: Values, matrix: Any, right: Any) -> Any:
+    known, unknown = node.arg
+    lower = node.src[0]
+    axes = (known, *node.axes[1:])
+    shared = tuple(a for a in axes[1:] if a in lower.axes)
+    matrix = np.transpose(matrix, [lower.axes.index(a) for a in (known, unknown, *shared)])
+    right = np.transpose(right, [node.src[1].axes.index(a) for a in axes])
+    aligned = [axes.index(a) for a in shared]
+    return numerics.solve_lower(matrix, right, upper=is_upper(node), along=tuple(aligned))
+
+
+def is_upper(node: Expr) -> bool:
+    """Whether a solve runs backwards in time: the transposed system, whose equations are those of source tokens."""
+    known, unknown = node.arg
+    return TOKEN_AXES.index(known.name) > TOKEN_AXES.index(unknown.name)
+
+
 def _lowered_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
     known = dict(zip(node.src, values, strict=True))
     return evaluate(OPS[node.op].lower(node), known, sizes)  # type: ignore[misc]
@@ -140,6 +189,35 @@ def _contract_adjoint(g: Expr, y: Expr, *src: Expr) -> tuple[Expr, ...]:
 def _mask_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
     rows, columns, strict = y.arg
     return (b.reduce_to(b.mask(g, rows, columns, strict=strict), y.axes, x.axes),)
+
+
+def _segprod_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
+    """P is the inverse of a bidiagonal matrix: d alpha[i] = sum over t >= i > s of dP[t, s] * P[t, i] * P[i - 1, s]."""
+    rows, columns = y.arg
+    between = b.between(rows, columns)
+    g = b.broadcast(g, y.axes)
+    through = b.contract((b.rename(y, {columns: between}), g), (rows,))
+    before = b.rename(b.shift(y, rows), {rows: between})
+    return (b.rename(b.contract((through, before), (columns,)), {between: rows}),)
+
+
+def _cumprod_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
+    axis = y.arg
+    between = b.between(axis)
+    g = b.broadcast(g, y.axes)
+    through = b.contract((g, b.segprod(x, axis, between)), (axis,))
+    return (b.rename(b.mul(through, b.rename(b.shift(y, axis, 1.0), {axis: between})), {between: axis}),)
+
+
+def _solve_adjoint(g: Expr, y: Expr, matrix: Expr, right: Expr) -> tuple[Expr, Expr]:
+    """With y = (I + N)^-1 x: dx = (I + N)^-T dy and dN = -dx y^T, of which only the strict triangle is read."""
+    known, unknown = y.arg
+    dx = b.solve(matrix, b.broadcast(g, y.axes), unknown, known)
+    over = [a for a in y.axes if a not in matrix.axes]
+    square = b.contract((dx, y), over)
+    rows, columns = (known, unknown) if not is_upper(y) else (unknown, known)
+    dm = b.neg(b.mask(square, rows, columns, strict=True))
+    return b.reduce_to(dm, dm.axes, matrix.axes), b.reduce_to(dx, dx.axes, right.axes)
 
 
 def _mean_adjoint(g: Expr, y: Expr, x: Expr) -> tuple[Expr]:
@@ -228,6 +306,28 @@ _row(
         hint="row",
     )
 )
+_row(Op("segprod", _segprod_axes, _segprod_numpy, _segprod_adjoint, hint="P"))
+_row(Op("cumprod", _token_first, _cumprod_numpy, _cumprod_adjoint, hint="a"))
+_row(
+    Op(
+        "shift",
+        lambda src, arg: _token_first(src, arg[0]),
+        _shift_numpy,
+        lambda g, y, x: (b.shift_back(b.broadcast(g, y.axes), y.arg[0]),),
+        hint="before",
+    )
+)
+_row(
+    Op(
+        "shift_back",
+        _token_first,
+        _shift_back_numpy,
+        lambda g, y, x: (b.shift(b.broadcast(g, y.axes), y.arg),),
+        "linear",
+        hint="next",
+    )
+)
+_row(Op("solve", _solve_axes, _solve_numpy, _solve_adjoint, hint="u"))
 _row(
     Op(
         "broadcast",

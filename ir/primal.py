@@ -1,4 +1,4 @@
-"""The primal program: the definition, a loop over tokens in which every gradient is taken at the mini-batch's start.
+"""The primal program: the definition, a loop over tokens.
 
 gradient(k, v, W) -> dW,  output(q, W) -> z
 ->
@@ -15,57 +15,182 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.expr import Expr, Leaf, const, leaf, rebuild, transform
-from tttc.ir.program import Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
+from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, transform
+from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
 from tttc.ir.simplify import renamed_hints, simplify_program
+from tttc.ir.update import (
+    COUNT,
+    Advanced,
+    Carried,
+    Ending,
+    TokenAlgebra,
+    accumulated,
+    added_leaf,
+    advance,
+    average_leaf,
+    averaged_gates,
+    ended,
+    is_staged,
+    memories,
+    momentum_leaf,
+    openings,
+    scale_leaf,
+    state_name,
+)
 
 
 def token_loop(program: Program) -> Program:
     """Put the per-token functions `gradient` and `output` into the loops of the update rule."""
     program = replace(program, per_token=program.functions)
-    update = _update(program)
-    gradients, z = per_token(program)
-    start = {_name(w): leaf(f"{_name(w)}_start", "state", w.axes) for w in update.states}
-    total = {_name(w): leaf(f"S_{_name(w)}", "sum", w.axes) for w in update.states}
-    moved: dict[Expr, Expr] = {}
+    loop = _Loop(program)
+    function = loop.function()
+    names = {**program.names, **renamed_hints(program.names, loop.moved)}
+    return simplify_program(replace(program, stage="primal", functions=(function,), names=names))
 
-    def placed(e: Expr, weights: Mapping[str, Expr]) -> Expr:
-        return at_token(e, {w: weights[_name(w)] for w in update.states}, moved)
 
-    grown = {
-        name: b.add(s, b.mul(at_token(update.lr[name], {}, moved), placed(gradients[name], start)))
-        for name, s in total.items()
-    }
+class _Loop:
+    """The loops of one update rule over per-token expressions."""
 
-    def weights_after(sums: Mapping[str, Expr]) -> dict[str, Expr]:
-        return {name: b.sub(start[name], _scaled(update.tau[name], s, moved)) for name, s in sums.items()}
+    def __init__(self, program: Program) -> None:
+        self.program, self.update = program, _update(program)
+        self.gradients, self.z = per_token(program)
+        self.moved: dict[Expr, Expr] = {}
+        self.states = {state_name(w): w for w in self.update.states}
+        self.start = {n: leaf(f"{n}_start", "state", w.axes) for n, w in self.states.items()}
+        self.before = {n: self._carried(w) for n, w in self.states.items()}
+        self.after = self._advanced()
 
-    read = {"after": weights_after(grown), "before": weights_after(total), "start": start, "end": weights_after(total)}[
-        update.read
-    ]
-    write_z = Assign(_at(z.target, "t"), placed(z.value, read))
-    write_s = tuple(Assign(total[name], value) for name, value in grown.items())
-    write_w = tuple(Assign(w, weights_after(grown)[_name(w)]) for w in update.states)
-    together = (write_z,) if update.read != "end" else ()
-    inner: list[Statement] = [For("t", "m", None, (Block((*together, *write_s, *write_w)),))]
-    if update.read == "end":
-        inner.append(For("t", "m", None, (Block((write_z,)),)))
-    opening = Block(
-        tuple(Assign(start[_name(w)], w) for w in update.states)
-        + tuple(Assign(s, b.broadcast(const(0), s.axes)) for s in total.values())
-    )
-    step = "T" if update.mini_batch == "all" else update.mini_batch
-    body = (Allocate(_at(z.target, "t")), For("m", "T", step, (opening, *inner)))
-    params = tuple(_at(p, "t") if p.arg[0].role in ("token", "gate") else p for p in loop_params(program))
-    function = Function(program.name, params, body, (z.target, *update.states))
-    return simplify_program(
-        replace(
-            program,
-            stage="primal",
-            functions=(function,),
-            names={**program.names, **renamed_hints(program.names, moved)},
+    def _carried(self, w: Expr) -> Carried:
+        update = self.update
+        momentum = momentum_leaf(update, w) if update.per == "token" else None
+        start = self.start[state_name(w)]
+        return Carried(start, added_leaf(w), scale_leaf(update, w), momentum, average_leaf(update, w))
+
+    def _advanced(self) -> dict[str, Advanced]:
+        """The rule, one token further."""
+        at = rates_at_token(self.update)
+        found = {n: self._placed(self.gradients[n], self._anchors(at)) for n in self.states}
+        if at.clip is not None:
+            square = [
+                b.total(b.power(b.broadcast(g, self.states[n].axes), 2), self.states[n].axes) for n, g in found.items()
+            ]
+            most = const(float(at.clip) ** 2)
+            total = square[0]
+            for x in square[1:]:
+                total = b.add(total, x)
+            scale = b.apply("sqrt", b.div(most, b.add(most, b.apply("relu", b.sub(total, most)))))
+            found = {n: b.mul(scale, g) for n, g in found.items()}
+        return {n: advance(at, n, self.before[n], found[n], TokenAlgebra()) for n in self.states}
+
+    def _anchors(self, at: Update) -> dict[str, Expr]:
+        """The weights at which gradients are taken; with several steps those of the step before, called W."""
+        update = self.update
+        if update.anchor == "token":
+            found = {}
+            for n, c in self.before.items():
+                found[n] = b.sub(c.start if c.scale is None else b.mul(c.scale, c.start), c.added)
+        else:
+            found = dict(self.start)
+        if update.decay_first:
+            found = {n: x if at.decay[n] is None else b.mul(at.decay[n], x) for n, x in found.items()}  # type: ignore[arg-type]
+        return found
+
+    def _placed(self, e: Expr, weights: Mapping[str, Expr]) -> Expr:
+        return at_token(e, {w: weights[n] for n, w in self.states.items()}, self.moved)
+
+    def _readable(self, when: str) -> dict[str, Expr]:
+        """The weights that the token t of the loop reads."""
+        found = {}
+        tau = rates_at_token(self.update).tau
+        for n, w in self.states.items():
+            b_, a, scale = self.before[n], self.after[n], tau[n]
+            average = average_leaf(self.update, w)
+            if when == "start":
+                found[n] = self.start[n] if average is None else average
+            elif average is not None:
+                found[n] = a.average if when == "after" else average
+            else:
+                added = a.added if when == "after" else b_.added
+                started = a.started
+                if when != "after":
+                    started = b_.start if b_.scale is None else b.mul(b_.scale, b_.start)
+                found[n] = b.sub(started, added if scale is None else b.mul(scale, added))
+        return found
+
+    def function(self) -> Function:
+        update, program = self.update, self.program
+        kept, opened = memories(update), openings(update)
+        read = update.read
+        z = Assign(
+            _at(self.z.target, "t"), self._placed(self.z.value, self._readable("before" if read == "end" else read))
         )
-    )
+        assigns = [z] if read in ("after", "before") or (read == "start" and update.steps == 1) else []
+        assigns += [Assign(added_leaf(w), self.after[n].added) for n, w in self.states.items()]
+        for n in self.states:
+            a, c = self.after[n], self.before[n]
+            for variable, value in ((c.scale, a.scale), (c.momentum, a.momentum), (c.average, a.average)):
+                if variable is not None:
+                    assigns.append(Assign(variable, value))
+        staged = is_staged(update) or update.steps > 1
+        if not staged:
+            tau_read = self._readable("after") if average_free(update) else self._plain()
+            assigns += [Assign(w, tau_read[n]) for n, w in self.states.items()]
+        means = averaged_gates(update)
+        assigns += [Assign(s, b.add(s, _at(g, "t"))) for g, s in means.items()]
+        if means:
+            assigns.append(Assign(COUNT, b.add(COUNT, const(1))))
+        opening = Block(
+            tuple(Assign(self.start[n], w) for n, w in self.states.items())
+            + tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in opened)
+        )
+        tokens = For("t", "m", None, (Block(tuple(assigns)),))
+        inner: list[Statement] = []
+        if staged and read == "start" and update.steps > 1:
+            inner.append(For("t", "m", None, (Block((Assign(z.target, self._placed(self.z.value, self.states)),)),)))
+        for _ in range(update.steps):
+            inner += [opening, tokens, *((self._ending(),) if staged else ())]
+        if read == "end":
+            weights = self.states if staged else self._readable("before")
+            reading = Assign(z.target, self._placed(self.z.value, weights))
+            inner.append(For("t", "m", None, (Block((reading,)),)))
+        step = "T" if update.mini_batch == "all" else update.mini_batch
+        beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
+        body = (Allocate(z.target), *((beginning,) if kept else ()), For("m", "T", step, tuple(inner)))
+        params = tuple(_at(p, "t") if p.arg[0].role in ("token", "gate") else p for p in loop_params(program))
+        return Function(program.name, params, body, (self.z.target, *update.states))
+
+    def _plain(self) -> dict[str, Expr]:
+        """The weights themselves, where tokens read their average."""
+        return {n: a.weights for n, a in self.after.items()}
+
+    def _ending(self) -> Block:
+        """The block where a mini-batch ends: stages, and what acts once."""
+        update = self.update
+        ends = {}
+        for n, w in self.states.items():
+            c, base = self.before[n], accumulated(update, w)
+            start = base if base is not w else self.start[n]
+            tau = update.tau.get(n)
+            if tau is not None and tau.op == "leaf" and tau.arg[0].role == "gate":
+                found, axes = tau.arg
+                tau = b.last(Expr("leaf", (), (Leaf(found.name, found.role, "m"), (T_AXIS, *axes))), T_AXIS)
+            ends[n] = Ending(start if c.scale is None else b.mul(c.scale, start), c.added, tau)
+        means = {g: b.div(s, COUNT) for g, s in averaged_gates(update).items()}
+        return Block(ended(update, ends, means))
+
+
+def average_free(update: Update) -> bool:
+    return all(r is None for r in update.average.values())
+
+
+def rates_at_token(update: Update) -> Update:
+    """The rule with the rates of the token t."""
+
+    def at(rates: Mapping[str, Expr | None]) -> dict[str, Expr | None]:
+        return {n: None if r is None else at_token(r, {}, {}) for n, r in rates.items()}
+
+    groups = {role: at(getattr(update, role)) for role in ("lr", "tau", "momentum", "decay", "average")}
+    return replace(update, **groups)  # type: ignore[arg-type]
 
 
 def loop_params(program: Program) -> tuple[Expr, ...]:
@@ -76,8 +201,8 @@ def loop_params(program: Program) -> tuple[Expr, ...]:
             for p in function.params:
                 if p.arg[0].role == role:
                     found.setdefault(p.arg[0].name, p)
-        for rate in (*_update(program).lr.values(), *_update(program).tau.values()):
-            if rate is not None and rate.op == "leaf" and rate.arg[0].role == role:
+        for rate in leaves(_update(program).rates):
+            if rate.arg[0].role == role:
                 found.setdefault(rate.arg[0].name, rate)
     tokens = [n for n in ("q", "k", "v") if n in found]
     order = [n for n in found if found[n].arg[0].role in ("state", "param")]
@@ -110,10 +235,6 @@ def at_token(e: Expr, weights: Mapping[Expr, Expr], moved: dict[Expr, Expr]) -> 
         return node
 
     return transform([e], visit, moved)[0]
-
-
-def _scaled(tau: Expr | None, s: Expr, moved: dict[Expr, Expr]) -> Expr:
-    return s if tau is None else b.mul(at_token(tau, {}, moved), s)
 
 
 def _at(e: Expr, at: str) -> Expr:

@@ -85,19 +85,61 @@ class Function:
     doc: str = ""
 
 
+Rates = Mapping[str, Expr | None]
+
+
+@dataclass(frozen=True)
+class EndStage:
+    """What acts where a mini-batch ends, as expressions over leaves: `values[W]` is a function of `end_leaf(W)` (the
+    update, the weights, or for on="view" the accumulator) and of the memory `N_W`, which starts at `begins[W]`.
+    """
+
+    on: str
+    values: Mapping[str, Expr]
+    begins: Mapping[str, Expr]
+    label: str = ""
+
+
+def end_leaf(w: Expr) -> Expr:
+    """The leaf that stands, in an `EndStage`, for what the stage is given for the state `w`."""
+    found, axes = w.arg
+    return Expr("leaf", (), (Leaf(f"in_{found.name}", "end"), axes))
+
+
 @dataclass(frozen=True)
 class Update:
-    """The update rule, free of any variant: W_t = W_start - tau_t * sum over s in R(t) of lr_s * g_s.
+    """The update rule, free of any variant; ir/update.py says what it means.
 
-    `lr` and `tau` hold a per-token expression without axes for each state (tau None where nothing scales the reading);
-    R(t) is given by `read`: the tokens of the mini-batch up to t (after), before t (before), none (start) or all (end).
+    `lr`, `tau`, `momentum`, `decay` and `average` hold a per-token expression for each state, with one axis of the
+    state or none; None where the rule has no such part.
     """
 
     states: tuple[Expr, ...]
     lr: Mapping[str, Expr]
-    tau: Mapping[str, Expr | None]
+    tau: Rates
     mini_batch: int | str
     read: str
+    momentum: Rates = field(default_factory=dict)
+    decay: Rates = field(default_factory=dict)
+    average: Rates = field(default_factory=dict)
+    nesterov: bool = False
+    ema: bool = False
+    decay_first: bool = False
+    clip: float | None = None
+    per: str = "token"
+    anchor: str = "mini_batch"
+    steps: int = 1
+    at_end: tuple[EndStage, ...] = ()
+
+    @property
+    def rates(self) -> tuple[Expr, ...]:
+        """Every rate that is given, each once."""
+        groups = (self.lr, self.tau, self.momentum, self.decay, self.average)
+        return tuple(dict.fromkeys(r for g in groups for r in g.values() if r is not None))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(w.arg[0].name for w in self.states)
 
 
 @dataclass(frozen=True)
@@ -107,6 +149,8 @@ class Plan:
     chunk: int | str
     mini_batch: int | str | None
     reason: str
+    rows: bool = False
+    """An open mini-batch keeps its tokens: what it adds is known only when it is whole."""
 
     @property
     def free(self) -> bool:

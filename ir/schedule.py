@@ -1,12 +1,12 @@
 """The schedule: which tokens make a chunk, and what is carried from one to the next.
 
-A chunk is one mini-batch where that is short. A longer mini-batch is cut into tiles that carry the sum of its
-gradients, and so is a mini-batch that a call leaves open: three scans cover every length and every split of a sequence
-into calls.
+A chunk is one mini-batch where that is short. A longer mini-batch is cut into tiles that carry what it has added so
+far, and so is a mini-batch that a call leaves open: scans cover every length and every split of a sequence into calls.
 
-    whole:  W -> W            a chunk that is one mini-batch, from its first token to its last
-    open:   S -> S            a tile of a mini-batch that began at the weights W and has summed S so far
-    close:  W, S -> W         the weights that the mini-batch hands on
+    begin:  W -> M            what a sequence carries beside its weights, from the weights that it begins with
+    whole:  W, M -> W, M      a chunk that is one mini-batch, from its first token to its last
+    open:   S, M -> S, M      a tile of a mini-batch that began at the weights W and has added S so far
+    close:  W, S, M -> W, M   the weights that the mini-batch hands on
 """
 
 from __future__ import annotations
@@ -15,145 +15,191 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.dualize import (
-    DEFAULT_CHUNK,
-    ChunkForm,
-    at_chunk,
-    chunk_form,
-    closed_weights,
-    finished,
-    grown_sum,
-)
-from tttc.ir.expr import Expr, Leaf, const, leaf, substitute
-from tttc.ir.linearity import Dependence, dependence
-from tttc.ir.primal import loop_params, per_token
-from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan
+from tttc.ir.dualize import DEFAULT_CHUNK, ChunkForm, finished, gradient_class, open_form, whole_form
+from tttc.ir.expr import Expr, Leaf, const, leaves, substitute
+from tttc.ir.primal import loop_params
+from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan, Statement, Update
+from tttc.ir.reading import NoExactForm, at_chunk
 from tttc.ir.simplify import renamed_hints
+from tttc.ir.update import (
+    COUNT,
+    Ending,
+    accumulated,
+    added_leaf,
+    averaged_gates,
+    ended,
+    is_staged,
+    memories,
+    openings,
+    scale_leaf,
+    state_name,
+)
 
 LONGEST_CHUNK = 128  # a longer mini-batch is tiled: the Gram matrices of a chunk grow with its square
+LONGEST_PLAIN_CHUNK = 2048  # where no token reads another one's gradient, there are none
+CHANNEL_CHUNK = 16  # decays of single channels take a product for each pair of tokens and each channel
 
 
 def schedule(program: Program, chunk: int | None = None) -> Program:
     """Choose the chunk, and lay the mini-batch out as scans."""
     plan = choose_plan(program, chunk)
     sizes = {**program.dims, "C": plan.chunk if isinstance(plan.chunk, int) else DEFAULT_CHUNK}
-    scans, names = [], dict(program.names)
+    names = dict(program.names)
+    layout = _Layout(program, plan, sizes, names)
+    scans = []
     if not plan.tiled:
-        scans.append(_whole(program, plan, sizes, names))
-    if not plan.free:
-        scans.append(_open(program, plan, sizes, names))
-        scans.append(_close(program, names))
-    main = _tiled_function(program, plan, scans) if plan.tiled else scans[0].function()
+        scans.append(layout.whole())
+    if not plan.free and not plan.rows:
+        scans += [layout.open(), layout.close()]
+    beginning = layout.begin()
+    if beginning is not None:
+        scans.append(beginning)
+    main = layout.tiled_function(scans) if plan.tiled else layout.whole_function(scans[0])
     functions = (main, *(s.function() for s in scans if s.name != program.name))
     return replace(program, stage="schedule", functions=functions, names=names, scans=tuple(scans), plan=plan)
 
 
 def choose_plan(program: Program, chunk: int | None) -> Plan:
-    """The chunk: free where no gradient depends on the weights, otherwise the mini-batch or a tile of it."""
+    """The chunk: free where no mini-batch can be observed, otherwise the mini-batch or a tile of it."""
     update = program.update
     assert update is not None
     b_ = update.mini_batch
-    gradients, _ = per_token(program)
-    found = max((dependence(g, update.states) for g in gradients.values()), key=lambda f: f.dependence)
-    untied = all(tau is None or tau.op == "const" for tau in update.tau.values())
-    if found.dependence == Dependence.CONSTANT and untied and update.read in ("after", "before"):
-        return Plan(chunk or DEFAULT_CHUNK, None, "the gradients do not depend on the weights: the chunk is free")
-    if update.read == "end":
-        length: int | str = "T" if b_ == "all" else int(b_)
-        return Plan(
-            length, length, 'read="end": every token reads the end of its mini-batch, so the chunk is the mini-batch'
+    found = gradient_class(program)
+    if found.sequential and update.read == "end" and b_ != 1:
+        raise NoExactForm(
+            f'read="end" reads the weights at the mini-batch\'s end, and {found.why}',
+            'Set mini_batch = 1, read = "after", or anchor = "mini_batch".',
         )
+    if found.sequential:
+        observed = 1 if not _observed(update) or b_ == 1 else "T" if b_ == "all" else int(b_)
+        return Plan(1, None if observed == 1 else observed, found.why)
+    if found.kind in ("constant", "affine") and not _observed(update):
+        return Plan(chunk or _free_chunk(update), None, f"{found.why}: the chunk is free")
+    whole: int | str = "T" if b_ == "all" else int(b_)
+    if update.steps > 1:
+        return Plan(
+            whole, whole, f"{update.steps} steps are taken on each mini-batch: the chunk is the mini-batch", True
+        )
+    if update.read == "end":
+        why = 'read="end": every token reads the end of its mini-batch, so the chunk is the mini-batch'
+        return Plan(whole, whole, why)
+    squares = update.read != "start" or found.kind == "affine"
+    longest, tile = (LONGEST_CHUNK, DEFAULT_CHUNK) if squares else (LONGEST_PLAIN_CHUNK, LONGEST_PLAIN_CHUNK)
     if b_ == "all":
-        return Plan(chunk or DEFAULT_CHUNK, "T", "the mini-batch is the whole sequence: it is cut into tiles")
-    wanted = chunk or (int(b_) if int(b_) <= LONGEST_CHUNK else DEFAULT_CHUNK)
+        return Plan(chunk or tile, "T", "the mini-batch is the whole sequence: it is cut into tiles")
+    wanted = chunk or (int(b_) if int(b_) <= longest else tile)
     if wanted >= int(b_):
-        return Plan(int(b_), int(b_), "gradients are taken at the mini-batch's start: the chunk is the mini-batch")
+        return Plan(int(b_), int(b_), f"{found.why}: the chunk is the mini-batch")
     return Plan(wanted, int(b_), f"the mini-batch of {b_} tokens is cut into tiles")
 
 
-def _whole(program: Program, plan: Plan, sizes: Mapping[str, int], names: dict[Expr, str]) -> Scan:
-    update = program.update
-    assert update is not None
-    form = chunk_form(program, sizes, sums=None)
-    closed = [Assign(w, closed_weights(update, w, form.growth[_name(w)], sizes)) for w in update.states]
-    params = loop_params(program)
-    return _scan(program, program.name, form, closed, update.states, params, plan, names, "Whole mini-batches.")
+def _observed(update: Update) -> bool:
+    """Whether results depend on where mini-batches end, beside the gradients."""
+    tied = any(tau is not None and tau.op != "const" for tau in update.tau.values())
+    constant = any(tau is not None and tau.op == "const" and tau.arg != 1 for tau in update.tau.values())
+    recurs = any(r is not None for g in (update.momentum, update.decay, update.average) for r in g.values())
+    return tied or (constant and recurs) or update.read in ("start", "end") or is_staged(update) or update.steps > 1
 
 
-def _open(program: Program, plan: Plan, sizes: Mapping[str, int], names: dict[Expr, str]) -> Scan:
-    update = program.update
-    assert update is not None
-    sums = {_name(w): sum_leaf(w) for w in update.states}
-    form = chunk_form(program, sizes, sums)
-    grown = [Assign(s, grown_sum(s, form.growth[n], sizes)) for n, s in sums.items()]
-    doc = "Tiles of one open mini-batch: W are the weights at its start, S what it has summed."
-    params = (*sums.values(), *loop_params(program))
-    return _scan(program, f"{program.name}_open", form, grown, tuple(sums.values()), params, plan, names, doc)
+def _free_chunk(update: Update) -> int:
+    rates = [r for g in (update.momentum, update.decay, update.average) for r in g.values() if r is not None]
+    return CHANNEL_CHUNK if any(r.axes for r in rates) else DEFAULT_CHUNK
 
 
-def _scan(
-    program: Program,
-    name: str,
-    form: ChunkForm,
-    updates: list[Assign],
-    carry: tuple[Expr, ...],
-    params: tuple[Expr, ...],
-    plan: Plan,
-    names: dict[Expr, str],
-    doc: str,
-) -> Scan:
-    assigns, named, _ = finished([form.z, *updates], renamed_hints(program.names, form.moved))
-    names.update(named)
-    sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.arg[0].role in ("token", "gate"))
-    fixed = tuple(p for p in params if p.arg[0].role not in ("token", "gate") and p not in carry)
-    return Scan(name, fixed, carry, sequence, assigns[:1], assigns[1:], plan.chunk, doc=doc)
+class _Layout:
+    """The scans of one program; `names` collects what their values are called."""
 
+    def __init__(self, program: Program, plan: Plan, sizes: Mapping[str, int], names: dict[Expr, str]) -> None:
+        assert program.update is not None
+        self.program, self.plan, self.sizes, self.names = program, plan, sizes, names
+        self.update = program.update
+        self.memory = tuple(m.variable for m in memories(self.update))
 
-def _close(program: Program, names: dict[Expr, str]) -> Scan:
-    """W - tau * S, with tau of the last token that was read."""
-    update = program.update
-    assert update is not None
-    sums = tuple(sum_leaf(w) for w in update.states)
-    assigns, gates = [], {}
-    for w, s in zip(update.states, sums, strict=True):
-        tau = update.tau[_name(w)]
-        if tau is not None and tau.op == "leaf" and tau.arg[0].role == "gate":
-            gates[_name(tau)] = tau
-        assigns.append(Assign(w, b.sub(w, s if tau is None else b.mul(tau, s))))
-    done, named, _ = finished(assigns, {})
-    names.update(named)
-    params = [t for t in update.tau.values() if t is not None and t.op == "leaf" and t.arg[0].role == "param"]
-    fixed = (*sums, *dict.fromkeys(params), *gates.values())
-    doc = "The weights that a mini-batch hands on; gates are those of its last token."
-    return Scan(f"{program.name}_close", fixed, update.states, (), (), done, 1, loops=False, doc=doc)
+    def whole(self) -> Scan:
+        form = whole_form(self.program, self.sizes)
+        made = {a.target for a in form.updates}
+        carry = (*self.update.states, *(m for m in self.memory if m in made))
+        return self._scan(self.program.name, form, carry, "Whole mini-batches.")
 
+    def open(self) -> Scan:
+        form = open_form(self.program, self.sizes)
+        made = {a.target for a in form.updates}
+        carry = tuple(o.variable for o in openings(self.update)) + tuple(m for m in self.memory if m in made)
+        doc = "Tiles of one open mini-batch: W are the weights at its start, S what it has added."
+        return self._scan(f"{self.program.name}_open", form, carry, doc)
 
-def _tiled_function(program: Program, plan: Plan, scans: list[Scan]) -> Function:
-    """The nested loops over mini-batches and their tiles, as one function to be read and run."""
-    update = program.update
-    assert update is not None
-    tile, close = scans
-    opening = Block(tuple(Assign(s, b.broadcast(const(0), s.axes)) for s in tile.carry))
-    at_end = {p: _last_of_mini_batch(p) for p in close.fixed if p.arg[0].role == "gate"}
-    closing = Block(tuple(Assign(a.target, *substitute([a.value], at_end)) for a in close.updates))
-    inner = For("c", "m", plan.chunk, (tile.block,))
-    step = plan.mini_batch
-    assert step is not None
-    body = (Allocate(tile.outputs[0].target), For("m", "T", step, (opening, inner, closing)))
-    params = tuple(at_chunk(p, T_AXIS) for p in loop_params(program))
-    return Function(program.name, params, body, (tile.outputs[0].target, *update.states))
+    def _scan(self, name: str, form: ChunkForm, carry: tuple[Expr, ...], doc: str) -> Scan:
+        assigns, named, _ = finished([form.z, *form.updates], renamed_hints(self.program.names, form.moved))
+        self.names.update(named)
+        kept = {a.target: a for a in assigns[1:]}
+        updates = tuple(kept[c] for c in carry)
+        read = {e.arg[0].name for e in leaves(a.value for a in assigns)}
+        params = (*loop_params(self.program), *self.memory)
+        params = tuple(p for p in params if p.arg[0].name in read or p.arg[0].role in ("token", "gate"))
+        sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.arg[0].role in ("token", "gate"))
+        fixed = tuple(p for p in params if p.arg[0].role not in ("token", "gate") and p not in carry)
+        return Scan(name, fixed, carry, sequence, assigns[:1], updates, self.plan.chunk, doc=doc)
+
+    def begin(self) -> Scan | None:
+        """What a sequence carries beside its weights."""
+        kept = memories(self.update)
+        if not kept:
+            return None
+        done, named, _ = finished([Assign(m.variable, m.begins) for m in kept], {})
+        self.names.update(named)
+        doc = "What a sequence carries beside its weights, from the weights that it begins with."
+        return Scan(f"{self.program.name}_begin", self.update.states, (), (), (), done, 1, loops=False, doc=doc)
+
+    def close(self) -> Scan:
+        """The weights that a mini-batch hands on, with tau of the last token that was read."""
+        update, ends = self.update, {}
+        for w in update.states:
+            base, scale = accumulated(update, w), scale_leaf(update, w)
+            tau = update.tau.get(state_name(w))
+            ends[state_name(w)] = Ending(base if scale is None else b.mul(scale, base), added_leaf(w), tau)
+        means = {g: b.div(s, COUNT) for g, s in averaged_gates(update).items()}
+        done, named, _ = finished(ended(update, ends, means), {})
+        self.names.update(named)
+        carry = tuple(a.target for a in done)
+        read = {e.arg[0].name: e for e in leaves(a.value for a in done)}
+        given = [*(o.variable for o in openings(update)), *self.memory, *loop_params(self.program)]
+        fixed = tuple(p for p in given if p.arg[0].name in read and p not in carry)
+        doc = "The weights that a mini-batch hands on; gates are those of its last token."
+        return Scan(f"{self.program.name}_close", fixed, carry, (), (), done, 1, loops=False, doc=doc)
+
+    def _beginning(self) -> tuple[Statement, ...]:
+        kept = memories(self.update)
+        return (Block(tuple(Assign(m.variable, m.begins) for m in kept)),) if kept else ()
+
+    def _params(self) -> tuple[Expr, ...]:
+        return tuple(at_chunk(p, T_AXIS) for p in loop_params(self.program))
+
+    def whole_function(self, scan: Scan) -> Function:
+        """The loop over chunks, as one function to be read and run."""
+        body: tuple[Statement, ...] = (
+            Allocate(scan.outputs[0].target),
+            *self._beginning(),
+            For("c", "T", scan.chunk, (scan.block,)),
+        )
+        returns = (scan.outputs[0].target, *self.update.states)
+        return Function(self.program.name, self._params(), body, returns, scan.doc)
+
+    def tiled_function(self, scans: list[Scan]) -> Function:
+        """The nested loops over mini-batches and their tiles, as one function to be read and run."""
+        tile, close = scans[:2]
+        opened = openings(self.update)
+        opening = Block(tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in opened))
+        at_end = {p: _last_of_mini_batch(p) for p in close.fixed if p.arg[0].role == "gate"}
+        closing = Block(tuple(Assign(a.target, *substitute([a.value], at_end)) for a in close.updates))
+        inner = For("c", "m", self.plan.chunk, (tile.block,))
+        step = self.plan.mini_batch
+        assert step is not None
+        loop = For("m", "T", step, (opening, inner, closing))
+        body: tuple[Statement, ...] = (Allocate(tile.outputs[0].target), *self._beginning(), loop)
+        return Function(self.program.name, self._params(), body, (tile.outputs[0].target, *self.update.states))
 
 
 def _last_of_mini_batch(gate: Expr) -> Expr:
     found, axes = gate.arg
     whole = Expr("leaf", (), (Leaf(found.name, found.role, "m"), (T_AXIS, *axes)))
     return b.last(whole, T_AXIS)
-
-
-def sum_leaf(w: Expr) -> Expr:
-    """The variable that holds the learning-rate weighted gradients of the open mini-batch."""
-    return leaf(f"S_{_name(w)}", "sum", w.axes)
-
-
-def _name(e: Expr) -> str:
-    return str(e.arg[0].name)

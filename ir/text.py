@@ -18,8 +18,8 @@ import sympy
 
 from tttc.ir import numerics
 from tttc.ir.contraction import layout
-from tttc.ir.expr import OPS, Axes, Expr, Leaf, postorder
-from tttc.ir.ops import einsum_spec
+from tttc.ir.expr import OPS, Axes, Axis, Expr, Leaf, postorder
+from tttc.ir.ops import einsum_spec, is_upper
 from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement
 from tttc.ir.scalars import SCALARS, Formula
 
@@ -304,6 +304,39 @@ class Printer:
 
     def _put_last(self, e: Expr) -> Text:
         return Text(f"put_last({self(e.src[0])}, {self.size(e.arg.size)})")
+
+    def _token_first(self, e: Expr, axis: Axis) -> str:
+        return self.ordered(e, (axis, *(a for a in e.axes if a != axis))).text
+
+    def _segprod(self, e: Expr) -> Text:
+        return Text(f"segprod({self._token_first(e.src[0], e.arg[0])})")
+
+    def _cumprod(self, e: Expr) -> Text:
+        return Text(f"cumprod({self._token_first(e.src[0], e.arg)}, axis=0)")
+
+    def _shift(self, e: Expr) -> Text:
+        axis, fill = e.arg
+        return Text(f"shift({self._token_first(e.src[0], axis)}, {fill:g})")
+
+    def _shift_back(self, e: Expr) -> Text:
+        return Text(f"shift_back({self._token_first(e.src[0], e.arg)})")
+
+    def _solve(self, e: Expr) -> Text:
+        matrix, right, settings = self._system(e)
+        shown = [f"{name}={value}" for name, value in settings]
+        return Text(f"solve_lower({', '.join([matrix, right, *shown])})")
+
+    def _system(self, e: Expr) -> tuple[str, str, list[tuple[str, str]]]:
+        """Matrix and right side of a solve, the tokens of the right side first, and how they go together."""
+        known, unknown = e.arg
+        lower, right = e.src
+        shared = tuple(a for a in e.axes[1:] if a in lower.axes)
+        matrix = self.ordered(lower, (known, unknown, *shared)).text
+        settings = [("upper", "True")] if is_upper(e) else []
+        if shared:
+            positions = ", ".join(str(e.axes.index(a)) for a in shared)
+            settings.append(("along", f"({positions},)"))
+        return matrix, self.ordered(right, (known, *e.axes[1:])).text, settings
 
     def _stop_gradient(self, e: Expr) -> Text:
         return self.text(e.src[0])

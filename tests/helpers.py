@@ -17,12 +17,15 @@ from tttc.verify import (
     GRADIENT_TOLERANCE,
     OUTPUT_TOLERANCE,
     Inputs,
+    gradient_errors,
     gradients,
     random_inputs,
     relative_error,
 )
 
-VARIANTS = {name: getattr(library, name) for name in library.__all__}
+LIBRARY = {name: getattr(library, name) for name in library.__all__}
+# Crossed with every read point and mini-batch: their rule is plain descent, which all of these suit.
+VARIANTS = {name: LIBRARY[name] for name in ("TTTLinear", "TTTMLP", "LinearAttention", "GatedThreeLayer")}
 CAUSAL_READS = ("after", "before", "start")
 READS = (*CAUSAL_READS, "end")
 MINI_BATCHES = (1, 4, 16, "all")
@@ -53,7 +56,7 @@ def compiled(
     **settings: Any,
 ) -> Layer:
     """A library variant with other settings, compiled in float64; each combination once per worker."""
-    variant = VARIANTS[name].replace(**settings)
+    variant = LIBRARY[name].replace(**settings)
     return tttc.compile(variant, dims_of(variant, D, F), torch.float64, chunk=chunk, checkpoint=checkpoint)
 
 
@@ -109,7 +112,7 @@ def differences(
     """
     errors = {"z": (relative_error(found.z, wanted.z), output)}
     errors |= {f"state {n}": (relative_error(found.final[n], w), output) for n, w in wanted.final.items()}
-    errors |= {f"grad {n}": (relative_error(found.gradients[n], g), gradient) for n, g in wanted.gradients.items()}
+    errors |= {f"grad {n}": (e, gradient) for n, e in gradient_errors(found.gradients, wanted.gradients).items()}
     return "\n".join(
         f"{name}: {error:.1e} > {allowed:.0e}" for name, (error, allowed) in errors.items() if not error <= allowed
     )

@@ -42,13 +42,13 @@ def cases(**named):
     return [pytest.param(Case(name, run, error), id=name) for name, (error, run) in named.items()]
 
 
-def refused(case, golden, run):
+def refused(case, golden, run, folder="errors"):
     """The error is of the right kind, has no leftovers of the implementation, and its text is the golden one."""
     with pytest.raises(case.error) as caught:
         run()
     text = str(caught.value)
     assert not re.search(r"0x[0-9a-f]+|<locals>|object at|tttc[/.](ir|backends)", text)
-    golden(f"errors/{case.name}", f"{type(caught.value).__name__}: {text}")
+    golden(f"{folder}/{case.name}", f"{type(caught.value).__name__}: {text}")
 
 
 # -- calls --------------------------------------------------------------------------------------------------
@@ -182,6 +182,7 @@ COMPILES = cases(
     mini_batch_bool=(DeclarationError, lambda: compile_linear(variant=TTTLinear.replace(mini_batch=True))),
     read_unknown=(DeclarationError, lambda: compile_linear(variant=TTTLinear.replace(read="during"))),
     steps=(DeclarationError, lambda: compile_linear(variant=TTTLinear.replace(steps=2))),
+    steps_half=(DeclarationError, lambda: compile_linear(variant=TTTLinear.replace(steps=1.5))),
     anchor_token=(DeclarationError, lambda: compile_linear(variant=TTTLinear.replace(anchor="token"))),
     anchor_unknown=(DeclarationError, lambda: compile_linear(variant=TTTLinear.replace(anchor="chunk"))),
     update_unknown=(DeclarationError, lambda: compile_linear(variant=TTTLinear.replace(update=0.1))),
@@ -338,7 +339,7 @@ class GateTwice(Good):
 
 
 class GateAsRatePerChannel(Good):
-    update = tttc.sgd(lr=tttc.gate("lr", per="channel"))
+    update = tttc.sgd(lr=tttc.gate("lr", per="channel", axis="F"))
 
 
 class RateOfOneStateMissing(Good):

@@ -6,13 +6,17 @@ form, and returns an ordinary PyTorch layer.
 
 from tttc import library, nn
 from tttc.api import compile
+from tttc.attention import NonParametric, SoftmaxAttention
 from tttc.compile import PIPELINE
 from tttc.declare import check
 from tttc.errors import TTTCError
 from tttc.layer import Layer, State
 from tttc.operations import (
     abs,
+    along,
+    div,
     dot,
+    einsum,
     elementwise,
     exp,
     gelu,
@@ -27,14 +31,28 @@ from tttc.operations import (
     sigmoid,
     sign,
     silu,
+    size,
     softmax,
     softplus,
     sqrt,
+    stop_gradient,
     sum,
     tanh,
     where,
 )
-from tttc.variant import Variant, gate, normal, param, sgd, state, token
+from tttc.rules import (
+    adam,
+    at_end,
+    clip_norm,
+    muon,
+    power_norm,
+    sgd,
+    sign_sgd,
+    soft_clip,
+    softmax_retention,
+    weight_norm,
+)
+from tttc.variant import Variant, gate, normal, param, state, token
 from tttc.verify import verify
 
 __version__ = "0.1.0"
@@ -42,13 +60,21 @@ __version__ = "0.1.0"
 __all__ = [
     "PIPELINE",
     "Layer",
+    "NonParametric",
+    "SoftmaxAttention",
     "State",
     "TTTCError",
     "Variant",
     "abs",
+    "adam",
+    "along",
+    "at_end",
     "check",
+    "clip_norm",
     "compile",
+    "div",
     "dot",
+    "einsum",
     "elementwise",
     "exp",
     "gate",
@@ -59,23 +85,31 @@ __all__ = [
     "library",
     "log",
     "mean",
+    "muon",
     "nn",
     "normal",
     "param",
+    "power_norm",
     "relu",
     "rms_norm",
     "rsqrt",
     "sgd",
     "sigmoid",
     "sign",
+    "sign_sgd",
     "silu",
+    "size",
+    "soft_clip",
     "softmax",
+    "softmax_retention",
     "softplus",
     "sqrt",
     "state",
+    "stop_gradient",
     "sum",
     "tanh",
     "token",
     "verify",
+    "weight_norm",
     "where",
 ]

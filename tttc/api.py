@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import overload
 
 import torch
 
+from tttc.attention import AttentionLayer, NonParametric, compile_attention
 from tttc.backends import torch as torch_backend
 from tttc.compile import Entry, Options, run_pipeline
 from tttc.declare import checked_signature
@@ -18,8 +20,30 @@ DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", to
 BACKENDS = ("auto", "torch")
 
 
+@overload
 def compile(
     variant: type[Variant],
+    dims: Mapping[str, int],
+    dtype: torch.dtype = ...,
+    device: str | torch.device = ...,
+    backend: str = ...,
+    *,
+    chunk: int | None = ...,
+    checkpoint: int | str | None = ...,
+) -> Layer: ...
+
+
+@overload
+def compile(
+    variant: type[NonParametric],
+    dims: Mapping[str, int],
+    dtype: torch.dtype = ...,
+    device: str | torch.device = ...,
+) -> AttentionLayer: ...
+
+
+def compile(
+    variant: type[Variant] | type[NonParametric],
     dims: Mapping[str, int],
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -27,11 +51,11 @@ def compile(
     *,
     chunk: int | None = None,
     checkpoint: int | str | None = "auto",
-) -> Layer:
+) -> Layer | AttentionLayer:
     """Compile a declaration into a layer.
 
     Args:
-        variant: a subclass of `tttc.Variant`.
+        variant: a subclass of `tttc.Variant`, or of `tttc.NonParametric`, which becomes attention.
         dims: the size of every dim that the declaration names, such as {"D": 64, "F": 256}.
         dtype: of q, k, v and z. States and arithmetic are float32, with float64 float64 all the way.
         device: where the tensors of a call are.
@@ -46,6 +70,8 @@ def compile(
         ShapeError: if a dim is missing or not positive.
         BackendRefusal: if the backend named cannot run the program.
     """
+    if isinstance(variant, type) and issubclass(variant, NonParametric):
+        return compile_attention(variant, dims, dtype, device)
     declared = checked_signature(variant)
     sizes = _checked_dims(declared, dims)
     if dtype not in DTYPES:

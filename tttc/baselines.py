@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from tttc.reference import reference
+from tttc.rules import sgd
 from tttc.variant import GateSpec, ParamSpec, Rate, Signature, TokenSpec, Variant, signature
 from tttc.verify import relative_error
 
@@ -87,20 +88,28 @@ def mini_batch_step(variant: type[Variant]) -> Step:
         # Each [b, *dims]: the gradient of every token by itself.
         gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(weights, params, tokens)
         summed = {
-            name: torch.cumsum(_rate(declared, declared.update.lr_of(name), g, gates, params) * g, 0)
+            name: torch.cumsum(_rate(declared, declared.update.of("lr", name), g, gates, params) * g, 0)
             for name, g in gradient.items()
         }
         moved = {
-            name: weights[name] - _rate(declared, declared.update.read_scale_of(name), s, gates, params) * s
+            name: weights[name] - _rate(declared, declared.update.of("read_scale", name), s, gates, params) * s
             for name, s in summed.items()
         }
         z = torch.func.vmap(output, in_dims=(0, None, 0))(moved, params, tokens)
         return z, {name: w[-1] for name, w in moved.items()}
 
-    if declared.read != "after":
-        raise ValueError(f"the eager baseline is for read='after'; {declared.name} has read={declared.read!r}")
+    rule, plain = declared.update, sgd(lr=1.0)
+    beyond = [n for n in ("momentum", "decay", "average", "clip", "at_end") if getattr(rule, n) != getattr(plain, n)]
+    beyond += [f"{n}={getattr(declared, n)!r}" for n in ("read", "anchor") if getattr(declared, n) not in _EAGER]
+    if beyond:
+        raise ValueError(
+            f"the eager baseline is plain descent with read='after'; {declared.name} has {', '.join(beyond)}"
+        )
     heads = torch.func.vmap(one_head, in_dims=(0, 0, 1, 1), out_dims=(1, 0))
     return torch.func.vmap(heads, in_dims=(0, None, 0, 0))
+
+
+_EAGER = ("after", "mini_batch")
 
 
 def _rate(declared: Signature, rate: Rate | None, like: torch.Tensor, gates: Tensors, params: Tensors) -> Any:

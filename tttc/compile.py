@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tttc import declare
-from tttc.errors import NotDifferentiable, SourceLine, problems_text
+from tttc.errors import NotDifferentiable, SourceLine, problems_text, refusal
 from tttc.ir import differentiate
 from tttc.ir.adjoint import adjoint
 from tttc.ir.dualize import dualize
 from tttc.ir.expr import OPS
 from tttc.ir.primal import token_loop
 from tttc.ir.program import Program
+from tttc.ir.reading import NoExactForm
 from tttc.ir.schedule import schedule
 from tttc.ir.simplify import simplify_program
 from tttc.ir.verify import verify
@@ -143,7 +144,10 @@ def run_pipeline(declared: Signature, options: Options) -> History:
     current: Any = declared
     for number, stage in enumerate(PIPELINE, 1):
         began = time.perf_counter()
-        current = stage.run(current, options)
+        try:
+            current = stage.run(current, options)
+        except NoExactForm as reason:
+            raise refusal(declared.name, [declare.no_exact_form(declared, reason)]) from None
         milliseconds = (time.perf_counter() - began) * 1e3
         history.append(Entry(stage.name, number, total, current, milliseconds, where=where), stage)
     return history

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tttc.errors import DeclarationError, Problem, SourceLine, TTTCError, problems_text
+from tttc.errors import DeclarationError, Problem, SourceLine, TTTCError, refusal
+from tttc.ir import build as b
 from tttc.ir.differentiate import NoGradient, differentiate
 from tttc.ir.expr import Expr, const, leaf, leaves
-from tttc.ir.program import Assign, Block, Function, Program, Update
-from tttc.trace import Traced, captured_names, leaf_axes, lift
+from tttc.ir.primal import token_loop
+from tttc.ir.program import Assign, Block, EndStage, Function, Program, Update, end_leaf
+from tttc.ir.reading import NoExactForm
+from tttc.ir.schedule import schedule
+from tttc.ir.simplify import simplify_program
+from tttc.rules import AtEnd
+from tttc.trace import Traced, captured_names, known_sizes, leaf_axes, lift, watching
 from tttc.variant import GateSpec, ParamSpec, Rate, Signature, Variant, is_dim, read_declaration
 
 
@@ -20,17 +27,34 @@ def check(variant: type[Variant]) -> list[Problem]:
     if problems:
         return problems
     try:
-        differentiate(declare(declared, dict.fromkeys(declared.dims, 2), "f64"))
+        schedule(token_loop(simplify_program(differentiate(declare(declared, dict.fromkeys(declared.dims, 2), "f64")))))
     except NoGradient as states:
         return [no_gradient(str(states))]
+    except NoExactForm as reason:
+        return [no_exact_form(declared, reason)]
     return []
+
+
+def no_exact_form(declared: Signature, reason: NoExactForm) -> Problem:
+    """A rule or a read point without an exact form over a chunk, at the line that decides it."""
+    where = None if reason.node is None else _line_of(declared, reason.node.op)
+    if where is None:
+        where = declared.update.where
+    return Problem(f"no exact chunked form: {reason.why}.", reason.instead, where, inexact=True)
+
+
+def _line_of(declared: Signature, op: str) -> SourceLine | None:
+    """The first line of the learner that makes a node of this operation."""
+    with watching(op) as lines:
+        _traced_functions(declared)
+    return next(iter(lines), None)
 
 
 def checked_signature(variant: type[Variant]) -> Signature:
     """The signature of a declaration without problems; raises `DeclarationError` with all of them at once."""
     declared, problems = _examined(variant)
     if problems:
-        raise DeclarationError(problems_text(declared.name, problems))
+        raise refusal(declared.name, problems)
     return declared
 
 
@@ -47,7 +71,33 @@ def _examined(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
     declared, problems = read_declaration(variant)
     if all(map(is_dim, declared.dims)):
         problems += _traced_functions(declared)[1]
+        problems += [p for stage in getattr(declared.update, "at_end", ()) for p in _stage_problems(stage, declared)]
     return declared, problems
+
+
+def _stage_problems(stage: AtEnd, declared: Signature) -> list[Problem]:
+    """Whether an `at_end` function runs on the states that it is for, and gives back their shapes."""
+    known, where = _declared_leaves(declared), stage.where or declared.update.where
+    if not set(stage.states or ()) <= set(known.states):
+        return []  # said already
+    try:
+        traced = _traced_stage(stage, known)
+    except TTTCError as error:
+        what = str(error).split("\n", maxsplit=1)[0]
+        return [Problem(f"{stage.label}: {what}", "Name the states that it is for: states=(...,).", where)]
+    except Exception as error:  # the user's own function may raise anything
+        remedy = "It must run on traced values: only operations of tttc on them."
+        return [Problem(f"in {stage.label}: {type(error).__name__}: {error}.", remedy, where)]
+    problems = []
+    if set(traced.values) != set(stage.of(known.states)):
+        what = f"{stage.label} gives back {', '.join(traced.values) or 'nothing'}."
+        return [Problem(what, f"With joint=True it gives back {', '.join(stage.of(known.states))}.", where)]
+    for n, value in traced.values.items():
+        shape, own = (tuple(sorted(a.size for a in e.axes)) for e in (value, known.states[n]))
+        if shape != own:
+            what = f"{stage.label} makes [{', '.join(shape)}] of state `{n}`, which is [{', '.join(own)}]."
+            problems.append(Problem(what, "It must give back what it is given: the same shape.", where))
+    return problems
 
 
 def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program:
@@ -55,16 +105,17 @@ def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program
 
     Raises `DeclarationError` with every problem of the functions.
     """
-    traced, problems = _traced_functions(declared)
-    if traced is None:
-        raise DeclarationError(problems_text(declared.name, problems))
-    leaves_, loss, output, names = traced
+    with known_sizes(dims):
+        traced, problems = _traced_functions(declared)
+        if traced is None:
+            raise refusal(declared.name, problems)
+        leaves_, loss, output, names = traced
+        update = _update_rule(declared, leaves_)
     z = leaf("z", "output", output.axes)
     functions = (
         _function("loss", loss.expr, leaf("loss", "output"), leaves_),
         _function("output", output.expr, z, leaves_),
     )
-    update = _update_rule(declared, leaves_)
     return Program(_snake(declared.name), "declare", functions, dict(dims), dtype, names, update, title=declared.name)
 
 
@@ -168,15 +219,70 @@ def _function(name: str, value: Expr, target: Expr, known: _Leaves) -> Function:
 
 
 def _update_rule(declared: Signature, known: _Leaves) -> Update:
+    rule = declared.update
+
     def rate(r: Rate) -> Expr:
         if isinstance(r, GateSpec):
             return known.gates[r.name]
         return known.params[declared.rate_name(r)] if isinstance(r, ParamSpec) else const(float(r))
 
-    lr = {n: rate(declared.update.lr_of(n)) for n in known.states}
-    scale = {n: declared.update.read_scale_of(n) for n in known.states}
-    tau = {n: None if s is None else rate(s) for n, s in scale.items()}
-    return Update(tuple(known.states.values()), lr, tau, declared.mini_batch, declared.read)
+    def rates(role: str) -> dict[str, Expr | None]:
+        found = {n: rule.of(role, n) for n in known.states}
+        return {n: None if r is None else rate(r) for n, r in found.items()}
+
+    update = Update(
+        tuple(known.states.values()),
+        {n: r for n, r in rates("lr").items() if r is not None},
+        rates("read_scale"),
+        declared.mini_batch,
+        declared.read,
+        momentum=rates("momentum"),
+        decay=rates("decay"),
+        average=rates("average"),
+        nesterov=rule.nesterov,
+        ema=rule.ema,
+        decay_first=rule.decay_first,
+        clip=rule.clip,
+        per=rule.per,
+        anchor=declared.anchor,
+        steps=declared.steps,
+        at_end=tuple(_traced_stage(stage, known) for stage in rule.at_end),
+    )
+    return _online(update) if declared.mini_batch == 1 else update
+
+
+def _online(update: Update) -> Update:
+    """A mini-batch of one token takes its gradient at the weights of the token before: the same rule with
+    anchor="token", whose chunk is not tied to the mini-batch.
+    """
+    recurs = any(r is not None for g in (update.momentum, update.average) for r in g.values())
+    scaled = any(t is not None for t in update.tau.values())
+    if update.at_end or update.steps > 1 or update.per != "token" or (scaled and recurs):
+        return update
+    lr = {n: r if (tau := update.tau[n]) is None else b.mul(tau, r) for n, r in update.lr.items()}
+    read = {"start": "before", "end": "after"}.get(update.read, update.read)
+    if scaled and read == "before":
+        return update  # tau of the reading token scales what no mini-batch has added yet
+    return replace(update, anchor="token", lr=lr, tau=dict.fromkeys(update.tau), read=read)
+
+
+def _traced_stage(stage: AtEnd, known: _Leaves) -> EndStage:
+    """A stage as expressions over the leaves that stand for what it is given: `in_W`, and `N_W` where it keeps that."""
+    acted = stage.of(known.states)
+    given = {n: end_leaf(known.states[n]) for n in acted}
+    begins, kept = {}, {}
+    if stage.begin is not None:
+        for n in acted:
+            begun = lift(stage.begin(Traced(given[n])))
+            begins[n] = begun.expr
+            kept[n] = Traced(leaf(f"N_{n}", "memory", begun.axes), begun.axes)
+    if stage.joint:
+        values = {n: lift(x).expr for n, x in stage.function({n: Traced(e) for n, e in given.items()}).items()}
+    elif stage.on == "weights" and stage.begin is not None:
+        values = {n: lift(stage.function(Traced(e), kept[n])).expr for n, e in given.items()}
+    else:
+        values = {n: lift(stage.function(Traced(e))).expr for n, e in given.items()}
+    return EndStage(stage.on, values, begins, stage.label)
 
 
 def _snake(name: str) -> str:

@@ -33,7 +33,7 @@ class NotDifferentiable(DeclarationError):
     """A loss through which no gradient to any fast weight exists."""
 
 
-class NotDualizable(TTTCError):
+class NotDualizable(DeclarationError):
     """An update or a read point that has no exact chunked form."""
 
 
@@ -87,10 +87,18 @@ class Problem:
     what: str
     remedy: str
     where: SourceLine | None = None
+    inexact: bool = False
+    """The declaration has a meaning, but no exact form over a chunk of tokens."""
 
     def __str__(self) -> str:
         place = f"\n{self.where.shown()}" if self.where else ""
         return f"{self.what}{place}\n  {self.remedy}"
+
+
+def refusal(variant: str, problems: Sequence[Problem]) -> DeclarationError:
+    """The error that holds all problems of one declaration."""
+    kind = NotDualizable if all(p.inexact for p in problems) else DeclarationError
+    return kind(problems_text(variant, problems))
 
 
 def problems_text(variant: str, problems: Sequence[Problem]) -> str:

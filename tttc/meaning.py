@@ -8,13 +8,15 @@ finite differences of the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from tttc.errors import PassChangedMeaning
-from tttc.ir.expr import Axis, Expr
+from tttc.ir.expr import Axis, Expr, leaves, postorder
 from tttc.ir.interpret import interpret
-from tttc.ir.program import Program
+from tttc.ir.ops import align, evaluate
+from tttc.ir.program import EndStage, Program
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-9  # far above float64 rounding of a few hundred operations (1e-13), far below any wrong term
@@ -78,35 +80,125 @@ def _check_gradient(before: Program, after: Program) -> None:
 
 def token_by_token(program: Program, params: tuple[Expr, ...], arguments: Arrays) -> tuple[np.ndarray, ...]:
     """Outputs and final weights by the update rule itself, from the per-token functions `gradient` and `output`."""
-    update = program.update
-    assert update is not None
-    states = [w.arg[0].name for w in update.states]
-    sequences = {p.arg[0].name for p in params if p.arg[0].at}
-    tokens = len(arguments["q"])
-    b = tokens if update.mini_batch == "all" else int(update.mini_batch)
-    weights = {n: arguments[n] for n in states}
+    assert program.update is not None
+    rule = _Rule(program, {p.arg[0].name for p in params if p.arg[0].at}, arguments)
+    return rule.run()
 
-    def at(t: int) -> Arrays:
-        return {n: x[t] if n in sequences else x for n, x in arguments.items()}
 
-    def rate(e: Expr | None, t: int) -> float:
-        return 1.0 if e is None else float(e.arg) if e.op == "const" else float(at(t)[e.arg[0].name])
+class _Rule:
+    """The update rule on arrays, spelled out for one state and one token at a time (tttc/reference.py, in NumPy)."""
 
-    def moved(start: Arrays, total: Arrays, t: int) -> Arrays:
-        return {n: start[n] - rate(update.tau[n], t) * total[n] for n in states}
+    def __init__(self, program: Program, sequences: set[str], arguments: Arrays) -> None:
+        assert program.update is not None
+        self.program, self.update, self.sequences, self.arguments = program, program.update, sequences, arguments
+        self.states = {w.arg[0].name: w for w in program.update.states}
+        self.tokens = len(arguments["q"])
+        self.memory: Arrays = {}
+        for n in self.states:
+            self.memory[f"M_{n}"], self.memory[f"V_{n}"] = np.zeros_like(arguments[n]), arguments[n]
+        for stage in self.update.at_end:
+            for n in stage.values:
+                given = {f"in_{n}": arguments[n]}
+                begun = self.value(stage.begins[n], given, self.states[n]) if n in stage.begins else arguments[n]
+                self.memory[f"{'A' if stage.on == 'view' else 'N'}_{n}"] = begun
 
-    outputs = []
-    for first in range(0, tokens, b):
-        start, batch = weights, range(first, min(first + b, tokens))
-        sums = [{n: np.zeros_like(start[n]) for n in states}]
-        for s in batch:
-            gradient = dict(zip(states, interpret(program, "gradient", at(s) | start), strict=True))
-            sums.append({n: sums[-1][n] + rate(update.lr[n], s) * gradient[n] for n in states})
-        for i, t in enumerate(batch):
-            seen = {"after": i + 1, "before": i, "start": 0, "end": len(batch)}[update.read]
-            outputs.append(interpret(program, "output", at(t) | moved(start, sums[seen], t))[0])
-        weights = moved(start, sums[-1], batch[-1])
-    return (np.stack(outputs), *(weights[n] for n in states))
+    def run(self) -> tuple[np.ndarray, ...]:
+        b = self.tokens if self.update.mini_batch == "all" else int(self.update.mini_batch)
+        weights: Arrays = {n: self.arguments[n] for n in self.states}
+        outputs: list[np.ndarray] = []
+        for first in range(0, self.tokens, b):
+            z, weights = self.mini_batch(range(first, min(first + b, self.tokens)), weights)
+            outputs += z
+        return (np.stack(outputs), *(weights[n] for n in self.states))
+
+    def mini_batch(self, tokens: range, weights: Arrays) -> tuple[list[np.ndarray], Arrays]:
+        update, at_start, trail = self.update, weights, []
+        for _ in range(update.steps):
+            start = weights
+            U = {n: np.zeros_like(w) for n, w in start.items()}
+            a = {n: np.ones_like(w) for n, w in start.items()}
+            trail = [(U, a, {n: self.memory[f"V_{n}"] for n in start})]
+            for s in tokens:
+                trail.append(self.after_token(s, start, *trail[-1]))
+            weights = self.ended(tokens, start, *trail[-1][:2])
+        for n in self.states:
+            self.memory[f"V_{n}"] = trail[-1][2][n]
+        staged, outputs = bool(update.at_end) or update.per != "token", []
+        for i, t in enumerate(tokens):
+            seen = trail[{"after": i + 1, "before": i, "start": 0, "end": -1}[update.read]]
+            read = self.readable(t, start, *seen)
+            read = at_start if update.read == "start" else weights if update.read == "end" and staged else read
+            outputs.append(interpret(self.program, "output", self.at(t) | read)[0])
+        return outputs, weights
+
+    def after_token(self, s: int, start: Arrays, U: Arrays, a: Arrays, V: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+        update, per_token = self.update, self.update.per == "token"
+        at = {n: a[n] * start[n] - U[n] for n in start} if update.anchor == "token" else start
+        if update.decay_first:
+            at = {n: self.rate("decay", n, s, 1.0) * w for n, w in at.items()}
+        g = dict(zip(start, interpret(self.program, "gradient", self.at(s) | at), strict=True))
+        if update.clip is not None:
+            norm = np.sqrt(sum(float(np.sum(x * x)) for x in g.values()))
+            g = {n: x * min(1.0, update.clip / norm) if norm else x for n, x in g.items()}
+        U, a, V = dict(U), dict(a), dict(V)
+        for n in start:
+            mu, lr = self.rate("momentum", n, s, 0.0), self.rate("lr", n, s, 1.0)
+            decay, rho = self.rate("decay", n, s, 1.0) if per_token else 1.0, self.rate("average", n, s, 0.0)
+            step = lr * g[n]
+            if update.momentum.get(n) is not None and per_token:
+                self.memory[f"M_{n}"] = M = mu * self.memory[f"M_{n}"] + ((1 - mu) * g[n] if update.ema else step)
+                step = lr * M if update.ema else step + mu * M if update.nesterov else M
+            U[n], a[n] = decay * U[n] + step, decay * a[n]
+            V[n] = (1 - rho) * V[n] + rho * (a[n] * start[n] - U[n])
+        return U, a, V
+
+    def readable(self, t: int, start: Arrays, U: Arrays, a: Arrays, V: Arrays) -> Arrays:
+        averaged = {n for n, r in self.update.average.items() if r is not None}
+        moved = {n: a[n] * start[n] - self.rate("tau", n, t, 1.0) * U[n] for n in start}
+        return {n: V[n] if n in averaged else w for n, w in moved.items()}
+
+    def ended(self, tokens: range, start: Arrays, U: Arrays, a: Arrays) -> Arrays:
+        update, weights, steps = self.update, {}, {}
+        for n in start:
+            step, scale = U[n], a[n]
+            if update.per == "mini_batch":
+                mu, decay = (
+                    np.mean([self.rate(r, n, s, x) for s in tokens], 0) for r, x in (("momentum", 0), ("decay", 1))
+                )
+                self.memory[f"M_{n}"] = M = mu * self.memory[f"M_{n}"] + step
+                step, scale = step + mu * M if update.nesterov else M, scale * decay
+            steps[n] = self.rate("tau", n, tokens[-1], 1.0) * step
+            weights[n] = scale * self.memory.get(f"A_{n}", start[n])
+        for stage in update.at_end:
+            if stage.on == "update":
+                steps |= self.staged(stage, steps)
+        weights = {n: w - steps[n] for n, w in weights.items()}
+        for stage in update.at_end:
+            if stage.on == "view":
+                self.memory |= {f"A_{n}": weights[n] for n in stage.values}
+            if stage.on != "update":
+                weights |= self.staged(stage, weights)
+        return weights
+
+    def staged(self, stage: EndStage, values: Arrays) -> Arrays:
+        given = {f"in_{n}": values[n] for n in stage.values} | self.memory
+        return {n: self.value(e, given, self.states[n]) for n, e in stage.values.items()}
+
+    def at(self, t: int) -> Arrays:
+        return {n: x[t] if n in self.sequences else x for n, x in self.arguments.items()}
+
+    def rate(self, role: str, name: str, t: int, missing: float) -> Any:
+        e = getattr(self.update, role).get(name)
+        return missing if e is None else self.value(e, self.at(t), self.states[name])
+
+    def value(self, e: Expr, given: Arrays, like: Expr) -> np.ndarray:
+        """An expression of a rate or a stage, ready to multiply the state `like`."""
+        known = {x: np.asarray(given[x.arg[0].name], dtype=float) for x in leaves([e])}
+        axes = {a for x in postorder([e]) for a in x.axes}
+        found = evaluate(e, known, {a.name: self.program.dims[a.size] for a in axes})
+        if set(e.axes) < set(like.axes):
+            return np.asarray(align(found, e.axes, like.axes))
+        return np.asarray(found)
 
 
 def random_arguments(

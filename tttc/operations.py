@@ -12,7 +12,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
-from tttc.trace import Traced, apply_formula, trace
+from tttc.trace import Traced, apply_formula, axis_size, trace
 
 
 def _dispatch(name: str, meaning: Callable[..., Any], doc: str) -> Callable[..., Any]:
@@ -88,6 +88,31 @@ l2_norm = _dispatch("l2_norm", _l2_norm, "l2_norm(x, eps=...): x / sqrt(sum(x**2
 dot = _dispatch("dot", lambda x, y: (x * y).sum(-1), "Inner product over the last axis.")
 where = _dispatch("where", torch.where, "where(condition, x, y): x where the condition holds, otherwise y.")
 huber = _dispatch("huber", _huber, "huber(x, delta): x**2 / 2 where |x| <= delta, otherwise delta * (|x| - delta / 2).")
+
+
+div = _dispatch("div", torch.div, "x / y, where x may be a number.")
+stop_gradient = _dispatch(
+    "stop_gradient", lambda x: x.detach(), "The same value, a constant to every derivative, inner and outer."
+)
+
+
+def size(x: Any, axis: int = -1) -> int:
+    """The length of an axis: an int, also while a declaration is traced."""
+    return axis_size(x, axis) if isinstance(x, Traced) else int(x.shape[axis])
+
+
+def along(x: Any, y: Any, *, axis: int = 0) -> Any:
+    """x * y, where y has one value for every vector of x along `axis`: it lacks that axis."""
+    return trace("along", (x, y), {"axis": axis}) if isinstance(x, Traced) else x * y.unsqueeze(axis)
+
+
+def einsum(spec: str, x: Any, y: Any) -> Any:
+    """The sum of products of two operands in Einstein's notation: `tttc.einsum("np,npo->no", x, W)`, blocks of a
+    block-diagonal W. Letters of axes that are kept, and of sums; none twice in one operand.
+    """
+    if isinstance(x, Traced) or isinstance(y, Traced):
+        return trace("einsum", (x, y), {"spec": spec})
+    return torch.einsum(spec, _as_tensor(x), _as_tensor(y))
 
 
 def elementwise(expression: sympy.Expr) -> Callable[..., Any]:

@@ -9,15 +9,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 import sympy
 
-from tttc.errors import ShapeError, TTTCError, users_line
+from tttc.errors import ShapeError, SourceLine, TTTCError, users_line
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Axis, Expr, const, leaves
 from tttc.ir.scalars import Formula, adopt, formula_name
+
+_watched: ContextVar[tuple[str, list[SourceLine]] | None] = ContextVar("watched", default=None)
+
+
+@contextmanager
+def watching(op: str) -> Iterator[list[SourceLine]]:
+    """Collect the user's lines that make nodes of one operation."""
+    lines: list[SourceLine] = []
+    token = _watched.set((op, lines))
+    try:
+        yield lines
+    finally:
+        _watched.reset(token)
 
 
 class Traced:
@@ -30,6 +44,9 @@ class Traced:
     def __init__(self, expr: Expr, axes: Axes | None = None) -> None:
         self.expr = expr
         self.axes = expr.axes if axes is None else axes
+        watched = _watched.get()
+        if watched is not None and expr.op == watched[0] and (line := users_line()) is not None:
+            watched[1].append(line)
 
     @property
     def shape(self) -> tuple[str, ...]:
@@ -268,6 +285,61 @@ def _dot(values: list[Traced]) -> Traced:
     return Traced(b.contract((x, y), axes[-1:]), axes[:-1])
 
 
+def _along(values: list[Traced], axis: int = 0) -> Traced:
+    x, y = values
+    kept = [a for i, a in enumerate(x.axes) if i != axis % max(x.ndim, 1)]
+    if len(kept) != y.ndim or any(a.size != c.size for a, c in zip(kept, y.axes, strict=True)):
+        raise _shape_error(f"cannot scale along axis {axis}", values, "The second lacks just that axis of the first.")
+    return Traced(b.mul(x.expr, b.rename(y.expr, dict(zip(y.axes, kept, strict=True)))), x.axes)
+
+
+def _einsum(values: list[Traced], spec: str) -> Traced:
+    inputs, arrow, output = spec.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    fits = (
+        arrow
+        and len(letters) == 2
+        and all(len(s) == x.ndim == len(set(s)) for s, x in zip(letters, values, strict=True))
+    )
+    if not fits or not set(output) <= set("".join(letters)) or len(set(output)) != len(output):
+        raise _shape_error(
+            f"einsum({spec!r}) does not fit", values, "It names every axis of two operands, then the result's."
+        )
+    named: dict[str, Axis] = {}
+    for letter, axis in [(c, a) for s, x in zip(letters, values, strict=True) for c, a in zip(s, x.axes, strict=True)]:
+        if letter in named and named[letter].size != axis.size:
+            raise _shape_error(f"einsum({spec!r}): {letter} is two sizes in", values, "One letter, one dim.")
+        named.setdefault(letter, b.fresh(axis, named.values()))
+    operands = [
+        b.rename(x.expr, dict(zip(x.axes, (named[c] for c in s), strict=True)))
+        for s, x in zip(letters, values, strict=True)
+    ]
+    over = tuple(a for c, a in named.items() if c not in output)
+    return Traced(b.contract(operands, over), tuple(named[c] for c in output))
+
+
+def _stop_gradient(values: list[Traced]) -> Traced:
+    return Traced(b.stop_gradient(values[0].expr), values[0].axes)
+
+
+_sizes: ContextVar[Mapping[str, int] | None] = ContextVar("sizes", default=None)
+
+
+@contextmanager
+def known_sizes(dims: Mapping[str, int]) -> Iterator[None]:
+    """Inside, `tttc.size` of a traced value is the size of its dim."""
+    token = _sizes.set(dims)
+    try:
+        yield
+    finally:
+        _sizes.reset(token)
+
+
+def axis_size(x: Traced, axis: int) -> int:
+    """The size of an axis of a traced value; 2 where a declaration is checked without sizes."""
+    return int((_sizes.get() or {}).get(x.axes[axis].size, 2))
+
+
 _SPECIAL: dict[str, Callable[..., Traced]] = {
     "sum": _reduction(b.total),
     "mean": _reduction(b.mean),
@@ -276,6 +348,9 @@ _SPECIAL: dict[str, Callable[..., Traced]] = {
     "l2_norm": _normalizing("l2_norm"),
     "softmax": _softmax,
     "dot": _dot,
+    "along": _along,
+    "einsum": _einsum,
+    "stop_gradient": _stop_gradient,
 }
 
 

@@ -11,13 +11,17 @@ import keyword
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from tttc.errors import DeclarationError, Problem, SourceLine, problems_text
+from tttc.errors import DeclarationError, Problem, SourceLine, refusal
 from tttc.ir import numerics
+from tttc.rules import ROLES, SGD, AtEnd, NoChunkForm, Rate, sgd
+
+__all__ = ["READS", "SGD", "GateSpec", "ParamSpec", "Rate", "Signature", "StateSpec", "TokenSpec", "Variant", "sgd"]
 
 READS = ("after", "before", "start", "end")
+ANCHORS = ("mini_batch", "token")
 Init = float | Callable[..., Any]
 
 
@@ -41,10 +45,18 @@ class ParamSpec:
 
 @dataclass(frozen=True, eq=False)
 class TokenSpec:
-    """A per-token vector; `q`, `k` and `v` are tokens of axis D unless declared otherwise."""
+    """A per-token vector; `q`, `k` and `v` are tokens of axis D unless declared otherwise.
 
-    dims: tuple[str, ...]
+    With a `window`, `given` is what a call passes for each token, and `dims` what the functions see: the last tokens.
+    """
+
+    given: tuple[str, ...]
+    window: str | None = None
     where: SourceLine | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return self.given if self.window is None else (self.window, *self.given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,27 +83,6 @@ class GateSpec:
 
 
 Spec = StateSpec | ParamSpec | TokenSpec | GateSpec
-Rate = GateSpec | ParamSpec | float | int
-Rates = Rate | Mapping[str, Rate]
-
-
-@dataclass(frozen=True)
-class SGD:
-    """W <- W - tau_t * sum_s lr_s * g_s over the tokens of the mini-batch (MATH 6.1 without decay or momentum)."""
-
-    lr: Rates
-    read_scale: Rates | None = None
-    where: SourceLine | None = field(default=None, compare=False)
-
-    def lr_of(self, state: str) -> Rate:
-        return _rate_of(self.lr, state)
-
-    def read_scale_of(self, state: str) -> Rate | None:
-        return None if self.read_scale is None else _rate_of(self.read_scale, state)
-
-
-def _rate_of(rates: Rates, state: str) -> Rate:
-    return rates[state] if isinstance(rates, Mapping) else rates
 
 
 def state(*dims: str, init: Init = 0.0) -> Any:
@@ -108,9 +99,13 @@ def param(*dims: str, init: Init = 0.0) -> Any:
     return ParamSpec(dims, init, _declared_at())
 
 
-def token(*dims: str) -> Any:
-    """Declare a per-token vector, [B, T, H, *dims]: `v = tttc.token("E")` gives values a width of their own."""
-    return TokenSpec(dims, _declared_at())
+def token(*dims: str, window: str | None = None) -> Any:
+    """Declare a per-token vector, [B, T, H, *dims]: `v = tttc.token("E")` gives values a width of their own.
+
+    With `window="K"` the functions see the last K tokens, [K, *dims], the present one last and zeros before the first:
+    the input of a causal convolution. A call still passes one vector for each token; the state carries the K - 1 last.
+    """
+    return TokenSpec(dims, window, _declared_at())
 
 
 def gate(
@@ -129,16 +124,6 @@ def gate(
     one of sigmoid, softplus, tanh, exp, none; `scale` a number or an expression of the dims such as "1/D".
     """
     return GateSpec(name, per, axis, activation, scale, by, _declared_at())
-
-
-def sgd(lr: Rates, read_scale: Rates | None = None) -> SGD:
-    """Gradient descent: W_t = W_start - tau_t * sum_{s <= t} lr_s * g_s.
-
-    `lr` scales each source token s, `read_scale` (tau) each reading token t; each is a gate, a number, a `param`
-    without axes, or a dict from state name to one of these. The state handed to the next mini-batch uses tau of the
-    last token.
-    """
-    return SGD(lr, read_scale, _declared_at())
 
 
 def normal(std: float) -> Init:
@@ -207,6 +192,8 @@ class Signature:
     attributes: dict[str, str]  # attribute on `self` -> name of the gate it reads
     mini_batch: int | str
     read: str
+    anchor: str
+    steps: int
     update: SGD
 
     @property
@@ -232,7 +219,7 @@ def signature(variant: type[Variant]) -> Signature:
     """Read the declaration; raises `DeclarationError` with every problem found."""
     found, problems = read_declaration(variant)
     if problems:
-        raise DeclarationError(problems_text(variant.__name__, problems))
+        raise refusal(variant.__name__, problems)
     return found
 
 
@@ -247,7 +234,7 @@ def read_declaration(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
 
     update = variant.update
     problems = list(_setting_problems(variant, states))
-    rates = _rates(update, states) if isinstance(update, SGD) else []
+    rates = _rates(update) if isinstance(update, SGD) else []
     gates: dict[str, GateSpec] = {}
     for spec in [*attribute_gates.values(), *(r for _, r in rates if isinstance(r, GateSpec))]:
         known = gates.setdefault(spec.name, spec)
@@ -259,20 +246,21 @@ def read_declaration(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
                     spec.where,
                 )
             )
-    problems += _rate_problems(update, rates, states, params)
+    problems += _rate_problems(update, rates, states, params) if isinstance(update, SGD) else []
+    problems += _rule_problems(variant, update, states) if isinstance(update, SGD) else []
     problems += _name_problems(states, params, tokens, gates)
     attributes = {name: spec.name for name, spec in attribute_gates.items()}
-    found = Signature(variant, states, params, gates, tokens, attributes, variant.mini_batch, variant.read, update)
-    return found, problems
+    settings = (variant.mini_batch, variant.read, variant.anchor, variant.steps, update)
+    return Signature(variant, states, params, gates, tokens, attributes, *settings), problems
 
 
-def _rates(update: SGD, states: Mapping[str, StateSpec]) -> list[tuple[str, Rate]]:
+def _rates(update: SGD) -> list[tuple[str, Rate]]:
     used: list[tuple[str, Rate]] = []
-    for role, rates in (("lr", update.lr), ("read_scale", update.read_scale)):
-        if rates is None:
-            continue
-        used += [(role, rate) for rate in (rates.values() if isinstance(rates, Mapping) else [rates])]
-    return used
+    for role in ROLES:
+        rates = getattr(update, role)
+        if rates is not None:
+            used += [(role, rate) for rate in (rates.values() if isinstance(rates, Mapping) else [rates])]
+    return [(role, rate) for role, rate in used if rate is not None]
 
 
 def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -> list[Problem]:
@@ -282,29 +270,128 @@ def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -
         problems.append(
             Problem("no fast weight is declared.", 'Declare at least one: W = tttc.state("D", "D").', where)
         )
-    b = variant.mini_batch
+    b, update = variant.mini_batch, variant.update
     if not (b == "all" or (isinstance(b, int) and not isinstance(b, bool) and b >= 1)):
         problems.append(Problem(f"mini_batch is {b!r}.", 'It must be a positive int or "all".', where))
     if variant.read not in READS:
         problems.append(Problem(f"read is {variant.read!r}.", f"It must be one of {', '.join(READS)}.", where))
-    if variant.anchor != "mini_batch":
-        if variant.anchor == "token":
-            remedy = 'Exact online gradients are not built yet; anchor="mini_batch" with mini_batch=1 is the same rule.'
-        else:
-            remedy = 'It must be "mini_batch" (gradients at the weights that the mini-batch started from).'
+    if variant.anchor not in ANCHORS:
+        remedy = (
+            'It must be "mini_batch" (gradients at the weights that the mini-batch started from) or "token" '
+            "(at the weights that the token before left)."
+        )
         problems.append(Problem(f"anchor is {variant.anchor!r}.", remedy, where))
-    if variant.steps != 1:
+    if not isinstance(variant.steps, int) or isinstance(variant.steps, bool) or variant.steps < 1:
+        problems.append(Problem(f"steps is {variant.steps!r}.", "It must be a positive int.", where))
+    if isinstance(update, NoChunkForm):
+        problems.append(
+            Problem(f"{update.name} has no exact chunked form: {update.reason}.", update.instead, update.where, True)
+        )
+    elif isinstance(update, AtEnd):
+        remedy = f'Use it where the mini-batch ends: tttc.sgd(lr=..., at_end={update.label}), read="start" or "end".'
         problems.append(
             Problem(
-                f"steps is {variant.steps!r}.", "Only one inner step per mini-batch is supported: steps = 1.", where
+                f"{update.label} is not linear in the gradients: token by token it would take a weight matrix each.",
+                remedy,
+                update.where,
+                True,
             )
         )
-    if not isinstance(variant.update, SGD):
+    elif not isinstance(update, SGD):
         problems.append(
-            Problem(
-                f"update is {variant.update!r}.", 'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).', where
-            )
+            Problem(f"update is {update!r}.", 'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).', where)
         )
+    return problems
+
+
+def _rule_problems(variant: type[Variant], update: SGD, states: Mapping[str, StateSpec]) -> list[Problem]:
+    """Settings that contradict each other, and what exists only where a mini-batch ends."""
+    problems: list[Problem] = []
+
+    def refuse(what: str, remedy: str) -> None:
+        problems.append(Problem(what, remedy, update.where))
+
+    online, inside = variant.anchor == "token", variant.read in ("after", "before")
+    if (update.nesterov or update.ema) and update.momentum is None:
+        refuse(f"{'nesterov' if update.nesterov else 'ema'} is set, but there is no momentum.", "Give momentum=.")
+    if update.nesterov and update.ema:
+        refuse("nesterov and ema are both set.", "They are two forms of momentum: choose one.")
+    if update.decay_first and (update.decay is None or not (online or variant.mini_batch == 1)):
+        refuse(
+            "decay_first says that an online gradient is taken at the decayed weights, "
+            + ("but there is no decay." if update.decay is None else 'but anchor is "mini_batch".'),
+            "Leave it out." if update.decay is None else 'Set anchor = "token", or leave it out.',
+        )
+    if update.read_scale is not None and online and variant.mini_batch != 1:
+        refuse(
+            'read_scale scales what a mini-batch adds, but anchor="token" takes each gradient at the token before.',
+            'Fold it into lr, or set anchor = "mini_batch".',
+        )
+    if update.average is not None and (update.read_scale is not None or variant.steps > 1 or update.at_end):
+        refuse(
+            "average is combined with read_scale, steps or at_end.",
+            "An averaged reading takes the rule as it is, once per token: leave the others out.",
+        )
+    if variant.steps > 1 and (online or inside):
+        refuse(
+            f'steps is {variant.steps}, with read="{variant.read}" and anchor="{variant.anchor}".',
+            'Several steps are taken on a whole mini-batch: set read = "end" or "start", anchor = "mini_batch".',
+        )
+    if variant.steps > 1 and (update.momentum is not None or any(s.on == "view" for s in update.at_end)):
+        refuse(
+            f"steps is {variant.steps}, and the rule carries more than weights from step to step.",
+            "Leave momentum and views out, or set steps = 1.",
+        )
+    if update.average is not None and variant.read == "start":
+        refuse(
+            'read="start" reads the weights before the mini-batch, average the mean of all so far.',
+            'Set read = "before" or "after", or leave average out.',
+        )
+    if update.per not in ("token", "mini_batch"):
+        refuse(f"per is {update.per!r}.", 'It must be "token" or "mini_batch".')
+    elif update.per == "mini_batch":
+        if inside or online:
+            refuse(
+                'per="mini_batch" takes the mean of the gates over the mini-batch: a token inside it cannot know that.',
+                'Set read = "start" or "end" and anchor = "mini_batch", or per="token".',
+            )
+        if update.ema or update.average is not None:
+            refuse('per="mini_batch" has no ema and no average.', "Use momentum and decay.")
+    if update.clip is not None and not (isinstance(update.clip, int | float) and update.clip > 0):
+        refuse(f"clip is {update.clip!r}.", "It must be a positive number.")
+    problems += _stage_problems(variant, update, states)
+    return problems
+
+
+def _stage_problems(variant: type[Variant], update: SGD, states: Mapping[str, StateSpec]) -> list[Problem]:
+    problems: list[Problem] = []
+    viewed: set[str] = set()
+    for stage in update.at_end:
+        if not isinstance(stage, AtEnd):
+            return [Problem(f"at_end holds {stage!r}.", "Use tttc.muon, tttc.at_end(function), ...", update.where)]
+        where = stage.where or update.where
+        unknown = [n for n in stage.states or () if n not in states]
+        if unknown:
+            remedy = f"The states are {', '.join(states)}."
+            problems.append(Problem(f"{stage.label} is for {', '.join(unknown)}.", remedy, where))
+        if stage.on not in ("update", "weights", "view"):
+            problems.append(Problem(f"on is {stage.on!r}.", 'It is "update", "weights" or "view".', where))
+        if stage.on != "view":
+            continue
+        if variant.read not in ("start", "end") or variant.anchor == "token":
+            problems.append(
+                Problem(
+                    f"{stage.label} makes the weights a nonlinear function of what the rule accumulates, and "
+                    f'read="{variant.read}", anchor="{variant.anchor}" use the weights of single tokens.',
+                    'Apply it where the mini-batch ends: set read = "start" or "end", anchor = "mini_batch".',
+                    where,
+                    True,
+                )
+            )
+        again = sorted(viewed & set(stage.of(states)))
+        if again:
+            problems.append(Problem(f"{', '.join(again)} is given two views.", "Give each state one.", where))
+        viewed |= set(stage.of(states))
     return problems
 
 
@@ -316,14 +403,6 @@ def _rate_problems(
         if isinstance(rate, GateSpec) and rate.per not in ("token", "channel"):
             problems.append(
                 Problem(f"gate `{rate.name}` is per {rate.per!r}.", 'Use per="token" or "channel".', rate.where)
-            )
-        elif isinstance(rate, GateSpec) and rate.per == "channel":
-            problems.append(
-                Problem(
-                    f"{role} is the gate `{rate.name}`, one value per channel.",
-                    'A rate is one number per token: tttc.gate(name, per="token").',
-                    rate.where,
-                )
             )
         elif isinstance(rate, ParamSpec) and (rate.dims or not any(rate is p for p in params.values())):
             problems.append(
@@ -337,7 +416,8 @@ def _rate_problems(
             problems.append(
                 Problem(f"{role} is {rate!r}.", "It must be a gate, a number or a param without axes.", update.where)
             )
-    for role, per_state in (("lr", getattr(update, "lr", None)), ("read_scale", getattr(update, "read_scale", None))):
+    for role in ROLES:
+        per_state = getattr(update, role)
         if isinstance(per_state, Mapping) and set(per_state) != set(states):
             problems.append(
                 Problem(
@@ -347,6 +427,19 @@ def _rate_problems(
                     update.where,
                 )
             )
+            continue
+        for name, spec in states.items():
+            found = update.of(role, name)
+            if isinstance(found, GateSpec) and found.per == "channel" and found.axis not in spec.dims:
+                problems.append(
+                    Problem(
+                        f"{role} is the gate `{found.name}`, one value per channel of {found.axis}, "
+                        f"and state `{name}` has the axes {', '.join(spec.dims) or 'none'}.",
+                        f"Give {role} for each state with a dict, or choose its axis: "
+                        f'tttc.gate("{found.name}", per="channel", axis=...).',
+                        found.where,
+                    )
+                )
     return problems
 
 
@@ -407,11 +500,15 @@ def _variable_problems(
     return [Problem(f"{role} `{name}` {why}.", "Give it another name.", where)]
 
 
-_DERIVED_NAMES = ("d{}", "S_{}", "dS_{}", "{}_start", "{}_in", "{}_c", "d{}_c")
+_DERIVED_NAMES = (
+    *("d{}", "{}_start", "{}_in", "{}_c", "d{}_c"),
+    *(f"{d}{letter}_{{}}" for letter in ("S", "M", "V", "A", "N", "a", "m") for d in ("", "d")),
+)
 _RESERVED_NAMES = frozenset(
     (
         *("z", "dz", "loss", "torch", "aten", "F", "G", "C", "T", "c", "m", "t", "i"),
         *("chunk", "every", "chunks", "group", "kept", "saved", "saves", "sequences", "size", "start", "made"),
+        *("n_tokens", "dn_tokens"),
         *("range", "len", "self", "learner", "output", "update", "mini_batch", "read", "anchor", "steps", "bind"),
         "replace",
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import sympy
+
 from tttc.backends.interface import Source
 from tttc.backends.torch.ops import ELEMENTWISE, FUSED_DERIVATIVES, HELPERS, formula
 from tttc.ir.contraction import layout
@@ -38,8 +40,9 @@ def emit(program: Program) -> Source:
     every_block = [b for a in program.adjoints for b in (a.scan.block, a.forward, a.backward)]
     roots = [x.value for b in every_block for x in b.assigns]
     parts = [HEADER.format(name=program.name)]
-    if any(e.op in ("less_equal", "select", "huber", "map") for e in postorder(roots)):
-        parts.append(HELPERS)
+    used = {e.op for e in postorder(roots)}
+    used |= {f.func.__name__ for e in postorder(roots) if e.op == "map" for f in e.arg.body.atoms(sympy.Function)}
+    parts += [text for name, text in HELPERS.items() if name in used]
     parts += [f"\n{formula_text(f, formula)}\n" for f in formulas(roots) if f.name not in FUSED_DERIVATIVES]
     for a in program.adjoints:
         parts += [_step(a.scan, program), _step_saving(a, program), _step_adjoint(a, program)]
@@ -102,7 +105,9 @@ def _function(
     lines += opening
     lines += _body(block, [*parameters, *taken], program)
     lines += (
-        _wrap("    return (", returns, ")") if len(", ".join(returns)) > 95 else [f"    return {', '.join(returns)}"]
+        _wrap("    return (", returns, ")")
+        if len(", ".join(returns)) > 95
+        else [f"    return {', '.join(returns)}{',' * (len(returns) == 1)}"]
     )
     return "\n".join([*lines, ""])
 
@@ -266,6 +271,9 @@ class TorchPrinter(Printer):
     def _put_last(self, e: Expr) -> Text:
         after = "0, 0, " * len(e.src[0].axes)
         return Text(f"F.pad({self.text(e.src[0]).at_least(5)}.unsqueeze(1), ({after}C - 1, 0))")
+
+    def _cumprod(self, e: Expr) -> Text:
+        return Text(f"torch.cumprod({self._token_first(e.src[0], e.arg)}, 1)")
 
     def _stop_gradient(self, e: Expr) -> Text:
         return Text(f"{self.text(e.src[0]).at_least(5)}.detach()")

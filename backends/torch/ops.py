@@ -31,23 +31,60 @@ ELEMENTWISE = {
 # be differentiated (aten.silu_backward cannot)
 FUSED_DERIVATIVES = {"dgelu": 'aten.gelu_backward({g}, {x}, approximate="tanh")'}
 
-HELPERS = '''
+HELPERS = {
+    "less_equal": '''
 def less_equal(x, y):
     """1 where x <= y, else 0, in the dtype of x."""
     x = x if isinstance(x, torch.Tensor) else torch.as_tensor(x, dtype=y.dtype, device=y.device)
     return (x <= y).to(x.dtype)
-
-
+''',
+    "select": '''
 def select(condition, x, y):
     """x where the condition is 1, y where it is 0."""
     kind = {"dtype": condition.dtype, "device": condition.device}
     return torch.where(condition > 0.5, torch.as_tensor(x, **kind), torch.as_tensor(y, **kind))
-
-
+''',
+    "huber": '''
 def huber(x, delta):
     """x**2 / 2 where |x| <= delta, otherwise delta * (|x| - delta / 2)."""
     return torch.where(x.abs() <= delta, 0.5 * x * x, delta * (x.abs() - 0.5 * delta))
-'''
+''',
+    "segprod": '''
+def segprod(x):
+    """P[t, s] = x[s + 1] * ... * x[t] for s <= t, else 0."""
+    C = x.shape[1]
+    later = torch.ones((C, C), dtype=torch.bool, device=x.device).tril(-1).view(1, C, C, *[1] * (x.dim() - 2))
+    products = torch.where(later, x.unsqueeze(2), 1.0).cumprod(1)
+    return products * torch.ones((C, C), dtype=x.dtype, device=x.device).tril().view(later.shape)
+''',
+    "shift": '''
+def shift(x, fill):
+    """Every token gets the entry of the one before it, the first one `fill`."""
+    return torch.cat([torch.full_like(x[:, :1], fill), x[:, :-1]], 1)
+''',
+    "shift_back": '''
+def shift_back(x):
+    """Every token gets the entry of the one after it, the last one 0."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
+''',
+    "solve": '''
+def solve_lower(matrix, right, upper=False, along=()):
+    """x with x[t] + sum over s < t of matrix[t, s] * x[s] = right[t]; s > t if `upper`.
+
+    The further dimensions of `matrix` go with the dimensions `along` of `right`.
+    """
+    if along:
+        rest = [i for i in range(1, right.dim() - 1) if i not in along]
+        order = [0, *(i + 1 for i in along), 1, *(i + 1 for i in rest)]
+        moved = right.permute(order)
+        system = matrix.permute(0, *range(3, matrix.dim()), 1, 2)
+        columns = moved.reshape(*moved.shape[: len(along) + 2], -1)
+        found = torch.linalg.solve_triangular(system, columns, upper=upper, unitriangular=True)
+        return found.reshape(moved.shape).permute([order.index(i) for i in range(len(order))])
+    columns = right.reshape(*right.shape[:2], -1)
+    return torch.linalg.solve_triangular(matrix, columns, upper=upper, unitriangular=True).reshape(right.shape)
+''',
+}
 
 
 class FormulaPrinter(StrPrinter):

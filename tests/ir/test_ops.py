@@ -95,6 +95,18 @@ EXAMPLES: dict[str, list[Expr]] = {name: elementwise(name) for name in SCALARS} 
         b.broadcast(const(0), (D,)),
     ],
     "rename": [Expr("rename", (b.mul(tall, const(2)),), ((T, S),)), b.rename(b.neg(square), {T: S, S: T})],
+    "segprod": [b.segprod(operand(6, T), T, S), b.segprod(operand(6, D, T), T, S), b.segprod(operand(6, S), S, T)],
+    "cumprod": [b.cumprod(operand(6, T), T), b.cumprod(operand(6, D, T), T)],
+    "shift": [b.shift(tall, T), b.shift(operand(6, D, T), T, 1.0), b.shift(square, S, 2.0)],
+    "shift_back": [b.shift_back(tall, T), b.shift_back(operand(6, D, T), T)],
+    "solve": [
+        b.solve(square, tall, T, S),
+        b.solve(square, operand(6, S, D), S, T),
+        b.solve(square, operand(6, D, T, E), T, S),
+        b.solve(operand(6, T, S, D), operand(7, T, D), T, S),
+        b.solve(operand(6, T, S, D), operand(7, E, S, D), S, T),
+        b.solve(square, operand(6, D), T, S),
+    ],
     "stop_gradient": [b.stop_gradient(x), b.mul(x, b.stop_gradient(x))],
     "layer_norm": [
         Expr("layer_norm", (x, y, operand(6, D)), (D, 1e-6)),
@@ -130,7 +142,7 @@ def nodes(e: Expr) -> list[Expr]:
 
 
 def by_axis() -> dict[str, int]:
-    return {a.name: SIZES[a.size] for a in (D, E, T, S)}
+    return {a.name: SIZES[a.size] for a in (D, E, T, S)} | {"r": SIZES["P"]}
 
 
 def drawn(e: Expr, name: str, seed: int = 0) -> dict[Expr, np.ndarray]:

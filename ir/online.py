@@ -1,0 +1,151 @@
+"""Exact online gradients: every token's gradient is taken at the weights that the token before left (MATH 6.5).
+
+The gradient of token t is a product with one factor u_t that is affine in the weights, and these hold the u_s of all
+s < t. Read through them, u is a system of equations with a unit lower triangle:
+
+    e[t] = k[t] @ W_{t-1} - v[t],   W_{t-1} = W - sum over s < t of A[t-1, s] * outer(k[s], e[s])
+    ->
+    e + stril(A' * (k @ k.T)) @ e = k @ W - v          solved at once, whatever the chunk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tttc.ir import build as b
+from tttc.ir.expr import Axis, Expr, const, depends_on, leaf, leaves
+from tttc.ir.linearity import Dependence, dependence
+from tttc.ir.program import S_AXIS, T_AXIS
+from tttc.ir.reading import Moving, Term, over_chunk, summed
+
+Gradients = Mapping[str, tuple[Term, ...]]
+
+
+class NotTriangular(Exception):
+    """The gradients of a chunk are no triangular system; the argument says why."""
+
+
+def the_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
+    """The one factor of all gradients that depends on the weights; None where none does.
+
+    Raises `NotTriangular` where there are several, or where it is not affine.
+    """
+    found: dict[Expr, None] = {}
+    for terms in gradients.values():
+        for term in terms:
+            moving = [f for f in term.factors if dependence(f, states).dependence > Dependence.CONSTANT]
+            if len(moving) > 1:
+                raise NotTriangular("a gradient is a product of several values that depend on the weights")
+            found.update(dict.fromkeys(moving))
+    for e in found:
+        how = dependence(e, states)
+        if how.dependence == Dependence.NONLINEAR:
+            op = "" if how.because is None else f" (`{how.because.op}`)"
+            raise NotTriangular(f"the gradient is not affine in the weights{op}")
+    if len(found) > 1:
+        raise NotTriangular("the gradients hold several different values that depend on the weights")
+    return next(iter(found), None)
+
+
+def unknown_rows(u: Expr) -> Expr:
+    """The leaf that stands for the values of `u` at the source tokens."""
+    return leaf("u", "unknown", (S_AXIS, *u.axes))
+
+
+def solved(u: Expr, weights: Mapping[str, Moving], sizes: Mapping[str, int], moved: dict[Expr, Expr]) -> Expr:
+    """The values of `u` at every source token, where `weights` are those that each token finds, in terms of
+    `unknown_rows(u)`.
+
+    Raises `NotTriangular` where an entry of u_t depends on other entries of u_s: then the blocks are no numbers.
+    """
+    rows = unknown_rows(u)
+    known, matrix = [], None
+    for term in _Affine(weights, moved).of(u):
+        unknown = [f for f in term.factors if f.op == "leaf" and f.arg[0] == rows.arg[0]]
+        if not unknown:
+            known.append(term)
+            continue
+        if set(unknown[0].axes) != set(rows.axes):
+            raise NotTriangular("the entries of a token's gradient depend on other entries of earlier ones")
+        others = replace(term, factors=tuple(f for f in term.factors if f is not unknown[0]))
+        own = tuple(a for a in u.axes if any(a in f.axes for f in others.factors))
+        block = summed([replace(others, sign=1)], (S_AXIS, *own), sizes)
+        block = b.broadcast(block, (T_AXIS, S_AXIS))
+        if matrix is None:
+            matrix = block if term.sign < 0 else b.neg(block)
+        else:
+            matrix = (b.add if term.sign < 0 else b.sub)(matrix, block)
+    right = b.broadcast(summed(known, u.axes, sizes), (T_AXIS, *u.axes))
+    if matrix is None:
+        return b.rename(right, {T_AXIS: S_AXIS})
+    return b.solve(matrix, right, T_AXIS, S_AXIS)
+
+
+class _Affine:
+    """An affine function of the weights as a sum of products, nothing added up: axes that are summed over get names
+    of their own, so that products can be taken further.
+    """
+
+    def __init__(self, weights: Mapping[str, Moving], moved: dict[Expr, Expr]) -> None:
+        self.weights, self.moved, self.hidden = weights, moved, 0
+
+    def of(self, e: Expr) -> tuple[Term, ...]:
+        declared = [x for x in leaves([e]) if x.arg[0].name in self.weights]
+        if e not in depends_on([e], declared):
+            return (Term(1, tuple(over_chunk([e], T_AXIS, self.moved))),)
+        if e.op == "leaf":
+            moving = self.weights[e.arg[0].name]
+            to = dict(zip(moving.axes, e.axes, strict=True))
+            return tuple(t.renamed(to) for t in moving.terms)
+        return tuple(getattr(self, f"_{e.op}")(e))
+
+    def _add(self, e: Expr) -> Sequence[Term]:
+        return [t for s in e.src for t in self.of(s)]
+
+    def _neg(self, e: Expr) -> Sequence[Term]:
+        return [replace(t, sign=-t.sign) for t in self.of(e.src[0])]
+
+    def _sub(self, e: Expr) -> Sequence[Term]:
+        return [*self.of(e.src[0]), *(replace(t, sign=-t.sign) for t in self.of(e.src[1]))]
+
+    def _mul(self, e: Expr) -> Sequence[Term]:
+        x, y = (self.of(s) for s in e.src)
+        return [s.times(t) for s in x for t in y]
+
+    def _div(self, e: Expr) -> Sequence[Term]:
+        (below,) = over_chunk([e.src[1]], T_AXIS, self.moved)
+        return [t.times(Term(1, (b.div(const(1), below),))) for t in self.of(e.src[0])]
+
+    def _contract(self, e: Expr) -> Sequence[Term]:
+        product = [Term(1, ())]
+        for s in e.src:
+            product = [p.times(t) for p in product for t in self.of(s)]
+        return self._summed_over(product, e.arg)
+
+    def _sum(self, e: Expr) -> Sequence[Term]:
+        return self._summed_over(self.of(e.src[0]), e.arg)
+
+    def _mean(self, e: Expr) -> Sequence[Term]:
+        sizes = tuple(b.div(const(1), b.size(a)) for a in e.arg)
+        return [Term(t.sign, (*sizes, *t.factors)) for t in self._summed_over(self.of(e.src[0]), e.arg)]
+
+    def _rename(self, e: Expr) -> Sequence[Term]:
+        return [t.renamed(dict(e.arg)) for t in self.of(e.src[0])]
+
+    def _broadcast(self, e: Expr) -> Sequence[Term]:
+        return self.of(e.src[0])
+
+    def _summed_over(self, terms: Sequence[Term], over: Sequence[Axis]) -> Sequence[Term]:
+        self.hidden += 1
+        names = {a: Axis(f"{a.name}_{self.hidden}", a.size) for a in over}
+        result = []
+        for t in terms:
+            absent = [
+                b.size(a) for a in over if not any(a in f.axes for f in t.factors)
+            ]  # summed as often as it is long
+            result.append(Term(t.sign, (*absent, *t.factors)).renamed(names))
+        return result
+
+
+__all__ = ["NotTriangular", "solved", "the_unknown", "unknown_rows"]

@@ -1,0 +1,107 @@
+"""Where a sequence stands: what a layer returns, and is given to continue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class State(Mapping[str, torch.Tensor]):
+    """Where a sequence stands: the fast weights by name, each [B, H, *dims], as `state["W"]` or `state.W`.
+
+    `memory` is what the update rule carries beside them (momentum, averages, ...). Inside a mini-batch, `position`
+    tokens into it, the state also holds the weights at its start (`start`) and what it has added since (`summed`), or
+    its tokens (`rows`) where that is known only when it is whole; a following call continues there. `taps` are the
+    last tokens of what is declared with a window.
+    """
+
+    weights: Tensors
+    position: int = 0
+    start: Tensors = field(default_factory=dict)
+    summed: Tensors = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
+    rows: Tensors = field(default_factory=dict)
+    taps: Tensors = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        weights = self.__dict__.get("weights", {})
+        if name in weights:
+            return weights[name]
+        raise AttributeError(f"no state named {name!r}; the states are {', '.join(weights)}")
+
+    def map(self, function: Any) -> State:
+        """The same state with a function applied to every tensor."""
+        groups = (self.weights, self.start, self.summed, self.memory, self.rows, self.taps)
+        weights, *others = ({n: function(x) for n, x in group.items()} for group in groups)
+        return State(weights, self.position, *others)
+
+    @staticmethod
+    def joined(states: Sequence[State]) -> State:
+        """States that stand at the same place of a mini-batch as one batch of sequences."""
+        tensors: list[list[torch.Tensor]] = []
+        for state in states:
+            tensors.append([])
+            state.map(tensors[-1].append)  # in the order in which the last line takes them
+        joined = iter([torch.cat(xs) for xs in zip(*tensors, strict=True)])
+        return states[0].map(lambda x: next(joined))
+
+    def detach(self) -> State:
+        """The same values without their history: for truncated backpropagation through time."""
+        return self.map(lambda x: x.detach())
+
+    def to(self, *arguments: Any, **settings: Any) -> State:
+        return self.map(lambda x: x.to(*arguments, **settings))
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{n}: {list(x.shape)}" for n, x in self.weights.items())
+        return f"State({shapes}, position={self.position})"
+
+
+class PackedState(Mapping[str, torch.Tensor]):
+    """The states of sequences that were packed into one: `state["W"]` is [N, H, *dims], `state.sequences` are the N
+    states, each with a batch of one. Given back to the layer, every sequence continues.
+    """
+
+    def __init__(self, sequences: tuple[State, ...]) -> None:
+        self.sequences = sequences
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.cat([s[name] for s in self.sequences])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sequences[0])
+
+    def __len__(self) -> int:
+        return len(self.sequences[0])
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        sequences = self.__dict__.get("sequences", ())
+        if sequences and name in sequences[0]:
+            return self[name]
+        raise AttributeError(f"no state named {name!r}")
+
+    def map(self, function: Any) -> PackedState:
+        """The same states with a function applied to every tensor."""
+        return PackedState(tuple(s.map(function) for s in self.sequences))
+
+    def detach(self) -> PackedState:
+        """The same values without their history."""
+        return self.map(lambda x: x.detach())
+
+    def __repr__(self) -> str:
+        return f"PackedState({len(self.sequences)} sequences, {self.sequences[0]!r})"

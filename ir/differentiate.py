@@ -45,7 +45,9 @@ def differentiate(program: Program) -> Program:
     params = tuple(p for p in program["loss"].params if p.arg[0].name in used)
     gradient = Function("gradient", params, (Block(tuple(assigns)),), tuple(a.target for a in assigns))
     names = {**program.names, **named}
-    return replace(program, stage="differentiate", functions=(gradient, program["output"]), names=names)
+    functions = (gradient, program["output"])
+    kept = program["loss"] if program.telemetry else None
+    return replace(program, stage="differentiate", functions=functions, names=names, loss=kept)
 
 
 def collected(variable: Expr, found: Iterable[tuple[Expr, Expr | None]]) -> Expr | None:

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tttc.ir import build as b
-from tttc.ir.expr import Axis, Expr, const
+from tttc.ir.expr import Axis, Expr, Leaf, const
 from tttc.ir.linearity import Dependence, Finding, dependence
 from tttc.ir.online import NotTriangular, solved, the_unknown, unknown_rows
 from tttc.ir.primal import loop_params, per_token
-from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update
+from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
 from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
 from tttc.ir.response import GRADIENT, ChunkAlgebra, Response, coefficients, held
 from tttc.ir.simplify import renamed_hints, simplify
@@ -57,6 +57,7 @@ class ChunkForm:
     z: Assign
     updates: tuple[Assign, ...]
     moved: dict[Expr, Expr]
+    measures: tuple[Assign, ...] = ()
 
 
 def dualize(program: Program) -> Program:
@@ -140,13 +141,13 @@ def whole_form(program: Program, sizes: Mapping[str, int]) -> ChunkForm:
     """A chunk that is a whole mini-batch, or any chunk where its boundaries cannot be observed."""
     chunk = _Chunk(program, sizes, opened=False)
     ends = chunk.closed()
-    return ChunkForm(chunk.output(), (*ends, *chunk.memories()), chunk.moved)
+    return ChunkForm(chunk.output(), (*ends, *chunk.memories()), chunk.moved, chunk.measures())
 
 
 def open_form(program: Program, sizes: Mapping[str, int]) -> ChunkForm:
     """A tile of a mini-batch that began at the weights W, from what it has added so far to what it has added after."""
     chunk = _Chunk(program, sizes, opened=True)
-    return ChunkForm(chunk.output(), (*chunk.grown(), *chunk.memories()), chunk.moved)
+    return ChunkForm(chunk.output(), (*chunk.grown(), *chunk.memories()), chunk.moved, chunk.measures())
 
 
 class _Chunk:
@@ -412,6 +413,30 @@ class _Chunk:
         moved = self._moving(w, response, gradients)
         return Moving(w.axes, self._from_start(n, moved.terms))
 
+    def measures(self) -> tuple[Assign, ...]:
+        """What the inner loop does in this chunk, where that is asked for; every token holds the chunk's number.
+
+        Mostly by-products: the loss at the start shares the products of the gradients, the update is the new weights.
+        """
+        if self.program.loss is None:
+            return ()
+        (block,) = blocks(self.program.loss.body)
+        (loss,) = over_chunk([block.assigns[0].value], T_AXIS, {})
+        start = {n: still(x, self.sizes) for n, x in self.starts.items()}
+        end = {a.leaf.name: a.value for a in self.closed() if a.target in self.declared.states}
+        gradients = self.gradients()
+        added = {n: summed(gradients[n], w.axes, self.sizes) for n, w in self._states()}
+        moved = {n: b.sub(end[n], start[n]) for n in start}
+        found = {
+            "loss_before": b.total(read_through(loss, start, self.sizes, {}), (T_AXIS,)),
+            "loss_after": b.total(read_through(loss, end, self.sizes, {}), (T_AXIS,)),
+            "gradient_norm": _norm([b.broadcast(added[n], w.axes) for n, w in self._states()]),
+            "update_norm": _norm([b.broadcast(moved[n], w.axes) for n, w in self._states()]),
+        }
+        return tuple(
+            Assign(Expr("leaf", (), (Leaf(n, "output", "c"), (T_AXIS,))), b.stop_gradient(b.broadcast(x, (T_AXIS,))))
+            for n, x in found.items()
+        )
 
     def _single(self) -> bool:
         """Whether a chunk is always one token: then its weights are a matrix like any other."""
@@ -428,6 +453,16 @@ class _Chunk:
             return self._moving(w, a.average.last(), self.gradients())
         end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
         return Moving(w.axes, self._from_start(n, self._moving(w, end, self.gradients()).terms))
+
+
+def _norm(tensors: Sequence[Expr]) -> Expr:
+    """The Frobenius norm of several tensors together."""
+    square: Expr | None = None
+    for x in tensors:
+        own = b.total(b.power(x, 2), x.axes)
+        square = own if square is None else b.add(square, own)
+    assert square is not None
+    return b.apply("sqrt", square)
 
 
 def rates_over_chunk(update: Update) -> Update:

@@ -82,6 +82,45 @@ def solved(u: Expr, weights: Mapping[str, Moving], sizes: Mapping[str, int], mov
     return b.solve(matrix, right, T_AXIS, S_AXIS)
 
 
+def gain(
+    gradients: Gradients, states: Sequence[Expr], rates: Mapping[str, Expr], sizes: Mapping[str, int]
+) -> Expr | None:
+    """How much a token's own step shrinks what it learns from: u becomes (1 - gain) * u, for every token of a chunk.
+
+    For the delta rule that is lr * |k|^2: beyond 2 the step overshoots and the error grows. None where the gradients
+    are not affine in the weights, or where the entries of u mix.
+    """
+    try:
+        u = the_unknown(gradients, states)
+    except NotTriangular:
+        return None
+    if u is None:
+        return None
+    rows = unknown_rows(u)
+    own = b.rename(rows, {S_AXIS: T_AXIS})
+    weights = {}
+    for w in states:
+        name = w.arg[0].name
+        (rate,) = over_chunk([rates[name]], T_AXIS, {})
+        terms = []
+        for t in gradients[name]:
+            factors = [own if f is u else over_chunk([f], T_AXIS, {})[0] for f in t.factors]
+            terms.append(Term(-t.sign, (rate, *factors)))
+        weights[name] = Moving(w.axes, tuple(terms))
+    total: Expr | None = None
+    for term in _Affine(weights, {}).of(u):
+        unknown = [f for f in term.factors if f.op == "leaf" and f.arg[0] == rows.arg[0]]
+        if not unknown:
+            continue
+        if set(unknown[0].axes) != set(own.axes):
+            return None
+        others = tuple(f for f in term.factors if f is not unknown[0])
+        part = summed([Term(1, others)], (T_AXIS,), sizes)
+        part = part if term.sign < 0 else b.neg(part)
+        total = part if total is None else b.add(total, part)
+    return total
+
+
 class _Affine:
     """An affine function of the weights as a sum of products, nothing added up: axes that are summed over get names
     of their own, so that products can be taken further.
@@ -148,4 +187,4 @@ class _Affine:
         return result
 
 
-__all__ = ["NotTriangular", "solved", "the_unknown", "unknown_rows"]
+__all__ = ["NotTriangular", "gain", "solved", "the_unknown", "unknown_rows"]

@@ -243,6 +243,10 @@ class Program:
     update: Update | None = None
     title: str = ""
     """The name of the declaration, for messages."""
+    loss: Function | None = None
+    """The loss of one token, kept from differentiation on where the chunks are to report it."""
+    telemetry: bool = False
+    """Whether chunks report what the inner loop does: the loss before and after, and the norms of its steps."""
     per_token: tuple[Function, ...] = ()
     """The functions `gradient` and `output` of one token, kept from the primal stage on for those that rearrange
     them.

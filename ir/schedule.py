@@ -73,9 +73,11 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
     if found.sequential:
         observed = 1 if not _observed(update) or b_ == 1 else "T" if b_ == "all" else int(b_)
         return Plan(1, None if observed == 1 else observed, found.why)
-    if found.kind in ("constant", "affine") and not _observed(update):
+    if found.kind in ("constant", "affine") and not _observed(update) and (b_ == 1 or not program.telemetry):
         return Plan(chunk or _free_chunk(update), None, f"{found.why}: the chunk is free")
     whole: int | str = "T" if b_ == "all" else int(b_)
+    if program.telemetry:
+        return Plan(whole, whole, "telemetry is for each mini-batch: the chunk is the mini-batch")
     if update.steps > 1:
         return Plan(
             whole, whole, f"{update.steps} steps are taken on each mini-batch: the chunk is the mini-batch", True
@@ -129,16 +131,18 @@ class _Layout:
         return self._scan(f"{self.program.name}_open", form, carry, doc)
 
     def _scan(self, name: str, form: ChunkForm, carry: tuple[Expr, ...], doc: str) -> Scan:
-        assigns, named, _ = finished([form.z, *form.updates], renamed_hints(self.program.names, form.moved))
+        stores = [form.z, *form.measures]
+        assigns, named, _ = finished([*stores, *form.updates], renamed_hints(self.program.names, form.moved))
         self.names.update(named)
-        kept = {a.target: a for a in assigns[1:]}
+        stored = assigns[: len(stores)]
+        kept = {a.target: a for a in assigns[len(stores) :]}
         updates = tuple(kept[c] for c in carry)
         read = {e.arg[0].name for e in leaves(a.value for a in assigns)}
         params = (*loop_params(self.program), *self.memory)
         params = tuple(p for p in params if p.arg[0].name in read or p.arg[0].role in ("token", "gate"))
         sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.arg[0].role in ("token", "gate"))
         fixed = tuple(p for p in params if p.arg[0].role not in ("token", "gate") and p not in carry)
-        return Scan(name, fixed, carry, sequence, assigns[:1], updates, self.plan.chunk, doc=doc)
+        return Scan(name, fixed, carry, sequence, stored, updates, self.plan.chunk, doc=doc)
 
     def begin(self) -> Scan | None:
         """What a sequence carries beside its weights."""
@@ -177,7 +181,7 @@ class _Layout:
     def whole_function(self, scan: Scan) -> Function:
         """The loop over chunks, as one function to be read and run."""
         body: tuple[Statement, ...] = (
-            Allocate(scan.outputs[0].target),
+            *(Allocate(a.target) for a in scan.outputs),
             *self._beginning(),
             For("c", "T", scan.chunk, (scan.block,)),
         )
@@ -195,7 +199,8 @@ class _Layout:
         step = self.plan.mini_batch
         assert step is not None
         loop = For("m", "T", step, (opening, inner, closing))
-        body: tuple[Statement, ...] = (Allocate(tile.outputs[0].target), *self._beginning(), loop)
+        allocate = tuple(Allocate(a.target) for a in tile.outputs)
+        body: tuple[Statement, ...] = (*allocate, *self._beginning(), loop)
         return Function(self.program.name, self._params(), body, (tile.outputs[0].target, *self.update.states))
 
 

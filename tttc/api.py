@@ -30,6 +30,7 @@ def compile(
     *,
     chunk: int | None = ...,
     checkpoint: int | str | None = ...,
+    telemetry: bool = ...,
 ) -> Layer: ...
 
 
@@ -51,6 +52,7 @@ def compile(
     *,
     chunk: int | None = None,
     checkpoint: int | str | None = "auto",
+    telemetry: bool = False,
 ) -> Layer | AttentionLayer:
     """Compile a declaration into a layer.
 
@@ -64,6 +66,10 @@ def compile(
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
         square
             root of their number, None (or 0) keeps every value and recomputes nothing.
+
+        telemetry: the state that a call returns also says what its inner loop did, mini-batch by mini-batch:
+            `state.telemetry["loss_before"]` and `["loss_after"]` (summed over its tokens, at the weights that it began
+            and ended with), `["gradient_norm"]` and `["update_norm"]` (over all states), each [B, H, mini-batches].
 
     Raises:
         DeclarationError: with every problem of the declaration.
@@ -82,7 +88,7 @@ def compile(
         raise ShapeError(f"chunk is {chunk!r}; it must be a positive int")
     if not (checkpoint in (None, "auto") or (_is_int(checkpoint) and int(checkpoint) >= 0)):
         raise ShapeError(f'checkpoint is {checkpoint!r}; it must be "auto", None or a number of chunks')
-    stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk))
+    stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk, telemetry))
     began = time.perf_counter()
     source = torch_backend.emit(stages.program)
     scans = torch_backend.load(source, stages.program)

@@ -23,6 +23,7 @@ class Call:
 
     def __init__(self, layer: Layer, arguments: Arguments) -> None:
         self.layer = layer
+        self.measured: list[torch.Tensor] = []
         declared = layer.signature
         given, gates, params = arguments.tokens, arguments.gates, arguments.params
         q = given["q"]
@@ -95,6 +96,10 @@ class Call:
                 f"into a mini-batch of {b}.\n"
                 "  Pass the state that a call of this layer returned."
             )
+
+    def telemetry(self, names: Sequence[str]) -> Tensors:
+        """What the chunks of this call measured, [G, mini-batches] each, by name."""
+        return {n: torch.cat(self.measured[i :: len(names)], 1) for i, n in enumerate(names)}
 
     def opened(self, variables: Sequence[Opened]) -> Tensors:
         """What an open mini-batch carries, before its first token."""

@@ -38,6 +38,7 @@ class Options:
     dims: Mapping[str, int]
     dtype: str = "f32"
     chunk: int | None = None
+    telemetry: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,12 @@ def _debug(entry: Entry) -> None:
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
+def traced(declared: Signature, options: Options) -> Program:
+    """The declaration as per-token functions."""
+    program = declare.declare(declared, options.dims, options.dtype)
+    return replace(program, telemetry=options.telemetry)
+
+
 def differentiate_loss(program: Program) -> Program:
     """The derivative of the loss; raises `NotDifferentiable` where there is none."""
     try:
@@ -126,7 +133,7 @@ def differentiate_loss(program: Program) -> Program:
 
 
 PIPELINE: tuple[Stage, ...] = (
-    Stage("declare", lambda d, o: declare.declare(d, o.dims, o.dtype)),  # the user's loss and output, as written
+    Stage("declare", lambda d, o: traced(d, o)),  # the user's loss and output, as written
     Stage("differentiate", lambda p, o: differentiate_loss(p)),  # the gradient of the loss, kept as products
     Stage("simplify", lambda p, o: replace(simplify_program(p), stage="simplify")),
     Stage("primal", lambda p, o: token_loop(p)),  # the definition: a loop over tokens

@@ -14,6 +14,7 @@ from tttc.compile import History
 from tttc.explain import explain
 from tttc.ir.update import memories, openings
 from tttc.packing import Arguments, packed, ungrouped
+from tttc.stability import warn_of_growth
 from tttc.state import PackedState, State, Tensors
 from tttc.variant import Signature
 
@@ -69,6 +70,7 @@ class Layer:
         assert program.plan is not None
         self._name, self._plan = program.name, program.plan
         self._params = {s.name: s.params for s in program.scans}
+        self._measures = [str(a.leaf.name) for a in program.scans[0].outputs[1:]]
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
         assert program.update is not None
         self._opened = openings(program.update)
@@ -129,7 +131,8 @@ class Layer:
                 missing starts at its `init`.
             cu_seqlens: [N + 1], where N sequences packed along T begin and end: 0, ..., T. B is 1, states have the
                 axes [N, H, *dims], and what is returned is a `PackedState`.
-            check: raise `NonFinite` if an input holds a NaN or an infinity.
+            check: raise `NonFinite` if an input holds a NaN or an infinity, and warn where a linear learner's steps
+                overshoot: lr * |k|^2 > 2.
 
         Returns:
             z: [B, T, H, E], and the state after the last token.
@@ -148,6 +151,7 @@ class Layer:
         call = Call(self, whole)
         if check:
             call.refuse_non_finite()
+            warn_of_growth(self, call)
         z, after = self._run(call)
         return z.to(self.dtype), after if whole.group == 1 else after.map(lambda x: x[:, :: whole.group])
 
@@ -159,7 +163,7 @@ class Layer:
             empty = call.sequences["q"].new_zeros(B, 0, H, *(self.dims[d] for d in self._width))
             return _attached(empty, call), call.state.map(call.unflatten)
         z, after = self._run_rows(call) if self._plan.rows else self._run_tokens(call)
-        after.taps = call.taps
+        after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
         return z.unflatten(0, (B, H)).transpose(1, 2), after.map(call.unflatten)
 
     def _run_tokens(self, call: Call) -> tuple[torch.Tensor, State]:
@@ -238,6 +242,8 @@ class Layer:
         outputs = self._outputs(name, call, values, now, stop)
         made = self._made[name]
         stored = len(outputs) - len(made)
+        chunk = stop - now if self._plan.chunk == "T" else int(self._plan.chunk)
+        call.measured += [outputs[i][:, ::chunk].detach() for i in range(1, stored)]
         return (outputs[0] if stored else None), dict(zip(made, outputs[stored:], strict=True))
 
     def _outputs(self, name: str, call: Call, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:

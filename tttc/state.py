@@ -18,7 +18,8 @@ class State(Mapping[str, torch.Tensor]):
     `memory` is what the update rule carries beside them (momentum, averages, ...). Inside a mini-batch, `position`
     tokens into it, the state also holds the weights at its start (`start`) and what it has added since (`summed`), or
     its tokens (`rows`) where that is known only when it is whole; a following call continues there. `taps` are the
-    last tokens of what is declared with a window.
+    last tokens of what is declared with a window, and `telemetry` what a layer compiled with telemetry=True measured
+    in the last call.
     """
 
     weights: Tensors
@@ -28,6 +29,7 @@ class State(Mapping[str, torch.Tensor]):
     memory: Tensors = field(default_factory=dict)
     rows: Tensors = field(default_factory=dict)
     taps: Tensors = field(default_factory=dict)
+    telemetry: Tensors = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.weights[name]
@@ -46,7 +48,7 @@ class State(Mapping[str, torch.Tensor]):
 
     def map(self, function: Any) -> State:
         """The same state with a function applied to every tensor."""
-        groups = (self.weights, self.start, self.summed, self.memory, self.rows, self.taps)
+        groups = (self.weights, self.start, self.summed, self.memory, self.rows, self.taps, self.telemetry)
         weights, *others = ({n: function(x) for n, x in group.items()} for group in groups)
         return State(weights, self.position, *others)
 

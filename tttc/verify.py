@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,7 @@ def random_inputs(
     of a gradient in the oracle itself, and there is nothing left to compare to 1e-11.
     """
     generator = torch.Generator().manual_seed(seed)
+    width = math.prod(dims[d] for d in declared.tokens["k"].given)
     rates, decays = _rate_names(declared, ("lr",)), _rate_names(declared, ("decay",))
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -129,7 +131,7 @@ def random_inputs(
     gates = {}
     for n, gate in declared.gates.items():
         raw = torch.rand((batch, tokens, heads, *sizes(gate.dims)), generator=generator, dtype=torch.float64)
-        small = 0.01 + raw * (0.1 if n in rates else 0.5) / dims["D"] ** 0.5
+        small = 0.01 + raw * (0.1 if n in rates else 0.5) / width**0.5
         gates[n] = (1.0 - 0.5 * raw if n in decays else small).requires_grad_()
     params = {}
     for n, p in declared.params.items():

@@ -1,0 +1,67 @@
+"""Elementwise scales, causal convolutions, block-diagonal, low-rank and shared states: against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tttc
+from tests.helpers import differences, inputs_for, layer_result, oracle_result, split_call
+from tests.learners import DIMS, LEARNERS, CausalConvolution
+from tttc.variant import signature
+from tttc.verify import OUTPUT_TOLERANCE, relative_error
+
+
+def compiled(variant):
+    return tttc.compile(variant, {d: DIMS[d] for d in signature(variant).dims}, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("mini_batch", "read", "anchor"),
+    [
+        (4, "after", "mini_batch"),
+        (4, "before", "token"),
+        (1, "after", "mini_batch"),
+        (4, "start", "mini_batch"),
+        (4, "end", "mini_batch"),
+        ("all", "after", "mini_batch"),
+        ("all", "after", "token"),
+    ],
+)
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learner_equals_the_oracle(name, mini_batch, read, anchor):
+    layer = compiled(LEARNERS[name].replace(mini_batch=mini_batch, read=read, anchor=anchor))
+    inputs = inputs_for(layer, 10, heads=2)
+    assert differences(layer_result(layer, inputs), oracle_result(layer.signature.variant, inputs)) == ""
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2, 3, 9), tuple(range(1, 10))])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_split_sequence_is_the_same(name, cuts):
+    """The taps of a convolution cross the calls."""
+    layer = compiled(LEARNERS[name])
+    inputs = inputs_for(layer, 10, heads=2)
+    whole, last = split_call(layer, inputs, ())
+    z, state = split_call(layer, inputs, cuts)
+    assert relative_error(z, whole) <= OUTPUT_TOLERANCE
+    assert all(relative_error(state[n], last[n]) <= OUTPUT_TOLERANCE for n in last)
+
+
+def test_a_window_is_the_last_tokens_with_zeros_before_the_first():
+    """With fixed taps the learner is torch's own causal convolution."""
+    layer = compiled(CausalConvolution.replace(update=tttc.sgd(lr=0.0)))
+    inputs = inputs_for(layer, 10)
+    (taps,) = inputs.state.values()
+    z, _ = layer(inputs.q, inputs.k, inputs.v, state=inputs.state)
+    x = torch.nn.functional.pad(inputs.q[:, :, 0].mT, (2, 0))
+    wanted = torch.nn.functional.conv1d(x, taps[0, 0].T.unsqueeze(1), groups=4).mT
+    assert relative_error(z[:, :, 0], wanted) <= OUTPUT_TOLERANCE
+
+
+def test_einsum_is_refused_where_it_does_not_fit():
+    class Wrong(LEARNERS["BlockDiagonal"]):
+        def learner(self, x):
+            return tttc.einsum("np,no->po", x, self.W)
+
+    with pytest.raises(tttc.TTTCError, match=r"einsum\('np,no->po'\) does not fit"):
+        compiled(Wrong)

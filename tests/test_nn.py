@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tttc
+from tests.helpers import LIBRARY
 from tttc.errors import DeclarationError, ShapeError, StateMismatch
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
 from tttc.nn import TTT, Cache, CausalConvolution, rotated
+from tttc.verify import relative_error
 
 DOUBLE = torch.float64
 # float64 has 1.1e-16 per rounding; values are of order 1 and at most a few thousand roundings add up in
@@ -562,3 +564,21 @@ def test_an_init_of_the_wrong_shape():
 
 def test_repr_says_what_the_layer_is():
     assert "TTTMLP, hidden_size=16, num_heads=2, D=8, F=32, mini_batch=16, rope_theta=10000" in repr(TTT(TTTMLP, 16, 2))
+
+
+# -- every ready declaration --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY))
+def test_every_ready_declaration_is_a_module(name):
+    """It runs, its gradients are finite, and where it is causal it continues at any token (float64, 1e-11)."""
+    variant = LIBRARY[name]
+    variant = variant if variant.mini_batch == "all" else variant.replace(mini_batch=4)
+    module = tttc.nn.TTT(variant, 16, 2, dims={"M": 8} if name == "MTTT" else {}, qk_norm=True, dtype=torch.float64)
+    x = torch.randn(1, 11, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = module(x)
+    y.square().sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in module.parameters())
+    if variant.read != "end":
+        first, cache = module(x[:, :5], return_state=True)
+        assert relative_error(torch.cat([first, module(x[:, 5:], cache)], 1), y) <= 1e-11

@@ -68,6 +68,7 @@ class TTT(nn.Module):
         rope: rotate q and k by position (interleaved pairs, arXiv:2104.09864). The position is counted from
             the start of the mini-batch, or of the sequence where `mini_batch = "all"`.
         rope_theta: base of the rotation's wavelengths.
+        qk_norm: give q and k the length one in each head, as the delta rule wants them.
         post_norm: LayerNorm (eps 1e-6) over the concatenated heads before the output projection.
         output_gate: multiply by gelu(x Wg), tanh form, after the post norm.
         conv_kernel: if given, q and k come from one shared projection, each by its own causal depthwise
@@ -102,6 +103,7 @@ class TTT(nn.Module):
         dims: Mapping[str, int] | None = None,
         rope: bool = True,
         rope_theta: float = 10000.0,
+        qk_norm: bool = False,
         post_norm: bool = True,
         output_gate: bool = False,
         conv_kernel: int | None = None,
@@ -121,14 +123,15 @@ class TTT(nn.Module):
         self.mini_batch = declared.mini_batch
         self.rope = rope
         self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
         self.conv_kernel = conv_kernel
         self.backend = backend
         self.checkpoint = checkpoint
 
         made: dict[str, Any] = {"dtype": dtype, "device": device}
-        width = {name: math.prod(self._shape(spec.dims)) for name, spec in declared.tokens.items()}
+        width = {name: math.prod(self._shape(spec.given)) for name, spec in declared.tokens.items()}
         (z_width,) = _output_shape(declared, self.dims)
-        self.token_shapes = {name: self._shape(spec.dims) for name, spec in declared.tokens.items()}
+        self.token_shapes = {name: self._shape(spec.given) for name, spec in declared.tokens.items()}
 
         def projection(width: int) -> nn.Linear:
             return nn.Linear(hidden_size, num_heads * width, bias=False, **made)
@@ -196,6 +199,8 @@ class TTT(nn.Module):
         positions = self._positions(x, state)
         q, k, taps = self._queries_and_keys(x, None if state is None else state.taps)
         q, k = self._split("q", q), self._split("k", k)
+        if self.qk_norm:
+            q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
         if self.rope:
             q, k = rotated(q, positions, self.rope_theta), rotated(k, positions, self.rope_theta)
         v = self._split("v", self.v_proj(x))
@@ -511,7 +516,7 @@ def _token_problems(
     declared: Signature, sizes: Mapping[str, int], rope: bool, conv_kernel: int | None
 ) -> list[Problem]:
     problems = []
-    shapes = {name: [sizes[dim] for dim in declared.tokens[name].dims] for name in ("q", "k")}
+    shapes = {name: [sizes[dim] for dim in declared.tokens[name].given] for name in ("q", "k")}
     for name, shape in shapes.items():
         if rope and (len(shape) != 1 or shape[0] % 2):
             problems.append(

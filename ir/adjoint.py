@@ -77,22 +77,26 @@ def _cut(
     computed = {core(e) for e in depends_on(roots, leaves(roots)) if e.op != "leaf"}
     carried = {p.arg[0].name for p in scan.carry} if scan.loops else set()
     roots = [a.value for a in backward]
-    starts = [e for e in leaves(roots) if e.arg[0].name in carried]  # the carry as the chunk found it
-    needed = _frontier(roots, computed | set(starts))
+    found = [e for e in leaves(roots) if e.arg[0].name in carried]  # the carry as the chunk found it
+    starts = [p for p in scan.carry if scan.loops and any(e.arg[0] == p.arg[0] for e in found)]
+    needed = [*starts, *_frontier(roots, computed)]
     taken = {p.arg[0].name for p in scan.params} | {"d" + p.arg[0].name for p in scan.params}
     taken |= {a.leaf.name for a in forward} | {"d" + a.leaf.name for a in forward} | set(program.dims) | {"T", "c"}
     hints = {e: f"{e.arg[0].name}_in" for e in starts}
     namer = Namer(taken, {**names, **hints})
     residuals = tuple((e, leaf(namer(e), "saved", e.axes)) for e in needed)
     stand_in = dict(residuals)
+    for e in found:  # the same variable, perhaps under other axis names
+        (kept,) = (variable for p, variable in residuals if p.op == "leaf" and p.arg[0] == e.arg[0])
+        stand_in[e] = leaf(kept.arg[0].name, "saved", e.axes)
     values = substitute([a.value for a in backward], stand_in)
     carry = [a for a in forward if a.leaf.at is None]
-    kept = [Assign(variable, e) for e, variable in residuals]
+    saved = [Assign(variable, e) for e, variable in residuals]
     return ScanAdjoint(
         scan,
         tuple(variable for _, variable in residuals),
         tuple(a for a in forward if a.leaf.at is not None),
-        Block((*kept, *carry)),
+        Block((*saved, *carry)),
         Block(tuple(Assign(a.target, v) for a, v in zip(backward, values, strict=True))),
         tuple(cotangent(p) for p in scan.fixed),
     )

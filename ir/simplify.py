@@ -379,6 +379,22 @@ def mask_of_ones(e: Expr) -> Expr | None:
     return None
 
 
+@rule("a[t] * (product of a before t) -> product of a up to t")
+def extend_product(e: Expr) -> Expr | None:
+    """Of `segprod`, which holds a one where t = s, that leaves what lies below."""
+    if e.op != "mul":
+        return None
+    for factor, shifted in (e.src, e.src[::-1]):
+        match shifted:
+            case Expr("shift", (Expr("cumprod", (x,), axis) as product,), (along, fill)):
+                if axis == along and fill == 1 and factor in (x, _value(x)):
+                    return product
+            case Expr("shift", (Expr("segprod", (x,), (rows, columns)) as product,), (along, fill)):
+                if rows == along and fill == 0 and factor in (x, _value(x)):
+                    return b.mask(product, rows, columns, strict=True)
+    return None
+
+
 @rule("c * (a * x) -> (c * a) * x where a is the smaller")
 def number_to_smallest(e: Expr) -> Expr | None:
     match e:
@@ -415,6 +431,7 @@ RULES: tuple[Rule, ...] = (
     factor_contraction,
     factor_product,
     mask_of_ones,
+    extend_product,
 )
 
 

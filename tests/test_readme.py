@@ -47,9 +47,17 @@ def test_the_dual_form_is_what_is_printed() -> None:
     assert [line for line in shown if line not in printed] == []
 
 
+def test_the_rule_of_ones_own_runs(tmp_path, capsys) -> None:
+    """The third block declares a rule in a file, as a reader would, and verifies."""
+    file = tmp_path / "memory.py"
+    file.write_text(code_blocks("python")[2])
+    exec(compile(file.read_text(), str(file), "exec"), {"__name__": "memory"})
+    assert "equal to the oracle" in capsys.readouterr().out
+
+
 def test_the_pipeline_is_the_one_that_runs() -> None:
     """The stages are listed in their order."""
-    assert re.findall(r'Stage\("(\w+)"', code_blocks("python")[2]) == [stage.name for stage in tttc.PIPELINE]
+    assert re.findall(r'Stage\("(\w+)"', code_blocks("python")[3]) == [stage.name for stage in tttc.PIPELINE]
 
 
 def test_every_ready_declaration_is_listed() -> None:

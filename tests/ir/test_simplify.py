@@ -132,6 +132,12 @@ EXAMPLES: dict[str, list[Expr]] = {
         b.mul(A, b.mask(ones, T, S, strict=True)),
         b.mul(b.mask(b.broadcast(const(3), (T, S)), T, S), A),
     ],
+    "a[t] * (product of a before t) -> product of a up to t": [
+        b.mul(u, b.shift(b.cumprod(u, T), T, 1.0)),
+        b.mul(b.shift(b.cumprod(X, T), T, 1.0), X),
+        b.mul(u, b.shift(b.segprod(u, T, S), T)),
+        b.mul(const(0.5), b.shift(b.segprod(b.broadcast(const(0.5), (T,)), T, S), T)),
+    ],
     "c * (a * x) -> (c * a) * x where a is the smaller": [
         b.mul(const(2), b.mul(a, x)),
         b.mul(b.div(const(2), b.size(D)), b.mul(X, u)),

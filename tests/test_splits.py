@@ -13,11 +13,13 @@ import torch
 import tttc
 from tests.helpers import (
     CAUSAL_READS,
+    LIBRARY,
     MINI_BATCHES,
     READS,
     VARIANTS,
     compiled,
     differences,
+    dims_of,
     inputs_for,
     keywords,
     layer_result,
@@ -25,7 +27,7 @@ from tests.helpers import (
     result_of,
     split_call,
 )
-from tttc.errors import StateMismatch
+from tttc.errors import ShapeError, StateMismatch
 from tttc.variant import signature
 from tttc.verify import OUTPUT_TOLERANCE, relative_error
 
@@ -290,3 +292,24 @@ def test_a_missing_state_starts_at_its_init():
         for s in (given, whole)
     ]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("decode", ["sums", "rows"])
+@pytest.mark.parametrize("name", ["TTTLinear", "TTTMLP", "Titans", "LaCT", "Moneta", "Yaad", "GatedThreeLayer"])
+def test_an_open_mini_batch_is_carried_either_way(name, decode):
+    """As the sums of what it added or as its tokens: outputs, weights, and gradients through the state."""
+    variant = LIBRARY[name].replace(mini_batch=4)
+    layer = tttc.compile(variant, dims_of(variant, 3, 4), torch.float64, decode=decode)
+    assert layer.decode == decode
+    inputs = inputs_for(layer, 10, heads=2)
+    wanted = layer_result(layer, inputs)
+    z, state = split_call(layer, inputs, (1, 2, 5, 6, 7))
+    assert differences(result_of(z, state, inputs), wanted) == ""
+
+
+def test_the_smaller_way_is_taken():
+    """A mini-batch of 16 tokens of 64 channels is smaller than a 64 x 256 matrix, not than an 8 x 8 one."""
+    assert tttc.compile(LIBRARY["TTTMLP"], {"D": 64, "F": 256}).decode == "rows"
+    assert tttc.compile(LIBRARY["TTTLinear"], {"D": 8}).decode == "sums"
+    with pytest.raises(ShapeError, match='must be "auto", "sums" or "rows"'):
+        tttc.compile(LIBRARY["TTTLinear"], {"D": 8}, decode="both")

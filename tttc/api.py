@@ -30,6 +30,7 @@ def compile(
     *,
     chunk: int | None = ...,
     checkpoint: int | str | None = ...,
+    decode: str = ...,
     telemetry: bool = ...,
 ) -> Layer: ...
 
@@ -52,6 +53,7 @@ def compile(
     *,
     chunk: int | None = None,
     checkpoint: int | str | None = "auto",
+    decode: str = "auto",
     telemetry: bool = False,
 ) -> Layer | AttentionLayer:
     """Compile a declaration into a layer.
@@ -67,6 +69,8 @@ def compile(
         square
             root of their number, None (or 0) keeps every value and recomputes nothing.
 
+        decode: how a state carries a mini-batch that a call leaves open: the "sums" of what it has added, as large as the
+            weights; its "rows", the tokens, which are then run again with those that follow; "auto" takes what is smaller.
         telemetry: the state that a call returns also says what its inner loop did, mini-batch by mini-batch:
             `state.telemetry["loss_before"]` and `["loss_after"]` (summed over its tokens, at the weights that it began
             and ended with), `["gradient_norm"]` and `["update_norm"]` (over all states), each [B, H, mini-batches].
@@ -88,6 +92,8 @@ def compile(
         raise ShapeError(f"chunk is {chunk!r}; it must be a positive int")
     if not (checkpoint in (None, "auto") or (_is_int(checkpoint) and int(checkpoint) >= 0)):
         raise ShapeError(f'checkpoint is {checkpoint!r}; it must be "auto", None or a number of chunks')
+    if decode not in ("auto", "sums", "rows"):
+        raise ShapeError(f'decode is {decode!r}; it must be "auto", "sums" or "rows"')
     stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk, telemetry))
     began = time.perf_counter()
     source = torch_backend.emit(stages.program)
@@ -106,6 +112,7 @@ def compile(
         backend="torch",
         why=why,
         checkpoint=checkpoint,
+        decode=decode,
     )
 
 

@@ -60,6 +60,7 @@ class Layer:
         backend: str,
         why: str,
         checkpoint: int | str | None,
+        decode: str = "auto",
     ) -> None:
         self.signature, self.stages, self.source = signature, stages, source
         self.dims, self.dtype, self.device = dict(dims), dtype, device
@@ -74,6 +75,7 @@ class Layer:
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
         assert program.update is not None
         self._opened = openings(program.update)
+        self.decode = "rows" if self._keeps_rows(decode) else "sums"
         self._memory = tuple(m.variable for m in memories(program.update))
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
         self._width: tuple[str, ...] = (
@@ -162,7 +164,7 @@ class Layer:
         if T == 0:
             empty = call.sequences["q"].new_zeros(B, 0, H, *(self.dims[d] for d in self._width))
             return _attached(empty, call), call.state.map(call.unflatten)
-        z, after = self._run_rows(call) if self._plan.rows else self._run_tokens(call)
+        z, after = self._run_rows(call) if self.decode == "rows" else self._run_tokens(call)
         after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
         return z.unflatten(0, (B, H)).transpose(1, 2), after.map(call.unflatten)
 
@@ -204,11 +206,8 @@ class Layer:
         T = call.tokens + before
         weights = call.state.start if before else call.state.weights
         memory = call.state.memory or self._begin(call, weights)
-        whole = (
-            0
-            if self._plan.mini_batch == "T"
-            else T // int(self._plan.mini_batch or 1) * int(self._plan.mini_batch or 1)
-        )
+        b = self._plan.mini_batch
+        whole = T // b * b if isinstance(b, int) else 0
         outputs: list[torch.Tensor] = []
         start, kept = weights, memory
         for now, stop in ((0, whole), (whole, T)):
@@ -228,6 +227,18 @@ class Layer:
         """What the sequence carries beside its weights, where it begins."""
         name = f"{self._name}_begin"
         return self._scan(name, call, weights, 0, 0)[1] if name in self._scans else {}
+
+    def _keeps_rows(self, decode: str) -> bool:
+        """Whether an open mini-batch is carried as its tokens: asked for, the only way, or smaller than its sums."""
+        b = self._plan.mini_batch
+        if self._plan.rows or self._plan.free or self._plan.tiled or not isinstance(b, int) or b == 1:
+            return self._plan.rows
+        if decode != "auto":
+            return decode == "rows"
+        specs = [*self.signature.tokens.values(), *self.signature.gates.values()]
+        row = sum(math.prod(self.dims[d] for d in s.dims) for s in specs)
+        sums = sum(math.prod(self.dims[a.size] for a in o.variable.axes) for o in self._opened)
+        return b * row < sums
 
     def _whole_until(self, now: int, tokens: int, b: int | None) -> int:
         """The end of the whole mini-batches that one scan can take from here."""

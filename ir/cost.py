@@ -192,10 +192,10 @@ def chunk_cost(block: Block, carry: Iterable[Expr], accumulated: Iterable[Expr] 
     fixed = [e for n, e in read.items() if e.arg[0].at is None and n not in names and e.arg[0].role != "saved"]
     return ChunkCost(
         work=_summed(postorder(values)),
-        read=_total(e for e in read.values() if e.arg[0].at is not None),
-        written=_total(a.target for a in block.assigns if a.leaf.at is not None),
-        carry=_total((*carry, *accumulated)),
-        fixed=_total(fixed),
+        read=total_elements(e for e in read.values() if e.arg[0].at is not None),
+        written=total_elements(a.target for a in block.assigns if a.leaf.at is not None),
+        carry=total_elements((*carry, *accumulated)),
+        fixed=total_elements(fixed),
         largest=_largest(values, [by_name[n] for n in names]),
         depth=chain_growth(handed_on),
         sequential=_summed(e for e in postorder(handed_on.values()) if e in moving),
@@ -206,7 +206,7 @@ def _name(e: Expr) -> str:
     return str(e.arg[0].name)
 
 
-def _total(values: Iterable[Expr]) -> Formula:
+def total_elements(values: Iterable[Expr]) -> Formula:
     return sympy.Add(*(elements(e.axes) for e in values))
 
 
@@ -225,9 +225,13 @@ Turn = Mapping[str, Mapping[str, int]]
 """For each variable, and each new value that depends on it: the most contractions on a way from one to the other."""
 
 
-def turn_of(handed_on: Mapping[str, Expr], kept: Iterable[str] = ()) -> Turn:
-    """One turn of a loop whose turns share variables: `handed_on` has the new values, those of `kept` stay."""
-    return {n: _depths_from(n, handed_on) | ({n: 0} if n in kept else {}) for n in (*handed_on, *kept)}
+def turn_of(handed_on: Mapping[str, Expr], kept: Iterable[str] = (), read: Iterable[str] = ()) -> Turn:
+    """One turn of a loop whose turns share variables: `handed_on` has the new values, those of `kept` stay, and those
+    of `read` are only read.
+    """
+    kept = set(kept)
+    variables = dict.fromkeys((*handed_on, *sorted(kept), *read))
+    return {n: _depths_from(n, handed_on) | ({n: 0} if n in kept else {}) for n in variables}
 
 
 def after(first: Turn, then: Turn) -> Turn:
@@ -289,8 +293,8 @@ def adjoint_cost(adjoint: ScanAdjoint) -> AdjointCost:
     return AdjointCost(
         forward=work(a.value for a in (*adjoint.outputs, *adjoint.forward.assigns)),
         backward=chunk_cost(adjoint.backward, [cotangent(e) for e in scan.carry], adjoint.accumulated),
-        residuals=_total(adjoint.residuals),
-        carry=_total(scan.carry),
+        residuals=total_elements(adjoint.residuals),
+        carry=total_elements(scan.carry),
     )
 
 
@@ -299,9 +303,9 @@ def tiles_depth(tile: Scan, close: Scan) -> tuple[Formula, Formula]:
     further tile of it adds.
     """
     tiled, closed = ({a.leaf.name: a.value for a in scan.updates} for scan in (tile, close))
-    opened = {a.leaf.name for a in tile.updates if a.leaf.role == "sum"}  # new in every mini-batch
+    opened = [a.leaf.name for a in tile.updates if a.leaf.role == "sum"]  # new in every mini-batch
     first = turn_of(tiled, [n for n in closed if n not in tiled])
-    then = turn_of(closed, [n for n in tiled if n not in closed and n not in opened])
+    then = turn_of(closed, [n for n in tiled if n not in closed and n not in opened], opened)
     whole = {n: ends for n, ends in after(first, then).items() if n not in opened}
     return growth(whole), growth(turn_of(tiled))
 

@@ -27,6 +27,7 @@ from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Functi
 from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
 from tttc.ir.response import GRADIENT, ChunkAlgebra, Response, coefficients, held
 from tttc.ir.simplify import renamed_hints, simplify
+from tttc.ir.substitution import Substitution, rows_given, substitution
 from tttc.ir.update import (
     COUNT,
     Advanced,
@@ -137,9 +138,12 @@ def gradient_class(program: Program) -> GradientClass:
 # -- one chunk -------------------------------------------------------------------------------------------------------
 
 
-def whole_form(program: Program, sizes: Mapping[str, int]) -> ChunkForm:
-    """A chunk that is a whole mini-batch, or any chunk where its boundaries cannot be observed."""
-    chunk = _Chunk(program, sizes, opened=False)
+def whole_form(program: Program, sizes: Mapping[str, int], *, rows: bool = False) -> ChunkForm:
+    """A chunk that is a whole mini-batch, or any chunk where its boundaries cannot be observed.
+
+    With `rows` the factors of its gradients are given (ir/substitution.py).
+    """
+    chunk = _Chunk(program, sizes, opened=False, rows=rows)
     ends = chunk.closed()
     return ChunkForm(chunk.output(), (*ends, *chunk.memories()), chunk.moved, chunk.measures())
 
@@ -150,11 +154,19 @@ def open_form(program: Program, sizes: Mapping[str, int]) -> ChunkForm:
     return ChunkForm(chunk.output(), (*chunk.grown(), *chunk.memories()), chunk.moved, chunk.measures())
 
 
+def chunk_substitution(program: Program, sizes: Mapping[str, int]) -> Substitution:
+    """What gives the rows of a chunk whose gradients are online and not affine."""
+    chunk = _Chunk(program, sizes, opened=False)
+    states = dict(chunk._states())
+    return substitution(states, {n: chunk._anchor(n) for n in states}, chunk.raw, {**sizes, "N": sizes["C"]})
+
+
 class _Chunk:
     """The update rule over one chunk. `opened`: the chunk is part of a mini-batch that other chunks share."""
 
-    def __init__(self, program: Program, sizes: Mapping[str, int], *, opened: bool) -> None:
+    def __init__(self, program: Program, sizes: Mapping[str, int], *, opened: bool, rows: bool = False) -> None:
         assert program.update is not None
+        self.given = rows
         self.program, self.sizes, self.opened = program, sizes, opened
         self.declared = program.update
         self.moved: dict[Expr, Expr] = {}
@@ -195,6 +207,8 @@ class _Chunk:
         update = self.declared
         if update.anchor == "token":
             kind = gradient_class(self.program)
+            if self.given:
+                return rows_given(self.raw)
             if kind.kind == "affine":
                 return self.solved_rows()
             if kind.sequential:
@@ -441,6 +455,8 @@ class _Chunk:
     def _single(self) -> bool:
         """Whether a chunk is always one token: then its weights are a matrix like any other."""
         found = gradient_class(self.program)
+        if self.given:
+            return False
         alone = self.declared.mini_batch == 1 and self.declared.anchor == "mini_batch" and found.kind == "frozen"
         return found.sequential or alone
 

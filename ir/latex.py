@@ -130,7 +130,7 @@ class LatexPrinter:
             return Text(self.names[e], ATOM)
         if e.op not in ("leaf", "rename") and any(len(x.axes) > 2 for x in (e, *e.src)):
             return self._indexed(e)
-        if e.op in ("add", "sub", "mul", "neg", "div"):
+        if e.op in ("add", "sub", "mul", "neg", "div", "contract"):
             return getattr(self, f"_{e.op}")(e, natural(e.axes))
         if e.op in SCALARS:
             return self._function(e)

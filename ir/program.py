@@ -152,6 +152,9 @@ class Plan:
     rows: bool = False
     """An open mini-batch keeps its tokens: what it adds is known only when it is whole."""
 
+    substitution: bool = False
+    """The rows of a chunk's gradients come one after the other, before the chunk."""
+
     @property
     def free(self) -> bool:
         """Any chunk gives the same result."""

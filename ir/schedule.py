@@ -15,8 +15,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.dualize import DEFAULT_CHUNK, ChunkForm, finished, gradient_class, open_form, whole_form
-from tttc.ir.expr import Expr, Leaf, const, leaves, substitute
+from tttc.ir.dualize import (
+    DEFAULT_CHUNK,
+    ChunkForm,
+    chunk_substitution,
+    finished,
+    gradient_class,
+    open_form,
+    whole_form,
+)
+from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, substitute
 from tttc.ir.primal import loop_params
 from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan, Statement, Update
 from tttc.ir.reading import NoExactForm, at_chunk
@@ -37,6 +45,7 @@ from tttc.ir.update import (
 
 LONGEST_CHUNK = 128  # a longer mini-batch is tiled: the Gram matrices of a chunk grow with its square
 LONGEST_PLAIN_CHUNK = 2048  # where no token reads another one's gradient, there are none
+SUBSTITUTED_CHUNK = 16  # every token reads all rows of its chunk
 CHANNEL_CHUNK = 16  # decays of single channels take a product for each pair of tokens and each channel
 
 
@@ -51,6 +60,8 @@ def schedule(program: Program, chunk: int | None = None) -> Program:
         scans.append(layout.whole())
     if not plan.free and not plan.rows:
         scans += [layout.open(), layout.close()]
+    if plan.substitution:
+        scans += layout.substitution()
     beginning = layout.begin()
     if beginning is not None:
         scans.append(beginning)
@@ -70,6 +81,9 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
             f'read="end" reads the weights at the mini-batch\'s end, and {found.why}',
             'Set mini_batch = 1, read = "after", or anchor = "mini_batch".',
         )
+    if found.sequential and not _observed(update) and update.clip is None and chunk != 1 and _substitutable(program):
+        why = f"{found.why}, on the rows of the chunk alone"
+        return Plan(chunk or SUBSTITUTED_CHUNK, None, why, substitution=True)
     if found.sequential:
         observed = 1 if not _observed(update) or b_ == 1 else "T" if b_ == "all" else int(b_)
         return Plan(1, None if observed == 1 else observed, found.why)
@@ -95,6 +109,17 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
     return Plan(wanted, int(b_), f"the mini-batch of {b_} tokens is cut into tiles")
 
 
+def _substitutable(program: Program) -> bool:
+    """Whether tokens can read the rows of those before them: a matrix used nonlinearly cannot be read through rows."""
+    sizes = {**program.dims, "C": SUBSTITUTED_CHUNK}
+    try:
+        chunk_substitution(program, sizes)
+        whole_form(program, sizes, rows=True)
+    except NoExactForm:
+        return False
+    return True
+
+
 def _observed(update: Update) -> bool:
     """Whether results depend on where mini-batches end, beside the gradients."""
     tied = any(tau is not None and tau.op != "const" for tau in update.tau.values())
@@ -118,7 +143,7 @@ class _Layout:
         self.memory = tuple(m.variable for m in memories(self.update))
 
     def whole(self) -> Scan:
-        form = whole_form(self.program, self.sizes)
+        form = whole_form(self.program, self.sizes, rows=self.plan.substitution)
         made = {a.target for a in form.updates}
         carry = (*self.update.states, *(m for m in self.memory if m in made))
         return self._scan(self.program.name, form, carry, "Whole mini-batches.")
@@ -139,10 +164,37 @@ class _Layout:
         updates = tuple(kept[c] for c in carry)
         read = {e.arg[0].name for e in leaves(a.value for a in assigns)}
         params = (*loop_params(self.program), *self.memory)
+        if self.plan.substitution:  # the rows come as sequences, and what made them is not read again
+            rows = {e.arg[0]: e for e in leaves(a.value for a in assigns) if e.arg[0].name.startswith("row_")}
+            params = (*params, *(leaf(found.name, found.role, e.axes[1:]) for found, e in rows.items()))
         params = tuple(p for p in params if p.arg[0].name in read or p.arg[0].role in ("token", "gate"))
         sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.arg[0].role in ("token", "gate"))
         fixed = tuple(p for p in params if p.arg[0].role not in ("token", "gate") and p not in carry)
         return Scan(name, fixed, carry, sequence, stored, updates, self.plan.chunk, doc=doc)
+
+    def substitution(self) -> list[Scan]:
+        """The coefficients of a chunk, and the loop over its tokens that makes the rows of their gradients."""
+        found = chunk_substitution(self.program, self.sizes)
+        parts = []
+        for assigns in (found.coefficients, (*found.rows, *found.past)):
+            done, named, _ = finished(assigns, self.program.names)
+            self.names.update(named)
+            parts.append(done)
+        coefficients, loop = parts
+        rows, past = loop[: len(found.rows)], loop[len(found.rows) :]
+        carry = tuple(a.target for a in past)
+        read = {e.arg[0].name: e for e in leaves(a.value for a in loop)}
+        known = {p.arg[0].name: p for p in (*loop_params(self.program), *self.memory)}
+        sequence = tuple(e for e in dict.fromkeys(read.values()) if e.arg[0].at is not None)
+        made = {a.leaf.name for a in coefficients}
+        fixed = tuple(p for n, p in known.items() if n in read and read[n].arg[0].at is None)
+        fixed += tuple(e for n, e in read.items() if n in made and e.arg[0].at is None)
+        gates = tuple(dict.fromkeys(e for e in leaves(a.value for a in coefficients)))
+        name = self.program.name
+        doc = "The coefficients of a chunk, from its gates."
+        first = Scan(f"{name}_coefficients", gates, (), (), (), coefficients, 1, loops=False, doc=doc)
+        doc = "The rows of the gradients, token by token; `past` are those of the tokens before."
+        return [first, Scan(f"{name}_rows", fixed, carry, sequence, rows, past, 1, doc=doc)]
 
     def begin(self) -> Scan | None:
         """What a sequence carries beside its weights."""
@@ -179,7 +231,10 @@ class _Layout:
         return tuple(at_chunk(p, T_AXIS) for p in loop_params(self.program))
 
     def whole_function(self, scan: Scan) -> Function:
-        """The loop over chunks, as one function to be read and run."""
+        """The loop over chunks, as one function to be read and run; with a substitution, a chunk is a token."""
+        if self.plan.substitution:
+            plan = replace(self.plan, chunk=1, substitution=False)
+            scan = _Layout(self.program, plan, {**self.sizes, "C": 1}, self.names).whole()
         body: tuple[Statement, ...] = (
             *(Allocate(a.target) for a in scan.outputs),
             *self._beginning(),

@@ -66,14 +66,13 @@ def compile(
         backend: "auto", or "torch".
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
-        square
-            root of their number, None (or 0) keeps every value and recomputes nothing.
-
-        decode: how a state carries a mini-batch that a call leaves open: the "sums" of what it has added, as large as the
-            weights; its "rows", the tokens, which are then run again with those that follow; "auto" takes what is smaller.
+            square root of their number, None (or 0) keeps every value and recomputes nothing.
+        decode: how a state carries a mini-batch that a call leaves open: the "sums" of what it added, as large as
+            its weights; its "rows", the tokens, which run again with those that follow; "auto" takes what is smaller.
         telemetry: the state that a call returns also says what its inner loop did, mini-batch by mini-batch:
-            `state.telemetry["loss_before"]` and `["loss_after"]` (summed over its tokens, at the weights that it began
-            and ended with), `["gradient_norm"]` and `["update_norm"]` (over all states), each [B, H, mini-batches].
+            `state.telemetry["loss_before"]` and `["loss_after"]` (summed over its tokens, at the weights that it
+            began and ended with), `["gradient_norm"]` and `["update_norm"]` (over all states), each
+            [B, H, mini-batches].
 
     Raises:
         DeclarationError: with every problem of the declaration.

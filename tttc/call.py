@@ -114,7 +114,7 @@ class Call:
     def value(self, p: Expr, values: Tensors, now: int, stop: int) -> torch.Tensor:
         """The tensor of one parameter of a scan."""
         name, role, at = p.arg[0]
-        if role in ("state", "sum", "memory"):
+        if name in values:
             return values[name]
         if role == "param":
             return self.params[name]

@@ -75,6 +75,9 @@ class Layer:
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
         assert program.update is not None
         self._opened = openings(program.update)
+        loop = next((s for s in program.scans if s.name == f"{self._name}_rows"), None)
+        past = loop.carry if loop is not None and self._plan.substitution else ()
+        self._past = {str(p.arg[0].name): [self.dims[a.size] for a in p.axes if a.size != "N"] for p in past}
         self.decode = "rows" if self._keeps_rows(decode) else "sums"
         self._memory = tuple(m.variable for m in memories(program.update))
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
@@ -164,6 +167,10 @@ class Layer:
         if T == 0:
             empty = call.sequences["q"].new_zeros(B, 0, H, *(self.dims[d] for d in self._width))
             return _attached(empty, call), call.state.map(call.unflatten)
+        if self._plan.substitution:
+            z, after = self._run_substituted(call)
+            after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
+            return z.unflatten(0, (B, H)).transpose(1, 2), after.map(call.unflatten)
         z, after = self._run_rows(call) if self.decode == "rows" else self._run_tokens(call)
         after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
         return z.unflatten(0, (B, H)).transpose(1, 2), after.map(call.unflatten)
@@ -206,7 +213,7 @@ class Layer:
         T = call.tokens + before
         weights = call.state.start if before else call.state.weights
         memory = call.state.memory or self._begin(call, weights)
-        b = self._plan.mini_batch
+        b: Any = self._plan.mini_batch
         whole = T // b * b if isinstance(b, int) else 0
         outputs: list[torch.Tensor] = []
         start, kept = weights, memory
@@ -223,6 +230,27 @@ class Layer:
         rows = {n: x[:, whole:] for n, x in call.sequences.items()}
         return z, State(weights, T - whole, start, {}, kept, rows)
 
+    def _run_substituted(self, call: Call) -> tuple[torch.Tensor, State]:
+        """Chunk by chunk: first the rows of its gradients, one token after the other, then the chunk from its rows."""
+        weights = call.state.weights
+        memory = call.state.memory or self._begin(call, weights)
+        outputs: list[torch.Tensor] = []
+        for now in range(0, call.tokens, int(self._plan.chunk)):
+            stop = min(now + int(self._plan.chunk), call.tokens)
+            part = {n: x[:, now:stop] for n, x in call.sequences.items()}
+            _, made = self._scan(f"{self._name}_coefficients", call, part, now, stop)
+            eye = torch.eye(stop - now, dtype=self.compute_dtype, device=self.device)
+            like = next(iter(weights.values()))
+            past = {n: like.new_zeros(len(like), stop - now, *shape) for n, shape in self._past.items()}
+            values = weights | memory | part | made | past | {"now": eye.expand(len(like), -1, -1)}
+            *rows, _ = self._outputs(f"{self._name}_rows", call, values, now, stop)
+            named = {f"row_{i}": x for i, x in enumerate(rows[: len(self._past)])}
+            z, new = self._scan(self._name, call, values | named, now, stop)
+            weights, memory = _updated(weights, new), _updated(memory, new)
+            assert z is not None
+            outputs.append(z)
+        return torch.cat(outputs, 1), State(weights, memory=memory)
+
     def _begin(self, call: Call, weights: Tensors) -> Tensors:
         """What the sequence carries beside its weights, where it begins."""
         name = f"{self._name}_begin"
@@ -230,12 +258,12 @@ class Layer:
 
     def _keeps_rows(self, decode: str) -> bool:
         """Whether an open mini-batch is carried as its tokens: asked for, the only way, or smaller than its sums."""
-        b = self._plan.mini_batch
+        b: Any = self._plan.mini_batch
         if self._plan.rows or self._plan.free or self._plan.tiled or not isinstance(b, int) or b == 1:
             return self._plan.rows
         if decode != "auto":
             return decode == "rows"
-        specs = [*self.signature.tokens.values(), *self.signature.gates.values()]
+        specs: list[Any] = [*self.signature.tokens.values(), *self.signature.gates.values()]
         row = sum(math.prod(self.dims[d] for d in s.dims) for s in specs)
         sums = sum(math.prod(self.dims[a.size] for a in o.variable.axes) for o in self._opened)
         return b * row < sums

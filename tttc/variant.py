@@ -503,12 +503,14 @@ def _variable_problems(
 _DERIVED_NAMES = (
     *("d{}", "{}_start", "{}_in", "{}_c", "d{}_c"),
     *(f"{d}{letter}_{{}}" for letter in ("S", "M", "V", "A", "N", "a", "m") for d in ("", "d")),
+    *(f"{letter}_{{}}_{i}" for letter in ("A", "a") for i in range(3)),
 )
 _RESERVED_NAMES = frozenset(
     (
         *("z", "dz", "loss", "torch", "aten", "F", "G", "C", "T", "c", "m", "t", "i"),
         *("chunk", "every", "chunks", "group", "kept", "saved", "saves", "sequences", "size", "start", "made"),
-        *("n_tokens", "dn_tokens"),
+        *("n_tokens", "dn_tokens", "now", "dnow"),
+        *(f"{d}{kind}_{i}" for kind in ("row", "past") for i in range(10) for d in ("", "d")),
         *("range", "len", "self", "learner", "output", "update", "mini_batch", "read", "anchor", "steps", "bind"),
         "replace",
     )

@@ -15,7 +15,7 @@ import sympy
 from tttc.backends.interface import Source
 from tttc.backends.torch.ops import ELEMENTWISE, FUSED_DERIVATIVES, HELPERS, formula
 from tttc.ir.contraction import layout
-from tttc.ir.expr import OPS, Axes, Expr, postorder
+from tttc.ir.expr import OPS, Axes, Expr, leaves, postorder
 from tttc.ir.ops import einsum_spec
 from tttc.ir.program import Block, Program, Scan, ScanAdjoint
 from tttc.ir.scalars import SCALARS
@@ -137,9 +137,10 @@ def _lengths(block: Block, body: str, like: str) -> list[str]:
     """The lines that define C and G where the text needs them."""
     code = [line for line in body.splitlines() if not line.lstrip().startswith("#")]
     used = {name for line in code for name in re.findall(r"\b[CG]\b", line)}
-    sequence = next((e for e in postorder(x.value for x in block.assigns) if e.op == "leaf" and e.arg[0].at), None)
+    found = leaves(x.value for x in block.assigns)
+    lengths = [f"{_name(e)}.shape[{i + 1}]" for e in found for i, a in enumerate(e.axes) if a.size == "C"]
     lines = [f"    G = {like}.shape[0]"] if "G" in used else []
-    return [*lines, f"    C = {_name(sequence)}.shape[1]"] if "C" in used and sequence is not None else lines
+    return [*lines, f"    C = {lengths[0]}"] if "C" in used and lengths else lines
 
 
 class TorchPrinter(Printer):

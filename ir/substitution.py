@@ -1,0 +1,100 @@
+"""Online gradients that are not affine: the chunk's rows one after the other, on rows alone (MATH 6.6).
+
+No weights of a token are built. Token t reads the weights that it finds, a_{t-1} * W - sum over s < t of A[t-1, s] *
+outer(X_s, d_s), through the rows X, d of the tokens before it, and makes its own; the chunk then goes on as if the rows
+had been given.
+
+    coefficients:  a, A                     of the chunk, from its gates
+    rows:          past -> past             for t in c: row[t] = f(k[t] @ W - (A[t] * (k[t] @ X.T)) @ d), kept in `past`
+    whole:         W -> W                   outputs and weights, from all rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tttc.ir import build as b
+from tttc.ir.expr import Axis, Expr, Leaf, const, leaf, leaves, substitute
+from tttc.ir.program import S_AXIS, T_AXIS, Assign
+from tttc.ir.reading import Moving, Term, over_chunk, read_through
+from tttc.ir.response import Kernel, Response, coefficients
+
+PAST = Axis("n", "N")  # the tokens of the chunk, seen from one of them
+NOW = leaf("now", "token", (T_AXIS, PAST), "c")  # a one where the token itself stands
+
+
+class Substitution(NamedTuple):
+    """The coefficients of a chunk, and the loop over its tokens that fills the rows."""
+
+    coefficients: tuple[Assign, ...]
+    rows: tuple[Assign, ...]
+    past: tuple[Assign, ...]
+
+
+def distinct_factors(gradients: Mapping[str, tuple[Term, ...]]) -> list[Expr]:
+    """The per-token values of which all gradients are products, each once."""
+    return list(dict.fromkeys(f for terms in gradients.values() for t in terms for f in t.factors))
+
+
+def row(i: int, f: Expr, axis: Axis) -> Expr:
+    """The i-th factor at the tokens of the chunk."""
+    return Expr("leaf", (), (Leaf(f"row_{i}", "token", "c"), (axis, *f.axes)))
+
+
+def rows_given(gradients: Mapping[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
+    """The gradients at the source tokens, their factors read from the rows."""
+    known = {f: row(i, f, S_AXIS) for i, f in enumerate(distinct_factors(gradients))}
+    return {n: tuple(Term(t.sign, tuple(known[f] for f in t.factors)) for t in ts) for n, ts in gradients.items()}
+
+
+def substitution(
+    states: Mapping[str, Expr],
+    anchors: Mapping[str, Response],
+    gradients: Mapping[str, tuple[Term, ...]],
+    sizes: Mapping[str, int],
+) -> Substitution:
+    """The rows of a chunk, from the responses of the weights at which each token takes its gradient."""
+    factors = distinct_factors(gradients)
+    past = {f: leaf(f"past_{i}", "sum", (PAST, *f.axes)) for i, f in enumerate(factors)}
+    made: list[Assign] = []
+    weights: dict[str, Moving | Expr] = {}
+
+    def coefficient(value: Expr, name: str) -> Expr:
+        """A coefficient computed for all tokens, as each of them reads it: its own row, if it has one of its own."""
+        if value.op == "const":
+            return value
+        made.append(Assign(leaf(name, "sum", value.axes), value))
+        axes = tuple(PAST if a == S_AXIS else a for a in value.axes)
+        return Expr("leaf", (), (Leaf(name, "token", "c") if T_AXIS in axes else Leaf(name, "sum"), axes))
+
+    for n, w in states.items():
+        terms = []
+        for i, p in enumerate(anchors[n].parts):
+            scale = () if p.coefficient is None else (coefficient(p.coefficient, f"a_{n}_{i}"),)
+            terms.append(Term(p.sign, (*scale, *p.held)))
+        for i, k in enumerate(anchors[n].kernels):
+            # rows that are still to come are zero: a triangle of ones need not be said
+            whole = (k.column or const(1)) if k.kind == "strict" else _matrix_of(k)
+            A = coefficient(whole, f"A_{n}_{i}")
+            terms += [Term(k.sign * t.sign, (A, *(past[f] for f in t.factors))) for t in gradients[n]]
+        weights[n] = Moving(w.axes, tuple(terms))
+    at_once = {e: Expr("leaf", (), (Leaf(e.arg[0].name, e.arg[0].role), e.axes)) for e in leaves(a.value for a in made)}
+    made = [Assign(a.target, *substitute([a.value], at_once)) for a in made]
+    rows, grown = [], []
+    for i, f in enumerate(factors):
+        (over,) = over_chunk([f], T_AXIS, {})
+        reads = any(e.arg[0].name in weights for e in leaves([f]))
+        value = b.broadcast(read_through(over, weights, sizes, {}) if reads else over, (T_AXIS, *f.axes))
+        rows.append(Assign(row(i, f, T_AXIS), value))
+        grown.append(Assign(past[f], b.add(past[f], b.contract((NOW, value), (T_AXIS,)))))
+    return Substitution(tuple(made), tuple(rows), tuple(grown))
+
+
+def _matrix_of(k: Kernel) -> Expr:
+    """A kernel as one matrix over (t, s), a stack of them where a rate has channels."""
+    ((_, factors),) = coefficients(Response(kernels=(k,)))
+    whole = factors[0]
+    for x in factors[1:]:
+        whole = b.mul(whole, x)
+    return b.broadcast(whole, (T_AXIS, S_AXIS))

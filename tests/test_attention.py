@@ -12,7 +12,8 @@ import sympy
 import torch
 from torch.nn.attention import flex_attention as flex
 
-from tttc.attention import NonParametric, SoftmaxAttention, compile_attention
+import tttc
+from tttc.attention import AttentionLayer, NonParametric, SoftmaxAttention, compile_attention
 from tttc.errors import DeclarationError, ShapeError, StateMismatch
 
 exp, Max, Piecewise = sympy.exp, sympy.Max, sympy.Piecewise
@@ -508,3 +509,14 @@ def test_a_read_of_all_tokens_cannot_be_continued():
     _, state = layer(*tensors)
     with pytest.raises(StateMismatch, match=r"variant `Declared`: the 3 tokens already read"):
         layer(*tensors, state=state)
+
+
+def test_compile_takes_a_kernel_like_any_declaration():
+    """`tttc.compile` hands it on."""
+    layer = tttc.compile(tttc.SoftmaxAttention, {"D": 8}, torch.float64)
+    assert isinstance(layer, AttentionLayer)
+    q, k, v = torch.randn(3, 1, 5, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+    ).transpose(1, 2)
+    assert torch.allclose(layer(q, k, v)[0], wanted, rtol=0, atol=1e-12)

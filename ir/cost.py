@@ -298,16 +298,18 @@ def adjoint_cost(adjoint: ScanAdjoint) -> AdjointCost:
     )
 
 
-def tiles_depth(tile: Scan, close: Scan) -> tuple[Formula, Formula]:
-    """The contractions that a mini-batch of one tile adds to the longest chain of dependent ones, and those that every
-    further tile of it adds.
+def pieces_depth(piece: Scan, end: Scan) -> tuple[Formula, Formula]:
+    """Of pieces that hand on what they make, and an end that takes it: the contractions that one piece and the end
+    add to the longest chain of dependent ones, and those that every further piece adds. Pieces are the tiles of a
+    mini-batch, or the tokens of a chunk.
     """
-    tiled, closed = ({a.leaf.name: a.value for a in scan.updates} for scan in (tile, close))
-    opened = [a.leaf.name for a in tile.updates if a.leaf.role == "sum"]  # new in every mini-batch
-    first = turn_of(tiled, [n for n in closed if n not in tiled])
-    then = turn_of(closed, [n for n in tiled if n not in closed and n not in opened], opened)
-    whole = {n: ends for n, ends in after(first, then).items() if n not in opened}
-    return growth(whole), growth(turn_of(tiled))
+    made, ended = ({a.leaf.name: a.value for a in b.assigns} for b in (piece.block, end.block))
+    ended = {n: e for n, e in ended.items() if n in {x.arg[0].name for x in end.carry}}
+    passing = [a.leaf.name for a in piece.block.assigns if a.leaf.role == "sum" or a.leaf.at is not None]
+    first = turn_of(made, [n for n in ended if n not in made])
+    then = turn_of(ended, [n for n in made if n not in ended and n not in passing], passing)
+    whole = {n: ends for n, ends in after(first, then).items() if n not in passing}
+    return growth(whole), growth(turn_of(made))
 
 
 def function_work(function: Function) -> Work:

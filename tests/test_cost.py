@@ -12,11 +12,12 @@ import pytest
 import sympy
 
 import tttc
+from tests.helpers import dims_of
 from tttc.ir import build as b
 from tttc.ir import cost
 from tttc.ir.expr import Axis, Expr, leaf, postorder
 from tttc.ir.program import S_AXIS, T_AXIS, Assign, Block, Program
-from tttc.library import TTTMLP, GatedThreeLayer, LinearAttention, TTTLinear
+from tttc.library import GLA, TTTMLP, GatedDeltaNet, GatedThreeLayer, LaCT, LinearAttention, Titans, TTTLinear
 
 B, H, T, C, D, F, n = (cost.dim(name) for name in "BHTCDFn")
 
@@ -24,8 +25,7 @@ B, H, T, C, D, F, n = (cost.dim(name) for name in "BHTCDFn")
 @cache
 def program(variant: type[tttc.Variant]) -> Program:
     """Compiled for widths in use: where a state is tiny, another order of its products is cheaper."""
-    dims = {"D": 64, "F": 256} if variant in (TTTMLP, GatedThreeLayer) else {"D": 64}
-    return tttc.compile(variant, dims).stages.program
+    return tttc.compile(variant, dims_of(variant, 64)).stages.program
 
 
 def cubic(formula: sympy.Expr) -> sympy.Expr:
@@ -56,6 +56,32 @@ def test_backward_takes_two_products_for_each_of_the_forward(variant: type[tttc.
     backward = cost.adjoint_cost(compiled.adjoints[0]).backward.work.contraction
     assert cubic(forward) != 0
     assert cubic(backward) == sympy.expand(2 * cubic(forward))
+
+
+def test_forward_of_the_gated_delta_rule_counted_by_hand() -> None:
+    """Line by line of the listing: the Gram matrix and its system, the rows read through the weights, what is handed
+    on.
+    """
+    found = cost.scan_cost(program(GatedDeltaNet).scans[0]).work
+    gram, solve, read, hand_on = 2 * C**2 * D, C**2 * D, 2 * C * D**2, 2 * C * D**2
+    through_k, through_q = read, read + gram + 2 * C**2 * D  # k @ W; q @ W, q @ k.T, (...) @ u
+    assert sympy.expand(found.contraction - (gram + solve + through_k + through_q + hand_on)) == 0
+    products = C + C**2  # cumprod, segprod
+    system = 2 * C**2 + 2 * C * D  # tril(P, -1) * lr * gram; k scaled, minus v
+    reading = 2 * C**2 + 2 * C * D  # P * lr * gram; q scaled, the difference
+    handing_on = C + C * D + 2 * D**2  # last row of P * lr, times u; a * W, the difference
+    assert sympy.expand(found.elementwise - (products + system + reading + handing_on)) == 0
+
+
+def test_decays_of_channels_counted_by_hand() -> None:
+    """Products for each pair of tokens and each channel, times k, and read by q: all of them C * C * D."""
+    found = cost.scan_cost(program(GLA).scans[0]).work
+    pairs = C**2 * D
+    assert (
+        sympy.expand(found.contraction - (2 * pairs + 2 * C**2 * D + 4 * C * D**2)) == 0
+    )  # q.(P k), @ v; q @ W, k.T @ v
+    # segprod, P * k; cumprod, q * a, the sum, the last row of P times k; a * W, the sum
+    assert sympy.expand(found.elementwise - (2 * pairs + 4 * C * D + 2 * D**2)) == 0
 
 
 # -- independent counts ------------------------------------------------------------------------------------------------
@@ -100,15 +126,17 @@ class Counting(np.ndarray):
         return np.asarray(getattr(ufunc, method)(*plain, **settings)).view(Counting)
 
 
-@pytest.mark.parametrize("variant", [TTTLinear, TTTMLP, LinearAttention])
+@pytest.mark.parametrize("variant", [TTTLinear, TTTMLP, LinearAttention, Titans])
 @pytest.mark.parametrize("stage", ["primal", "dualize", "schedule"])
 def test_contractions_of_a_call_agree_with_running_the_printed_text(variant: type[tttc.Variant], stage: str) -> None:
     """The text is executed on arrays that count their own matrix products."""
-    dims = {"D": 3, "F": 5} if variant is TTTMLP else {"D": 3}
+    dims = dims_of(variant, 3, 5)
     found = tttc.compile(variant, dims, chunk=16).stages[stage].program
     function = found.functions[0]
     scope: dict[str, Any] = {}
     exec(str(found), scope)
+    made = {name: scope[name] for name in ("segprod", "zeros")}  # these make arrays, which should count as well
+    scope |= {name: lambda *x, make=make: make(*x).view(Counting) for name, make in made.items()}
     arguments = []
     for p in function.params:
         shape = [dims[a.size] for a in p.axes if a.name not in ("t", "s")]
@@ -127,6 +155,7 @@ X = leaf("x", "token", (T_AXIS, D_AXIS), "c")
 Y = leaf("y", "token", (S_AXIS, D_AXIS), "c")
 W = leaf("W", "state", (D_AXIS, F_AXIS))
 V = leaf("V", "state", (F_AXIS, D_AXIS))
+ALPHA = leaf("alpha", "gate", (T_AXIS,), "c")
 
 
 @pytest.mark.parametrize(
@@ -141,12 +170,26 @@ V = leaf("V", "state", (F_AXIS, D_AXIS))
         (b.total(X, (D_AXIS,)), 0, C * D),
         (b.broadcast(b.const(0), (D_AXIS, F_AXIS)), 0, 0),
         (b.add(b.apply("gelu", X), b.apply("gelu", X)), 0, 2 * C * D),  # shared: computed once
+        (b.segprod(ALPHA, T_AXIS, S_AXIS), 0, C**2),  # an entry is that of the row above times a decay
+        (b.segprod(X, T_AXIS, S_AXIS), 0, C**2 * D),  # for each channel
+        (b.cumprod(ALPHA, T_AXIS), 0, C),
+        (b.cumprod(X, T_AXIS), 0, C * D),
+        (b.shift(ALPHA, T_AXIS), 0, 0),
+        (b.shift_back(X, T_AXIS), 0, 0),
+        (b.solve(b.segprod(ALPHA, T_AXIS, S_AXIS), X, T_AXIS, S_AXIS), C**2 * D, C**2),
+        (b.solve(b.segprod(ALPHA, T_AXIS, S_AXIS), ALPHA, T_AXIS, S_AXIS), C**2, C**2),
     ],
 )
 def test_one_operation(e: Expr, contraction: sympy.Expr, elementwise: sympy.Expr) -> None:
     found = cost.work([e])
     assert sympy.expand(found.contraction - contraction) == 0
     assert sympy.expand(found.elementwise - elementwise) == 0
+
+
+def test_a_solve_costs_what_substitution_does() -> None:
+    """By hand for 4 tokens and 3 columns: x[t] -= N[t, s] * x[s] for 0 + 1 + 2 + 3 pairs, and 4 diagonal entries."""
+    solve = b.solve(b.segprod(ALPHA, T_AXIS, S_AXIS), X, T_AXIS, S_AXIS)
+    assert cost.node_work(solve).contraction.subs({C: 4, D: 3}) == (2 * (0 + 1 + 2 + 3) + 4) * 3
 
 
 def test_a_composite_costs_what_it_consists_of() -> None:
@@ -171,10 +214,21 @@ def test_traffic_state_and_intermediate_of_a_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "depth"), [(TTTLinear, 2), (TTTMLP, 4), (GatedThreeLayer, 6), (LinearAttention, 0)]
+    ("variant", "depth"),
+    [
+        (TTTLinear, 2),
+        (TTTMLP, 4),
+        (GatedThreeLayer, 6),
+        (LinearAttention, 0),
+        (GLA, 0),
+        (GatedDeltaNet, 3),
+        (Titans, 4),
+    ],
 )
 def test_dependent_contractions_of_a_chunk(variant: type[tttc.Variant], depth: int) -> None:
-    """k @ W1, x @ W2, back through W2, k.T @ g: two for each layer; none where no gradient reads the weights."""
+    """k @ W1, x @ W2, back through W2, k.T @ g: two for each layer; none where no gradient reads the weights; a system
+    to be solved is one more.
+    """
     compiled = program(variant)
     found = cost.scan_cost(compiled.scans[0])
     assert found.depth == depth
@@ -195,6 +249,20 @@ def test_variables_that_feed_each_other_share_their_chain() -> None:
     turned = b.contract((b.contract((X, W), (D_AXIS,)), X), (T_AXIS,))
     assert cost.chain_growth({"W": b.rename(V, {}), "V": turned}) == 1
     assert cost.chain_growth({"W": V, "V": b.apply("tanh", W)}) == 0
+
+
+def test_the_tiles_of_a_mini_batch_share_its_weights() -> None:
+    """LaCT: the gradients take two contractions, S = S + k.T @ d one, and each step of Muon three; the tiles add up."""
+    stages = tttc.compile(LaCT.replace(mini_batch=64), {"D": 8, "F": 8}, chunk=16).stages
+    scans = {s.name: s for s in stages.program.scans}
+    assert cost.pieces_depth(scans["la_ct_open"], scans["la_ct_close"]) == (2 + 5 * 3, 0)
+
+
+def test_the_tiles_of_online_gradients_wait_for_one_another() -> None:
+    """k @ W, the system, k.T @ u: for the first tile from W, for the others from what the tiles before have added."""
+    stages = tttc.compile(GatedDeltaNet.replace(mini_batch=64, read="start"), {"D": 8}, chunk=16).stages
+    scans = {s.name: s for s in stages.program.scans}
+    assert cost.pieces_depth(scans["gated_delta_net_open"], scans["gated_delta_net_close"]) == (3, 3)
 
 
 def test_memory_of_a_backward() -> None:

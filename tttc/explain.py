@@ -7,196 +7,40 @@ text of a stage, cut out, runs.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import sympy
 
 from tttc.compile import Entry
+from tttc.explain_cost import LayerCost, kept, layer_cost, pieces_depth, plan_lengths, program_costs
+from tttc.explain_rule import Line, form_lines, read_text, update_lines
 from tttc.ir import cost
-from tttc.ir.cost import CHUNK, EVERY, MINI_BATCH, TOKENS, Formula, Work
-from tttc.ir.expr import Expr
+from tttc.ir.cost import CHUNK, EVERY, TOKENS, Formula, Work
+from tttc.ir.dualize import GradientClass, gradient_class
+from tttc.ir.expr import Expr, postorder
 from tttc.ir.latex import program_latex
 from tttc.ir.linearity import Dependence, Finding, dependence
+from tttc.ir.online import the_unknown
 from tttc.ir.primal import per_token
-from tttc.ir.program import Program, Scan, Update, blocks
+from tttc.ir.program import Plan, Program, Scan, Update, blocks
+from tttc.ir.reading import terms_of
 from tttc.ir.text import Namer, Printer, steps, variables
+from tttc.ir.update import is_staged
 
 if TYPE_CHECKING:
     from tttc.layer import Layer
 
 WIDTH = 108
 SHOWN_TOKENS = 4096  # length of the sequence in the examples that need one
-LATEX_STAGES = {"declare": "Declaration", "simplify": "Gradient of the loss", "dualize": "Dual form"}
-
-_MASKS = {
-    "after": "by the lower triangle of {} over tokens (t, s), diagonal included: token t reads what s <= t taught",
-    "before": "by the lower triangle of {} over tokens (t, s), no diagonal: token t reads what s < t taught",
-    "start": "no token reads what another of its mini-batch taught",
-    "end": "by {} for all tokens (t, s): every token reads what the whole mini-batch taught",
+LATEX_STAGES = {
+    "declare": "Declaration",
+    "simplify": "Gradient of the loss",
+    "primal": "Update rule, token by token",
+    "dualize": "Dual form",
 }
-_CLASSES = {
-    Dependence.CONSTANT: "constant: the gradient does not depend on the weights, so it may be taken at any of them",
-    Dependence.LINEAR: "linear in the weights: taken where the mini-batch starts",
-    Dependence.AFFINE: "affine in the weights: taken where the mini-batch starts",
-    Dependence.NONLINEAR: "nonlinear in the weights: taken at frozen ones, those at the start of the mini-batch",
-}
-
-
-# -- costs as data -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What one function of a stage costs for one head, as formulas and for the dims of the layer."""
-
-    stage: str
-    function: str
-    unit: str
-    """What the cost is for: "token", or "mini-batch" for what is done once at the end of one."""
-    work: Work
-    """Formulas in the dims, the chunk C and the mini-batch b."""
-    lengths: Mapping[sympy.Symbol, Formula]
-    dims: Mapping[str, int]
-
-    @property
-    def contraction(self) -> Formula:
-        """FLOPs of contractions; a number unless a chunk is the whole sequence, then a formula in T."""
-        return cost.evaluate(self.work.contraction, self.dims, self.lengths)
-
-    @property
-    def elementwise(self) -> Formula:
-        return cost.evaluate(self.work.elementwise, self.dims, self.lengths)
-
-    @property
-    def flops(self) -> Formula:
-        return sympy.expand(self.contraction + self.elementwise)
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What a layer costs for one head, with its dims: FLOPs per token, sizes in bytes, formulas where T stays open."""
-
-    primal: Work
-    forward: Work
-    recomputed: Work
-    """The forward chunk once more, with the values that its backward needs: unless all of them were kept."""
-    backward: Work
-    state_bytes: Formula
-    sequence_bytes: Formula
-    """Read and written in a forward, per token."""
-    chunk_bytes: Formula
-    """State and fixed values read and written by a chunk that finds them in memory, per token."""
-    largest: Formula
-    """Elements of the largest intermediate value of a forward chunk."""
-    primal_largest: Formula
-    critical_path: Formula
-    """Dependent contractions in a call on T tokens."""
-    sequential: Formula
-    """FLOPs per token of the forward that lie between the carry coming in and going out."""
-    memory: Formula
-    """Bytes that a backward keeps, with a state every n chunks."""
-    memory_whole: Formula
-    """The same where every value is kept."""
-
-    @property
-    def intensity(self) -> tuple[Formula, Formula]:
-        """FLOPs of the forward per byte: state in memory, state on the chip."""
-        on_chip = self.forward.flops / self.sequence_bytes
-        return self.forward.flops / (self.sequence_bytes + self.chunk_bytes), on_chip
-
-
-def stage_costs(layer: Layer) -> list[StageCost]:
-    """The cost of every function of every stage, in their order; the two sweeps of an adjoint apart."""
-    return [c for entry in layer.stages if entry.program is not None for c in _stage_costs(entry.program)]
-
-
-def _stage_costs(program: Program) -> Iterator[StageCost]:
-    if program.adjoints:
-        yield from _sweeps(program)
-        return
-    runs_once = {s.name for s in program.scans if not s.loops}
-    for function in program.functions:
-        lengths = cost.lengths_of(function)
-        work = cost.function_work(function)
-        work = work.times(1 / TOKENS) if lengths else work
-        unit = "mini-batch" if function.name in runs_once else "token"
-        yield StageCost(program.stage, function.name, unit, work, lengths, program.dims)
-
-
-def _sweeps(program: Program) -> Iterator[StageCost]:
-    for a in program.adjoints:
-        costs = cost.adjoint_cost(a)
-        unit, share = ("token", 1 / CHUNK) if a.scan.loops else ("mini-batch", sympy.S.One)
-        lengths = {CHUNK: cost.tokens(a.scan.chunk)}
-        for sweep, work in (("forward, keeping values", costs.forward), ("backward", costs.backward.work)):
-            name = f"{a.scan.name}, {sweep}"
-            yield StageCost(program.stage, name, unit, work.times(share), lengths, program.dims)
-
-
-def layer_cost(layer: Layer) -> LayerCost:
-    """The cost of the scheduled program: of the scans that a sequence of whole mini-batches runs."""
-    program = layer.stages.program
-    plan, scan = program.plan, program.scans[0]
-    assert plan is not None
-    assert program.update is not None
-    lengths = _lengths(program)
-    scheduled, primal = layer.stages["schedule"].program, layer.stages["primal"].program
-    assert scheduled is not None
-    assert primal is not None
-    adjoints = {a.scan.name: cost.adjoint_cost(a) for a in program.adjoints}
-    chunk, tile = cost.scan_cost(scan), adjoints[scan.name]
-    recomputed, backward = tile.forward.times(1 / CHUNK), tile.backward.work.times(1 / CHUNK)
-    if plan.tiled:
-        closing = adjoints[program.scans[-1].name]
-        recomputed += closing.forward.times(1 / MINI_BATCH)
-        backward += closing.backward.work.times(1 / MINI_BATCH)
-    item = cost.ITEM_BYTES[program.dtype]
-    (token_loop,) = primal.functions
-
-    def value(formula: Formula) -> Formula:
-        return cost.evaluate(formula, program.dims, lengths)
-
-    def valued(work: Work) -> Work:
-        return Work(value(work.contraction), value(work.elementwise))
-
-    return LayerCost(
-        primal=valued(cost.function_work(token_loop).times(1 / TOKENS)),
-        forward=valued(cost.function_work(scheduled.functions[0]).times(1 / TOKENS)),
-        recomputed=valued(recomputed),
-        backward=valued(backward),
-        state_bytes=value(item * sympy.Add(*(cost.elements(w.axes) for w in program.update.states))),
-        sequence_bytes=value(item * (chunk.read + chunk.written) / CHUNK),
-        chunk_bytes=value(item * (chunk.traffic(True) - chunk.traffic(False)) / CHUNK),
-        largest=value(chunk.largest),
-        primal_largest=value(sympy.Max(*(cost.chunk_cost(block, ()).largest for block in blocks(token_loop.body)))),
-        critical_path=value(_critical_path(program)),
-        sequential=value(chunk.sequential.flops / CHUNK),
-        memory=value(item * tile.memory()),
-        memory_whole=value(item * tile.memory(sympy.S.Zero)),
-    )
-
-
-def _lengths(program: Program) -> dict[sympy.Symbol, Formula]:
-    """The chunk and the mini-batch of a scheduled program."""
-    plan = program.plan
-    assert plan is not None
-    lengths = {CHUNK: cost.tokens(plan.chunk)}
-    return lengths if plan.mini_batch is None else {**lengths, MINI_BATCH: cost.tokens(plan.mini_batch)}
-
-
-def _critical_path(program: Program) -> Formula:
-    """Dependent contractions of a call: tiles of a mini-batch share its weights, mini-batches wait for one another."""
-    plan, update, scan = program.plan, program.update, program.scans[0]
-    assert plan is not None
-    assert update is not None
-    if not plan.tiled:
-        return cost.scan_cost(scan).critical_path()
-    grown = {a.leaf.name: a.value for a in scan.updates}
-    handed_on = {w.arg[0].name: grown[f"S_{w.arg[0].name}"] for w in update.states}
-    return cost.chain_growth(handed_on) * TOKENS / MINI_BATCH
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -218,7 +62,7 @@ def explain(layer: Layer, latex: bool = False, stages: Iterable[str] | None = No
 def _stage_text(entry: Entry) -> str:
     """The text of a stage as it is, and its costs."""
     lines = [str(entry).rstrip("\n")]
-    costs = list(_stage_costs(entry.program)) if entry.program is not None else []
+    costs = list(program_costs(entry.program)) if entry.program is not None else []
     for c in costs:
         where = f", {_bindings(c.lengths)}" if c.lengths else ""
         lines += ["", f"# {c.function}: {_number(c.flops)} FLOPs per {c.unit} and head{where}"]
@@ -248,11 +92,15 @@ def _header(layer: Layer) -> list[str]:
     why = layer.why if layer.why.startswith(layer.backend) else f"{layer.backend}: {layer.why}"
     lines += _item("backend", f"{why} (device {layer.device})")
     lines += _item("states", ", ".join(_declared_shape(w) for w in update.states))
-    lines += _item("update", _update_text(update))
-    lines += _item("read", f'"{update.read}": {_read_text(update)}')
-    lines += _class_lines(layer)
-    lines += _item("form", _form_text(layer))
+    kind = gradient_class(program)
+    lines += _paragraph("update", update_lines(update, kind, plan))
+    lines += _item("read", read_text(update, declared.read))
+    lines += _class_lines(layer, kind)
+    lines += _paragraph("form", form_lines(update, kind, plan, _unknown_text(layer, kind)))
     lines += _item("chunk", f"{_length_text(plan.chunk)}; {plan.reason}")
+    if program.telemetry:
+        measured = ", ".join(str(a.leaf.name) for a in program.scans[0].outputs[1:])
+        lines += _item("telemetry", f"{measured} of each mini-batch; the costs have them in")
     return lines
 
 
@@ -265,52 +113,49 @@ def _declared_shape(w: Expr) -> str:
 
 
 def _length_text(length: int | str) -> str:
-    return "the whole sequence" if length == "T" else f"{length} tokens"
+    return "the whole sequence" if length == "T" else f"{length} token{'' if length == 1 else 's'}"
 
 
-def _update_text(update: Update) -> str:
-    rates = {_rate_text(update, w.arg[0].name): None for w in update.states}
-    many = "" if len(rates) == 1 else f" (by state: {'; '.join(rates)})"
-    rule = next(iter(rates)) if len(rates) == 1 else "tau_t * sum of lr_s * g_s"
-    span = "the whole sequence" if update.mini_batch == "all" else f"{update.mini_batch} tokens"
-    return f"W_t = W_start - {rule}{many}, over the tokens s of a mini-batch of {span}; g_s at W_start"
-
-
-def _rate_text(update: Update, name: str) -> str:
-    tau, lr = update.tau[name], update.lr[name]
-    scale = "" if tau is None else f"{Printer()(tau)}_t * " if tau.op == "leaf" else f"{Printer()(tau)} * "
-    source = (
-        f"{Printer()(lr)}_s * "
-        if lr.op == "leaf"
-        else ""
-        if lr.op == "const" and lr.arg == 1
-        else f"{Printer()(lr)} * "
-    )
-    return f"{scale}sum of {source}g_s"
-
-
-def _read_text(update: Update) -> str:
-    what = {"after": "z_t from W_t, which has seen token t", "before": "z_t from W_(t-1)", "start": "z_t from W_start"}
-    return what.get(update.read, "z_t from the weights at the end of the mini-batch: not causal inside it")
-
-
-def _class_lines(layer: Layer) -> list[str]:
-    """How the gradient of each state depends on each state, with the operation that made it so."""
-    program = layer.stages["simplify"].program
-    compiled = layer.stages.program
-    assert program is not None
-    assert compiled.update is not None
-    states = compiled.update.states
-    gradients, _ = per_token(compiled)
-    names = _gradient_names(program)
-    worst = max((dependence(g, states) for g in gradients.values()), key=lambda f: f.dependence)
-    lines = _item("class", _CLASSES[worst.dependence])
+def _class_lines(layer: Layer, kind: GradientClass) -> list[str]:
+    """The class of the gradients, and how that of each state depends on each, with the operation that made it so."""
+    program, names = layer.stages.program, _gradient_names(layer)
+    assert program.update is not None
+    because = kind.finding.because
+    lines = _item("class", _class_text(kind, "" if because is None else _operation(because, names), program.update))
+    if len(program.update.states) == 1 or kind.kind == "constant":
+        return lines
     alike: dict[str, list[str]] = {}
-    for name, g in gradients.items():
-        alike.setdefault(_dependence_text(g, states, names), []).append(f"d{name}")
+    for name, g in per_token(program)[0].items():
+        alike.setdefault(_dependence_text(g, program.update.states, names), []).append(f"d{name}")
     for said, which in alike.items():
         lines += _comment(f"{', '.join(which)}: {said}", indent=15, hang=2)
     return lines
+
+
+def _class_text(kind: GradientClass, operation: str, update: Update) -> str:
+    """The class, and the operation that decided it."""
+    said = f"{kind.kind}: {kind.why}"
+    found = kind.finding.dependence
+    if found == Dependence.CONSTANT:
+        return said
+    when = "in the weights they are" if update.clip is None else "before clipping they are, in the weights,"
+    how = "" if kind.kind == "affine" else f"{when} {found.name.lower()}"
+    made = f"made so by {operation}" if operation else ""
+    more = ", ".join(part for part in (how, made) if part)
+    steps = "; a further step takes them where it begins" if update.steps > 1 else ""
+    return f"{said}; {more}{steps}" if more else said + steps
+
+
+def _unknown_text(layer: Layer, kind: GradientClass) -> str:
+    """The part of an online gradient that depends on the weights."""
+    if kind.kind != "affine":
+        return ""
+    program = layer.stages.program
+    assert program.update is not None
+    gradients, axes = per_token(program)[0], {w.arg[0].name: w.axes for w in program.update.states}
+    unknown = the_unknown({n: terms_of(g, axes[n]) for n, g in gradients.items()}, program.update.states)
+    assert unknown is not None
+    return _operation(unknown, _gradient_names(layer))
 
 
 def _dependence_text(g: Expr, states: Iterable[Expr], names: Mapping[Expr, str]) -> str:
@@ -333,24 +178,14 @@ def _operation(e: Expr, names: Mapping[Expr, str]) -> str:
     return f"{names[e]} = {text}" if e in names else text
 
 
-def _gradient_names(program: Program) -> dict[Expr, str]:
+def _gradient_names(layer: Layer) -> dict[Expr, str]:
     """The names that the listing of the simplified gradient gives to values."""
+    program = layer.stages["simplify"].program
+    assert program is not None
     function = program["gradient"]
     (block,) = blocks(function.body)
     namer = Namer(variables(function) | set(program.dims) | {"T"}, program.names)
     return {step.value: step.name for step in steps(block, namer) if step.value.op != "leaf"}
-
-
-def _form_text(layer: Layer) -> str:
-    update = layer.stages.program.update
-    assert update is not None
-    rates = dict.fromkeys(
-        _rate_text(update, w.arg[0].name).replace("sum of ", "").removesuffix("g_s") for w in update.states
-    )
-    shown = " and ".join(f"({rate.removesuffix(' * ')})" if rate else "ones" for rate in rates)
-    return (
-        f"dual: a chunk at once in matrix products, the weights of no single token; {_MASKS[update.read].format(shown)}"
-    )
 
 
 def _summary(layer: Layer) -> list[str]:
@@ -361,7 +196,7 @@ def _summary(layer: Layer) -> list[str]:
     assert plan is not None
     chunk = cost.scan_cost(scan)
     lines = [
-        f"# Costs for one head, {_bindings(_lengths(program))}; T tokens in a call. "
+        f"# Costs for one head, {_bindings(plan_lengths(program))}; T tokens in a call. "
         "Times B * H for all heads of a batch."
     ]
     lines += _comment(
@@ -374,10 +209,10 @@ def _summary(layer: Layer) -> list[str]:
     lines += _item("recompute", f"{_number(c.recomputed.flops)} more, unless every value is kept (checkpoint=None)")
     lines += _item(
         "primal",
-        f"{_number(c.primal.flops)}, {_number(c.primal.contraction)} of them in contractions. {_saved_text(c)}",
+        f"{_number(c.primal.flops)}, {_number(c.primal.contraction)} of them in contractions. {_saved_text(c, plan)}",
     )
-    lines += _item("whole call", f"B*H*T/{CHUNK} * ({_formula(chunk.work.flops)}) forward" + _closing_text(plan.tiled))
-    lines += _item("state", f"{_number(c.state_bytes)} bytes")
+    lines += _item("whole call", f"B*H*T/{CHUNK} * ({_formula(chunk.work.flops)}) forward{_ends_text(program)}")
+    lines += _state_lines(layer, c)
     lines += _item("sequences", f"{_number(c.sequence_bytes)} bytes read and written per token of a forward")
     in_memory, on_chip = (x.subs(TOKENS, SHOWN_TOKENS) for x in c.intensity)
     depends = f", at T = {SHOWN_TOKENS}" if any(x.free_symbols for x in c.intensity) else ""
@@ -388,12 +223,18 @@ def _summary(layer: Layer) -> list[str]:
     )
     lines += _item("critical path", _critical_text(program, c))
     lines += _item("largest", f"{_number(c.largest)} elements in one intermediate value: {chunk.largest}")
-    lines += _memory_lines(layer, scan, c)
-    return lines
+    return lines if plan.substitution else lines + _memory_lines(layer, scan, c)
 
 
-def _closing_text(tiled: bool) -> str:
-    return ", and the end of each mini-batch" if tiled else ""
+def _ends_text(program: Program) -> str:
+    """What a call computes beside its chunks."""
+    assert program.plan is not None
+    more = ["the end of each mini-batch"] if program.plan.tiled else []
+    more += ["the rows of each chunk"] if program.plan.substitution else []
+    beginning = program.scans[-1]
+    if beginning.name == f"{program.name}_begin" and cost.scan_cost(beginning).work.flops != 0:
+        more.append("the beginning of the sequence")
+    return f", and {' and '.join(more)}" if more else ""
 
 
 def _work_lines(name: str, work: Work) -> list[str]:
@@ -401,28 +242,65 @@ def _work_lines(name: str, work: Work) -> list[str]:
     return _item(name, f"{_number(work.flops)} FLOPs per token: {shown}")
 
 
-def _saved_text(c: LayerCost) -> str:
-    """What the dual form is good for, in both of its currencies."""
+def _saved_text(c: LayerCost, plan: Plan) -> str:
+    """What a chunk is good for, in both of its currencies."""
     largest = f"Its largest value has {_number(c.primal_largest)} elements, for each token"
-    ratio = sympy.expand(c.primal.flops) / c.forward.flops
-    if ratio.free_symbols:
+    if plan.chunk == 1:
         return f"{largest}."
-    compared = f"{float(ratio):.2f} times the dual form"
-    touched = f"it reads and writes the state for each token, {_number(2 * c.state_bytes)} bytes"
-    dual = f"the dual form for each chunk, {_number(c.chunk_bytes)} bytes per token"
-    return f"That is {compared}; {touched}, {dual}."
+    ratio = sympy.sympify(c.primal.flops / c.forward.flops)
+    at = f" at T = {SHOWN_TOKENS}" if ratio.free_symbols else ""
+    compared = f"{float(ratio.subs(TOKENS, SHOWN_TOKENS)):.2f} times the chunked form{at}"
+    touched = f"It reads and writes {_number(c.primal_bytes)} bytes of state for each token"
+    chunked = f"the chunked form {_number(c.chunk_bytes)}, where every chunk finds its state in memory"
+    return f"That is {compared}. {largest}. {touched}; {chunked}."
+
+
+def _state_lines(layer: Layer, c: LayerCost) -> list[str]:
+    """What a sequence carries from call to call: in prefill, and when decoding."""
+    carried, plan, update = kept(layer), layer.stages.program.plan, layer.stages.program.update
+    assert plan is not None
+    assert update is not None
+    always, inside = ("; ".join(str(k) for k in carried if k.inside == flag) for flag in (False, True))
+    alike = "in prefill and when decoding alike"
+    if not inside:
+        return _item("state", f"{_number(c.state_bytes)} bytes, {alike}: {always}")
+    decoding = f", {alike}" if update.read != "end" else ""
+    if plan.mini_batch == "T":
+        after = " after T tokens" if layer.decode == "rows" else ""
+        one = f"the sequence is one mini-batch: {_number(c.open_bytes)} bytes{after}{decoding}"
+        lines = _item("state", f"{one}: {always}; {inside}")
+    else:
+        lines = _item("state", f"{_number(c.state_bytes)} bytes in prefill, from mini-batch to mini-batch: {always}")
+        where = "in a mini-batch that a call left open" if update.read == "end" else "when decoding inside a mini-batch"
+        most = "at most " if layer.decode == "rows" else ""
+        open_ = f'{most}{_number(c.open_bytes)} bytes {where} (decode="{layer.decode}")'
+        lines += _comment(f"{open_}: also {inside}", indent=15)
+    if update.read == "end":
+        lines += _comment('read="end" reads what the whole mini-batch taught: no call continues inside one', indent=15)
+    return lines
 
 
 def _critical_text(program: Program, c: LayerCost) -> str:
-    if c.critical_path == 0:
-        return "no contraction waits for the one of an earlier chunk: the state is a running sum"
-    plan = program.plan
+    plan, update = program.plan, program.update
     assert plan is not None
-    unit = "mini-batch" if plan.tiled else "chunk"
-    length = plan.mini_batch if plan.tiled else plan.chunk
-    per_unit = sympy.nsimplify(c.critical_path * cost.tokens(length or 1) / TOKENS)
-    shared = "" if plan.tiled else f"; {_number(c.sequential)} FLOPs per token of the forward lie on it"
-    return f"{_number(per_unit)} dependent contractions per {unit}, {_number(c.critical_path)} in a call{shared}"
+    assert update is not None
+    if c.critical_path == 0:
+        summed = "" if is_staged(update) else ": what a chunk hands on is scaled and added to, nothing more"
+        return f"no contraction waits for the one of an earlier chunk{summed}"
+    total, pieces = f"{_number(c.critical_path)} in a call", pieces_depth(program)
+    if pieces is not None:
+        first, further = pieces
+        unit, piece = ("chunk", "token") if plan.substitution else ("mini-batch", "tile")
+        more = f" of one {piece}, {_number(further)} more for each further {piece}" if further else ""
+        return f"{_number(first)} dependent contractions per {unit}{more}, {total}"
+    per_chunk = sympy.nsimplify(c.critical_path * cost.tokens(plan.chunk) / TOKENS)
+    solves = any(e.op == "solve" for a in program.scans[0].updates for e in postorder([a.value]))
+    solve = ", a triangular solve counted as one of them," if solves else ","
+    unit = "token" if plan.chunk == 1 else "chunk"
+    return (
+        f"{_number(per_chunk)} dependent contractions per {unit}{solve} {total}; "
+        f"{_number(c.sequential)} FLOPs per token of the forward lie on it"
+    )
 
 
 def _memory_lines(layer: Layer, scan: Scan, c: LayerCost) -> list[str]:
@@ -432,7 +310,7 @@ def _memory_lines(layer: Layer, scan: Scan, c: LayerCost) -> list[str]:
     tile = cost.adjoint_cost(next(a for a in layer.stages.program.adjoints if a.scan is scan))
     lines = _item("kept", f"for the backward, with a state every n chunks (n here: {setting}), in elements:")
     lines += _comment(f"T/(C*n) * ({_formula(tile.carry)}) + n * ({_formula(tile.residuals)})", indent=15, hang=2)
-    chunk = _lengths(layer.stages.program)[CHUNK].subs(TOKENS, SHOWN_TOKENS)
+    chunk = plan_lengths(layer.stages.program)[CHUNK].subs(TOKENS, SHOWN_TOKENS)
     every = math.isqrt(math.ceil(SHOWN_TOKENS / chunk))  # as the layer chooses it
     with_states = c.memory.subs({TOKENS: SHOWN_TOKENS, EVERY: every})
     whole = c.memory_whole.subs(TOKENS, SHOWN_TOKENS)
@@ -446,6 +324,15 @@ def _memory_lines(layer: Layer, scan: Scan, c: LayerCost) -> list[str]:
 def _item(name: str, text: str) -> list[str]:
     """A line of a list: its name in a column of its own."""
     return _comment(f"{name:<14} {text}", indent=0, hang=15)
+
+
+def _paragraph(name: str, lines: list[Line]) -> list[str]:
+    """A line of a list with lines below it."""
+    first, *others = lines
+    shown = _item(name, first.text)
+    for line in others:
+        shown += _comment(line.text, indent=17 if line.deep else 15, hang=2)
+    return shown
 
 
 def _comment(text: str, hang: int = 0, indent: int = 0) -> list[str]:
@@ -469,7 +356,7 @@ def _number(formula: Formula) -> str:
     value = sympy.sympify(formula)
     if value.free_symbols:
         large = {r: sympy.Integer(round(r)) for r in value.atoms(sympy.Rational) if abs(r) > 100}
-        return str(sympy.expand(value.xreplace(large)))
+        return re.sub(r"\d{4,}", lambda digits: f"{int(digits[0]):,}", str(sympy.expand(value.xreplace(large))))
     return f"{int(value):,}" if value == int(value) else f"{float(value):,.1f}"
 
 
@@ -484,10 +371,18 @@ _DOCUMENT = r"""\documentclass[a4paper]{article}
 Tokens are rows: a vector over features is a row, a vector over tokens a column, $\mathbf{1}$ the column of ones,
 and a number that is added to a matrix is added to each of its entries. $\odot$ is elementwise and binds looser
 than a matrix product.
-
+%s
 %s
 \end{document}
 """
+
+
+_LEGEND = {
+    "segprod": r"$\operatorname{segprod}(x)_{ts} = x_{s+1} \cdots x_t$ where $s \le t$, otherwise $0$.",
+    "cumprod": r"$\operatorname{cumprod}(x)_t = x_1 \cdots x_t$.",
+    "shift": r"$\operatorname{shift}_f(x)_t = x_{t-1}$, and $f$ for the first token.",
+    "last": r"$\operatorname{last}(x)$ is the row of the last token.",
+}
 
 
 def latex_document(layer: Layer) -> str:
@@ -498,4 +393,6 @@ def latex_document(layer: Layer) -> str:
         assert program is not None
         sections.append(f"\\subsection*{{{title}}}\n{program_latex(program)}")
     name = layer.signature.name.replace("_", r"\_")
-    return _DOCUMENT % (name, "\n\n".join(sections))
+    body = "\n\n".join(sections)
+    legend = [text for operation, text in _LEGEND.items() if rf"\operatorname{{{operation}}}" in body]
+    return _DOCUMENT % (name, "\n".join(legend), body)

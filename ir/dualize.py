@@ -158,7 +158,7 @@ def chunk_substitution(program: Program, sizes: Mapping[str, int]) -> Substituti
     """What gives the rows of a chunk whose gradients are online and not affine."""
     chunk = _Chunk(program, sizes, opened=False)
     states = dict(chunk._states())
-    return substitution(states, {n: chunk._anchor(n) for n in states}, chunk.raw, {**sizes, "N": sizes["C"]})
+    return substitution(states, {n: chunk._anchor(n) for n in states}, chunk.raw, {**sizes, "n": sizes["C"], "C": 1})
 
 
 class _Chunk:

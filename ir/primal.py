@@ -150,7 +150,8 @@ class _Loop:
         for _ in range(update.steps):
             inner += [opening, tokens, *((self._ending(),) if staged else ())]
         if read == "end":
-            weights = self.states if staged else self._readable("before")
+            scaled = any(t is not None for t in update.tau.values())  # by each reading token, not by the last
+            weights = self.states if is_staged(update) or (staged and not scaled) else self._readable("before")
             reading = Assign(z.target, self._placed(self.z.value, weights))
             inner.append(For("t", "m", None, (Block((reading,)),)))
         step = "T" if update.mini_batch == "all" else update.mini_batch

@@ -99,7 +99,8 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
     if update.read == "end":
         why = 'read="end": every token reads the end of its mini-batch, so the chunk is the mini-batch'
         return Plan(whole, whole, why)
-    squares = update.read != "start" or found.kind == "affine"
+    recurs = update.per == "token" and any(r is not None for g in (update.momentum, update.decay) for r in g.values())
+    squares = update.read != "start" or found.kind == "affine" or recurs
     longest, tile = (LONGEST_CHUNK, DEFAULT_CHUNK) if squares else (LONGEST_PLAIN_CHUNK, LONGEST_PLAIN_CHUNK)
     if b_ == "all":
         return Plan(chunk or tile, "T", "the mini-batch is the whole sequence: it is cut into tiles")

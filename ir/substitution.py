@@ -20,7 +20,7 @@ from tttc.ir.program import S_AXIS, T_AXIS, Assign
 from tttc.ir.reading import Moving, Term, over_chunk, read_through
 from tttc.ir.response import Kernel, Response, coefficients
 
-PAST = Axis("n", "N")  # the tokens of the chunk, seen from one of them
+PAST = Axis("n", "n")  # the tokens of the chunk, seen from one of them; no declaration can name this size
 NOW = leaf("now", "token", (T_AXIS, PAST), "c")  # a one where the token itself stands
 
 

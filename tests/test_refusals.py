@@ -149,7 +149,7 @@ def test_a_rule_is_refused(case, golden):
     refused(case, golden, case.run, "refusals")
 
 
-@pytest.mark.parametrize("variant", (*INEXACT, *CONTRADICTORY), ids=lambda v: v.__name__)
+@pytest.mark.parametrize("variant", [*INEXACT, *CONTRADICTORY], ids=lambda v: v.__name__)
 def test_check_says_the_same(variant):
     """`tttc.check` finds without sizes what `tttc.compile` refuses with them."""
     problems = tttc.check(variant)

@@ -20,7 +20,7 @@ from tttc.ir.update import memories, openings
 if TYPE_CHECKING:
     from tttc.layer import Layer
 
-PAST = cost.dim("N")  # the tokens of a chunk as one of them sees them (ir/substitution.py)
+PAST = cost.dim("n")  # the tokens of a chunk as one of them sees them (ir/substitution.py)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Layer:
         self._opened = openings(program.update)
         loop = next((s for s in program.scans if s.name == f"{self._name}_rows"), None)
         past = loop.carry if loop is not None and self._plan.substitution else ()
-        self._past = {str(p.arg[0].name): [self.dims[a.size] for a in p.axes if a.size != "N"] for p in past}
+        self._past = {str(p.arg[0].name): [self.dims[a.size] for a in p.axes if a.size != "n"] for p in past}
         self.decode = "rows" if self._keeps_rows(decode) else "sums"
         self._memory = tuple(m.variable for m in memories(program.update))
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None

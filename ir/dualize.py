@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, Leaf, const
 from tttc.ir.linearity import Dependence, Finding, dependence
-from tttc.ir.online import NotTriangular, solved, the_unknown, unknown_rows
+from tttc.ir.online import NotTriangular, named_like, solved, the_unknown, unknown_rows, unnamed
 from tttc.ir.primal import loop_params, per_token
 from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
 from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
@@ -213,6 +213,8 @@ class _Chunk:
                 return self.solved_rows()
             if kind.sequential:
                 return self._at({n: self._found_weights(w, decayed=True) for n, w in self._states()})
+        if update.decay_first:  # a mini-batch of one token: its start is what the token before left
+            return self._at({n: self._found_weights(w, decayed=True) for n, w in self._states()})
         for _ in range(update.steps - 1):
             self.rows = self._clipped(self._at(self.starts))
             self.starts = dict(self._next_starts())
@@ -265,7 +267,10 @@ class _Chunk:
         """The gradient's factors at the source tokens, some of them given."""
         result = []
         for t in self.raw[name]:
-            factors = [given[f] if f in given else over_chunk([f], S_AXIS, self.moved)[0] for f in t.factors]
+            factors = [
+                named_like(f, given[unnamed(f)]) if unnamed(f) in given else over_chunk([f], S_AXIS, self.moved)[0]
+                for f in t.factors
+            ]
             for f, value in given.items():
                 self.moved[f] = value
             result.append(Term(t.sign, tuple(factors)))

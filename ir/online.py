@@ -37,7 +37,7 @@ def the_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
             moving = [f for f in term.factors if dependence(f, states).dependence > Dependence.CONSTANT]
             if len(moving) > 1:
                 raise NotTriangular("a gradient is a product of several values that depend on the weights")
-            found.update(dict.fromkeys(moving))
+            found.update(dict.fromkeys(unnamed(f) for f in moving))
     for e in found:
         how = dependence(e, states)
         if how.dependence == Dependence.NONLINEAR:
@@ -46,6 +46,16 @@ def the_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
     if len(found) > 1:
         raise NotTriangular("the gradients hold several different values that depend on the weights")
     return next(iter(found), None)
+
+
+def unnamed(f: Expr) -> Expr:
+    """A factor under whatever axis names: the gradients of a matrix and of its bias share one."""
+    return f.src[0] if f.op == "rename" else f
+
+
+def named_like(f: Expr, value: Expr) -> Expr:
+    """The value of `unnamed(f)` under the axis names of f."""
+    return b.rename(value, dict(f.arg)) if f.op == "rename" else value
 
 
 def unknown_rows(u: Expr) -> Expr:
@@ -104,7 +114,7 @@ def gain(
         (rate,) = over_chunk([rates[name]], T_AXIS, {})
         terms = []
         for t in gradients[name]:
-            factors = [own if f is u else over_chunk([f], T_AXIS, {})[0] for f in t.factors]
+            factors = [named_like(f, own) if unnamed(f) is u else over_chunk([f], T_AXIS, {})[0] for f in t.factors]
             terms.append(Term(-t.sign, (rate, *factors)))
         weights[name] = Moving(w.axes, tuple(terms))
     total: Expr | None = None

@@ -8,7 +8,7 @@ that a step of any learning rate here is a small one: what diverges has no digit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -98,6 +98,10 @@ STAGES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "own view": lambda matrices: tttc.at_end(lambda A: tttc.tanh(A) + 0.5 * A, on="view"),
     "own view of a root": lambda matrices: tttc.at_end(lambda A: A * A, on="view", begin=lambda W: 1.0 + 0.3 * W),
 }
+PAIRS = (  # two stages in this order
+    *(("clip_norm", "muon"), ("muon", "weight_norm"), ("own update", "own weights"), ("own weights", "soft_clip")),
+    *(("weight_norm", "weight_norm of rows"), ("own joint update", "own anchored weights")),
+)
 VIEWS = ("power_norm", "own view", "own view of a root")
 BAD_STAGES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "muon of all": lambda matrices: tttc.muon(steps=2),
@@ -114,7 +118,7 @@ BAD_RULES: dict[str, Callable[[], Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """All that is drawn for one declaration. `hidden` are the activations between layers, one fewer than layers."""
 
@@ -154,6 +158,11 @@ class Recipe:
     read: str = "after"
     anchor: str = "mini_batch"
     steps: int = 1
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"Recipe({', '.join(f'{n}={x!r}' for n, x in chosen.items())})"
 
     @property
     def width(self) -> str:
@@ -378,7 +387,7 @@ def _of_rule(r: Recipe) -> Iterator[str]:
         yield "nesterov and ema are both set"
     if r.decay_first and r.decay == "none":
         yield "there is no decay"
-    elif r.decay_first and not (online or alone):
+    elif r.decay_first and not (online or (alone and r.steps == 1)):
         yield 'anchor is "mini_batch"'
     if r.read_scale != "none" and online and not alone:
         yield "read_scale scales what a mini-batch adds"
@@ -468,7 +477,7 @@ def sensible(draw: Any) -> Recipe:
     average = maybe(RATES, read != "start", of=5)
     averaged = average != "none"
     stages = [n for n in STAGES if n not in VIEWS]
-    at_end = maybe([(n,) for n in stages] + list(zip(stages, stages[::-1], strict=True)), not averaged, (), of=3)
+    at_end = maybe([*((n,) for n in stages), *PAIRS], not averaged, (), of=3)
     steps = maybe([2, 3], whole and not averaged, 1)
     momentum = maybe(RATES, steps == 1)
     form = draw(st.sampled_from(["plain", "nesterov", "ema"])) if momentum != "none" else "plain"
@@ -486,7 +495,7 @@ def sensible(draw: Any) -> Recipe:
         nesterov=form == "nesterov",
         ema=form == "ema",
         decay=decay,
-        decay_first=maybe([True], decay != "none" and (online or alone), False, of=2),
+        decay_first=maybe([True], decay != "none" and (online or (alone and steps == 1)), False, of=2),
         average=average,
         clip=maybe([0.05, 0.3, 5.0], absent=None, of=5),
         per=maybe(["mini_batch"], whole and form != "ema" and not averaged, "token"),
@@ -550,5 +559,5 @@ def recipes(draw: Any) -> Recipe:
     recipe = draw(sensible())
     if draw(st.integers(1, 4)) > 1:
         return recipe
-    fields = draw(st.lists(st.sampled_from([*CHANGES]), min_size=1, max_size=2, unique=True))
-    return replace(recipe, **{f: draw(st.sampled_from(CHANGES[f])) for f in fields})
+    changed = draw(st.lists(st.sampled_from([*CHANGES]), min_size=1, max_size=2, unique=True))
+    return replace(recipe, **{name: draw(st.sampled_from(CHANGES[name])) for name in changed})

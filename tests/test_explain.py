@@ -105,7 +105,7 @@ def flat(name: str) -> str:
             "after the other; in the weights they are nonlinear, made so by x1 = gelu(x)",
         ),
         ("online", "the gradients of a chunk come first, one token after the other"),
-        ("online", "4 dependent contractions per chunk of one token, 5 more for each further token, 79*T/16 in a call"),
+        ("online", "6 more for each further token, 6*T in a call"),
         ("clipped online", "chunk 1 token; "),
         ("clipped online", "3 dependent contractions per token, 3*T in a call"),
         ("single", '"start", in a mini-batch of a single token "before": z_t from W_(t-1)'),

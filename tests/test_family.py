@@ -39,8 +39,9 @@ OTHER_ORDER = 1e-12
 MINI_BATCHES = (1, 4, "all")
 # (mini-batch, chunk): free chunks, and tiles of a mini-batch. What takes longest to compile is left to the slow tests.
 CHUNKS = (
-    *((1, 3), (4, 3), ("all", 5)),
-    *(pytest.param(b, c, marks=pytest.mark.slow) for b, c in ((1, 1), (1, 5), (4, 1), (4, 5), ("all", 1), ("all", 3))),
+    *((4, 3), ("all", 5)),
+    *(pytest.param(1, c, marks=pytest.mark.slow) for c in (1, 3, 5)),
+    *(pytest.param(b, c, marks=pytest.mark.slow) for b, c in ((4, 1), (4, 5), ("all", 1), ("all", 3))),
 )
 TOKENS = 11  # two mini-batches of 4, and one that ends early
 
@@ -56,7 +57,7 @@ CASES = {name: (name, {}) for name in LIBRARY} | MORE
 
 
 @cache
-def layer_of(case, mini_batch, chunk=None, decode="auto"):
+def layer_of(case, mini_batch, chunk=None, decode="sums"):
     """The layer of a case; wide enough to tell the axes D and F apart, and narrow enough for the oracle."""
     name, settings = CASES[case]
     variant = LIBRARY[name].replace(mini_batch=mini_batch, **settings)
@@ -155,7 +156,7 @@ def split_differences(case, mini_batch, decode, *ways):
     """How the sequence cut in each of these ways differs from the one that is not, gradients included."""
     layer, inputs = layer_of(case, mini_batch, decode=decode), inputs_of(case, mini_batch)
     found = {}
-    for cuts in ways:
+    for cuts in () if no_choice(layer, decode) else ways:
         result = result_of(*split_call(layer, inputs, cuts), inputs)
         found[tuple(cuts)] = differences(result, whole_of(case, mini_batch), OTHER_ORDER, OTHER_ORDER)
     return "\n".join(f"cut at {cuts}\n{text}" for cuts, text in found.items() if text)
@@ -163,15 +164,19 @@ def split_differences(case, mini_batch, decode, *ways):
 
 WAYS = {
     1: ([3], [2, 5, 9]),
-    4: ([1], [2], [3], [4], [10], [2, 5, 9], [4, 4, 7]),
+    4: ([1], [3], [4], [10], [2, 5, 9], [4, 4, 7]),
     "all": ([1], [6], [2, 5, 9]),
 }
 
 
-# An open mini-batch is carried as sums or as its tokens; whole sequences and single tokens leave no choice.
+# An open mini-batch is carried as sums or as its tokens, where there is a choice.
 every_split = pytest.mark.parametrize(
-    ("mini_batch", "decode"), [(1, "auto"), (4, "sums"), (4, "rows"), ("all", "auto")]
+    ("mini_batch", "decode"), [(1, "sums"), (4, "sums"), (4, "rows"), ("all", "sums")]
 )
+
+
+def no_choice(layer, decode):
+    return decode == "rows" and layer.decode != decode
 
 
 @every_split
@@ -190,7 +195,7 @@ def test_token_by_token(case, mini_batch, decode):
 @pytest.mark.parametrize("case", NOT_CAUSAL)
 def test_reading_the_end_is_cut_at_whole_mini_batches(case):
     """There the result is that of one call; anywhere else the outputs already returned would have to change."""
-    assert not split_differences(case, 4, "auto", [4], [8], [4, 8])
+    assert not split_differences(case, 4, "sums", [4], [8], [4, 8])
     for cut in (1, 3, 6):
         with pytest.raises(StateMismatch):
             split_call(layer_of(case, 4), inputs_of(case, 4), [cut])
@@ -210,6 +215,8 @@ def test_a_state_without_its_history_continues_the_same(case, decode):
     and no gradient flows to the tokens before.
     """
     layer, inputs = layer_of(case, 4, decode=decode), inputs_of(case, 4)
+    if no_choice(layer, decode):
+        return
     first, second = part_of(inputs, slice(0, 6)), part_of(inputs, slice(6, TOKENS))
     _, state = layer(first.q, first.k, first.v, **keywords(first))
 
@@ -296,8 +303,8 @@ def calmed(inputs):
     return replace(inputs, gates={n: calm(n, x) for n, x in inputs.gates.items()})
 
 
-# One for each kind of state: weights alone, momentum in an open mini-batch, its tokens, an average.
-DECODED = ("KDA", "Titans", "two steps, read at the start", "averaged delta rule")
+# One for each kind of state: weights alone, momentum beside an open mini-batch, the tokens of that.
+DECODED = ("KDA", "Titans", "two steps, read at the start")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in DECODED else pytest.mark.slow) for c in CAUSAL])
@@ -323,9 +330,12 @@ def as_dtype(inputs, dtype):
 # One for each mechanism: a decay for each channel, a triangular system, both, momentum in a triangular system, momentum
 # and decay of frozen gradients, stages at the end with momentum once per mini-batch, a view, several steps.
 MECHANISMS = ("GLA", "GatedDeltaNet", "KDA", "MomentumDeltaNet", "Titans", "LaCT", "Moneta", "MTTT")
+SLOW_MECHANISMS = ("Titans", "LaCT", "Moneta")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "LaCT" else n for n in MECHANISMS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW_MECHANISMS else ()) for n in MECHANISMS]
+)
 def test_gradcheck(name):
     """Every entry of the Jacobian by every input, against central differences (torch's tolerances: 1e-5 absolute,
     1e-3); a whole mini-batch of 2, and one that is left open.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, seed, settings
+from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import tttc
@@ -129,7 +129,7 @@ def outcomes(examples: int, *seeds: int) -> Counter[str]:
     for number in seeds:
 
         @seed(number)
-        @settings(max_examples=examples)
+        @settings(max_examples=examples, phases=[Phase.generate])  # a recipe is short; to shrink one takes minutes
         @given(drawn.recipes(), calls)
         def run(recipe: Recipe, call: Call) -> None:
             counted[check(recipe, call)] += 1
@@ -156,7 +156,7 @@ def test_many_random_declarations(part):
 # -- one by one --------------------------------------------------------------------------------------------------------
 
 PLAIN = Recipe(hidden=("tanh",), residual=True)
-LINEAR = Recipe(bias="plain")
+LINEAR = Recipe(bias="plain", other_width=True)
 ONE_BY_ONE: dict[str, list[Recipe]] = {
     "activation": [replace(PLAIN, hidden=(name,)) for name in drawn.ACTIVATIONS],
     "loss": [replace(PLAIN, loss=name) for name in drawn.LOSSES],
@@ -176,10 +176,8 @@ ONE_BY_ONE: dict[str, list[Recipe]] = {
         replace(PLAIN, weighted=True),
         replace(PLAIN, hidden=("tanh", "silu"), bias="plain"),
     ],
-    "lr": [replace(PLAIN, lr=kind) for kind in drawn.RATES],
-    "read_scale": [replace(PLAIN, read_scale=kind) for kind in drawn.RATES],
-    "momentum": [replace(PLAIN, momentum=kind) for kind in drawn.RATES],
-    "decay": [replace(PLAIN, decay=kind) for kind in drawn.RATES],
+    "gains": [replace(PLAIN, lr=kind, read_scale=kind) for kind in drawn.RATES],
+    "recurrences": [replace(PLAIN, momentum=kind, decay=kind) for kind in drawn.RATES],
     "average": [replace(PLAIN, average=kind) for kind in drawn.RATES],
     "form": [
         replace(PLAIN, momentum="gate", nesterov=True),
@@ -192,13 +190,13 @@ ONE_BY_ONE: dict[str, list[Recipe]] = {
         replace(LINEAR, anchor="token", decay="channel", decay_first=True, mini_batch=3),
     ],
     "stage": [replace(PLAIN, at_end=(name,), read="start") for name in drawn.STAGES],
+    "stages": [replace(PLAIN, at_end=pair) for pair in drawn.PAIRS],
     "reading": [
-        replace(recipe, read=read, anchor=anchor, mini_batch=mini_batch)
-        for recipe in (PLAIN, replace(LINEAR, bias="no"))
-        for read in ("after", "before", "start", "end")
+        replace(recipe, read=read, anchor=anchor, mini_batch=3)
+        for recipe in (PLAIN, LINEAR)
         for anchor in ("mini_batch", "token")
-        for mini_batch in (1, 3, "all")
-        if not refusals(replace(recipe, read=read, anchor=anchor, mini_batch=mini_batch))
+        for read in ("after", "before", "start", "end")
+        if not refusals(replace(recipe, read=read, anchor=anchor, mini_batch=3))
     ],
 }
 REFUSED = [
@@ -218,6 +216,7 @@ REFUSED = [
     replace(PLAIN, momentum="gate", ema=True, nesterov=True),
     replace(PLAIN, decay_first=True),
     replace(PLAIN, decay="gate", decay_first=True),
+    replace(PLAIN, decay="gate", decay_first=True, mini_batch=1, read="start", steps=2),
     replace(PLAIN, read_scale="gate", anchor="token"),
     replace(PLAIN, average="gate", read_scale="gate"),
     replace(PLAIN, average="gate", at_end=("sign",)),

@@ -8,6 +8,7 @@ every two settings that occur together at all do so in some test.
 from __future__ import annotations
 
 import random
+from importlib import import_module
 from itertools import combinations, product
 
 import pytest
@@ -16,7 +17,9 @@ import tttc
 from tests.helpers import LIBRARY, READS, dims_of
 from tttc.errors import DeclarationError
 from tttc.ir.dualize import gradient_class
+from tttc.variant import signature
 
+Options = import_module("tttc.compile").Options  # the attribute `tttc.compile` is the function
 DIMS = {"D": 3, "E": 2, "F": 4}
 TOKENS = 10  # two mini-batches of 4, and one that ends early
 
@@ -195,20 +198,24 @@ def has_an_exact_form(rule, learner, anchor, read, mini_batch, decay_first=False
     return is_rule(rule, learner, anchor, read, mini_batch, decay_first) and not refused
 
 
-@crossed(
-    2,
-    has_an_exact_form,
-    together=2,
-    rule=RULES,
-    learner=LEARNERS,
-    anchor=ANCHORS,
-    read=READS,
-    mini_batch=MINI_BATCHES,
-    decay_first=(False, True),
-)
-def test_a_rule(rule, learner, anchor, read, mini_batch, decay_first):
+SETTINGS = dict(anchor=ANCHORS, read=READS, mini_batch=MINI_BATCHES, decay_first=(False, True))
+
+
+def check_rule(rule, learner, anchor, read, mini_batch, decay_first):
     update = sgd(lr, decay_first=decay_first, **RULES[rule])
     check(LEARNERS[learner], update=update, anchor=anchor, read=read, mini_batch=mini_batch)
+
+
+@crossed(2, has_an_exact_form, together=2, rule=RULES, learner=["linear", "MLP"], **SETTINGS)
+def test_a_rule(rule, learner, anchor, read, mini_batch, decay_first):
+    """On gradients that are affine in the weights, and on those that are not: every two settings with both."""
+    check_rule(rule, learner, anchor, read, mini_batch, decay_first)
+
+
+@crossed(2, has_an_exact_form, rule=RULES, learner=["dot", "scale"], **SETTINGS)
+def test_a_rule_on_simpler_gradients(rule, learner, anchor, read, mini_batch, decay_first):
+    """On gradients that do not depend on the weights, and on those of a vector."""
+    check_rule(rule, learner, anchor, read, mini_batch, decay_first)
 
 
 @pytest.mark.parametrize("mini_batch", [4, "all"])
@@ -290,6 +297,7 @@ STAGES = {
     ),
     "two, one of them for one state": (tttc.muon(2, states=("W1",)), tttc.weight_norm(0)),
     "a view and an update": (tttc.clip_norm(0.1), tttc.power_norm(3, states=("W2",))),
+    "a view that begins elsewhere": tttc.at_end(lambda A: 2.0 * A, "view", begin=lambda W: 0.5 * W),
 }
 STAGED_RULES = {
     "plain": {},
@@ -303,7 +311,7 @@ def has_a_staged_form(stage, rule, read, mini_batch):
     """A view is not seen from inside. Of a single token's gradient, muon keeps the direction alone: the derivative by
     its learning rate is 0, and what both sides hold is rounding.
     """
-    if stage in ("power_norm", "a view and an update") and read in ("after", "before"):
+    if (stage == "power_norm" or stage.startswith("a view")) and read in ("after", "before"):
         return False
     return not (stage == "muon" and mini_batch == 1 and "momentum" not in STAGED_RULES[rule])
 
@@ -328,6 +336,19 @@ def test_a_stage_after_online_gradients(stage, rule, read, mini_batch):
     update = sgd(lr, at_end=STAGES[stage], **STAGED_RULES[rule])
     for variant in (Plain, PlainDot):
         check(variant, update=update, anchor="token", read=read, mini_batch=mini_batch)
+
+
+TWO_NORMS = {
+    "columns, then rows": (tttc.weight_norm(0), tttc.weight_norm(1)),
+    "columns, then all": (tttc.weight_norm(0), STAGES["own with what it began with"]),
+    "columns, nothing for the update": (tttc.weight_norm(0), tttc.clip_norm(0.1)),
+}
+
+
+@pytest.mark.parametrize("stages", TWO_NORMS)
+def test_two_stages_that_remember_something(stages):
+    """Each stage is given what itself began with."""
+    check(Matrices, update=sgd(lr, at_end=TWO_NORMS[stages]), read="start")
 
 
 ONCE = {
@@ -363,6 +384,37 @@ STEPPED = {
 def test_several_steps(learner, rule, read, mini_batch, steps):
     """Each step takes the gradients of all tokens where the last one led."""
     check(LEARNERS[learner], update=sgd(lr, **STEPPED[rule]), read=read, mini_batch=mini_batch, steps=steps)
+
+
+# -- a compiler that checks itself --------------------------------------------------------------------------
+
+
+def checked():
+    """Each rule of this file on one declaration, with its settings."""
+
+    def case(name, variant, *marks, **settings):
+        return pytest.param(variant.replace(mini_batch=4, **settings), id=name, marks=marks)
+
+    for rule, parts in RULES.items():
+        if "read_scale" in parts:
+            yield case(rule, MLP, update=sgd(lr, **parts))
+        else:
+            yield case(f"online: {rule}", Linear, anchor="token", update=sgd(lr, **parts))
+    for rule, parts in CHANNEL_RULES.items():
+        yield case(f"channels: {rule}", Plain, pytest.mark.slow, update=sgd(**parts))
+    for stage, found in STAGES.items():
+        yield case(f"at the end: {stage}", Matrices, read="start", update=sgd(lr, at_end=found))
+    for rule, parts in ONCE.items():
+        yield case(f"once: {rule}", Matrices, read="end", update=sgd(lr, per="mini_batch", **parts))
+    for rule, parts in STEPPED.items():
+        yield case(f"two steps: {rule}", MLP, pytest.mark.slow, read="end", steps=2, update=sgd(lr, **parts))
+
+
+@pytest.mark.parametrize("variant", list(checked()))
+def test_every_stage_keeps_the_meaning_of_a_rule(monkeypatch, variant):
+    """With TTTC_CHECK=1 the compiler interprets its own passes against the rule itself, and finds nothing."""
+    monkeypatch.setenv("TTTC_CHECK", "1")
+    tttc.compile(variant, DIMS)
 
 
 # -- how gradients are found --------------------------------------------------------------------------------
@@ -452,6 +504,8 @@ LIBRARY_CLASSES = {
 def test_the_class_of_every_library_variant():
     found = {kind: set() for kind in LIBRARY_CLASSES}
     for name, variant in LIBRARY.items():
-        layer = tttc.compile(variant, dims_of(variant, 4, 6))
-        found[gradient_class(layer.stages["primal"].program).kind].add(name)
+        program = signature(variant)
+        for stage in tttc.PIPELINE[: [s.name for s in tttc.PIPELINE].index("primal") + 1]:
+            program = stage.run(program, Options(dims_of(variant, 4, 6)))
+        found[gradient_class(program).kind].add(name)
     assert found == LIBRARY_CLASSES

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import tttc
-from tests.helpers import MINI_BATCHES, READS, VARIANTS, compiled, inputs_for, oracle_result
+from tests.helpers import LIBRARY, MINI_BATCHES, READS, VARIANTS, compiled, dims_of, inputs_for, oracle_result
 from tttc.errors import PassChangedMeaning
+from tttc.ir import build as b
 from tttc.ir.interpret import interpret
 from tttc.ir.program import Assign, Block, For
+from tttc.ir.update import openings
 from tttc.ir.verify import MalformedProgram
 from tttc.meaning import random_arguments
 from tttc.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
@@ -27,6 +29,7 @@ STAGES = tuple(stage.name for stage in compiler.PIPELINE)
 LOOPS = ("primal", "dualize", "schedule")  # the stages that hold the whole layer as one function
 TOKENS = 10  # two mini-batches of 4, and one that ends early
 every_variant = pytest.mark.parametrize("name", VARIANTS)
+every_declaration = pytest.mark.parametrize("name", LIBRARY)  # each with its own read, anchor, steps and update
 every_length = pytest.mark.parametrize("mini_batch", [4, "all"])
 
 
@@ -64,6 +67,16 @@ def error(found, wanted):
 # -- loops over tokens and chunks ---------------------------------------------------------------------------
 
 
+def loop_errors(layer, inputs, stage):
+    """The errors of the outputs and final weights of a printed loop, against the oracle."""
+    wanted = oracle_result(layer.signature.variant, inputs)
+    program = layer.stages[stage].program
+    found = called(executed(layer, stage), program[program.name], one_head(inputs))
+    assert set(found) == {"z", *wanted.final}
+    errors = {n: error(found[n], w[0, 0]) for n, w in wanted.final.items()}
+    return errors | {"z": error(found["z"], wanted.z[0, :, 0])}
+
+
 @pytest.mark.parametrize("stage", LOOPS)
 @pytest.mark.parametrize("read", READS)
 @every_length
@@ -71,14 +84,17 @@ def error(found, wanted):
 def test_a_loop_equals_the_oracle(name, mini_batch, read, stage):
     """Outputs and final weights, to the tolerance of `tttc.verify`."""
     layer = compiled(name, mini_batch=mini_batch, read=read)
+    assert max(loop_errors(layer, inputs_for(layer, TOKENS), stage).values()) <= OUTPUT_TOLERANCE
+
+
+@every_length
+@every_declaration
+def test_a_loop_of_the_library_equals_the_oracle(name, mini_batch):
+    """The same, for rules with momentum, decay, stages, several steps: every stage that is a loop."""
+    layer = compiled(name, 3, 4, mini_batch=mini_batch)
     inputs = inputs_for(layer, TOKENS)
-    wanted = oracle_result(layer.signature.variant, inputs)
-    program = layer.stages[stage].program
-    found = called(executed(layer, stage), program[program.name], one_head(inputs))
-    assert error(found.pop("z"), wanted.z[0, :, 0]) <= OUTPUT_TOLERANCE
-    assert set(found) == set(wanted.final)
-    for n, w in found.items():
-        assert error(w, wanted.final[n][0, 0]) <= OUTPUT_TOLERANCE
+    errors = {stage: max(loop_errors(layer, inputs, stage).values()) for stage in LOOPS}
+    assert max(errors.values()) <= OUTPUT_TOLERANCE, errors
 
 
 @every_length
@@ -100,20 +116,28 @@ def test_a_loop_over_no_tokens_returns_the_weights(name, mini_batch):
 @every_length
 @every_variant
 def test_the_adjoint_equals_the_gradients_of_the_oracle(name, mini_batch, read):
-    """The printed reverse sweeps; where the mini-batch stays open, that of its tiles after that of its end."""
-    layer = compiled(name, mini_batch=mini_batch, read=read)
+    """The printed reverse sweeps, one after the other; to the tolerance of `tttc.verify`."""
+    assert not wrong_gradients(compiled(name, mini_batch=mini_batch, read=read))
+
+
+@every_length
+@every_declaration
+def test_the_adjoint_of_the_library_equals_the_gradients_of_the_oracle(name, mini_batch):
+    """The same through everything that a sequence carries beside its weights, and what it began with."""
+    assert not wrong_gradients(compiled(name, 3, 4, mini_batch=mini_batch))
+
+
+def wrong_gradients(layer):
+    """The inputs whose gradients by the printed adjoints are not those of the oracle."""
     inputs = inputs_for(layer, TOKENS)
     cotangents = random_cotangents(layer, inputs)
-    program, scope = layer.stages["adjoint"].program, executed(layer, "adjoint")
-    arguments = one_head(inputs) | cotangents
-    names = {f.name for f in program.functions}
-    if f"{program.name}_adjoint" in names:
-        found = called(scope, program[f"{program.name}_adjoint"], arguments)
-    else:
-        found = tiled_gradients(layer, program, scope, arguments)
-    for n, g in oracle_gradients(layer, inputs, cotangents).items():
-        got = found.get(f"d{n}", np.zeros(g.shape))
-        assert error(got, g) <= GRADIENT_TOLERANCE, n
+    found = swept_back(layer, one_head(inputs), cotangents)
+    wanted = oracle_gradients(layer, inputs, cotangents)
+    return {
+        n: e
+        for n, g in wanted.items()
+        if not (e := error(found.get(f"d{n}", np.zeros(g.shape)), g)) <= GRADIENT_TOLERANCE
+    }
 
 
 def random_cotangents(layer, inputs):
@@ -133,26 +157,40 @@ def oracle_gradients(layer, inputs, cotangents):
     return {n: g[0, :, 0] if n in sequences else g[0] if n in inputs.params else g[0, 0] for n, g in by_name.items()}
 
 
-def tiled_gradients(layer, program, scope, arguments):
-    """The chain rule over two scans: `open` sums the gradients of the mini-batch, `close` ends it."""
-    declared = layer.signature
-    sums = {f"S_{n}": np.zeros_like(arguments[n]) for n in declared.states}
-    forward = executed(layer, "schedule")
-    schedule = layer.stages["schedule"].program
-    grown = called(forward, schedule[f"{program.name}_open"], arguments | sums)
-    rates = {n: arguments[n][-1] for n in declared.gates}  # the end of a mini-batch takes the gates of its last token
-    summed = {n: grown[n] for n in sums}
-    end = called(scope, program[f"{program.name}_close_adjoint"], arguments | summed | rates)
-    back = arguments | sums | {f"d{n}": end[f"d{n}"] for n in sums}
-    found = called(scope, program[f"{program.name}_open_adjoint"], back)
-    for n in declared.gates:
-        if f"d{n}" in end:
-            found[f"d{n}"] = found.get(f"d{n}", np.zeros_like(arguments[n]))
-            found[f"d{n}"][-1] += end[f"d{n}"]
-    for n in (*declared.states, *declared.params):
-        if f"d{n}" in end:
-            found[f"d{n}"] = found.get(f"d{n}", 0) + end[f"d{n}"]
+def swept_back(layer, arguments, cotangents):
+    """The chain rule over the printed scans: what the sequence begins with, then its mini-batches; or, where they are
+    tiled and the only one stays open, its tiles and then its end.
+    """
+    schedule, program = layer.stages["schedule"].program, layer.stages["adjoint"].program
+    forward, backward = executed(layer, "schedule"), executed(layer, "adjoint")
+    scans = {s.name.removeprefix(program.name): s for s in program.scans}
+    order = [part for part in ("_begin", "", *(() if "" in scans else ("_open", "_close"))) if part in scans]
+    values = arguments | {str(o.variable.arg[0].name): opened(o, program) for o in openings(program.update)}
+    gates = layer.signature.gates
+    met = []
+    for part in order:
+        if part == "_close":  # the end of a mini-batch takes the gates of its last token
+            values = values | {n: values[n][-1] for n in gates}
+        met.append(values)
+        if part != order[-1]:
+            values = values | called(forward, schedule[scans[part].name], values)
+    found = {
+        f"d{a.leaf.name}": np.zeros_like(values[a.leaf.name]) for s in scans.values() for a in s.updates
+    } | cotangents
+    for part, values in zip(reversed(order), reversed(met), strict=True):
+        scan = scans[part]
+        pulled = called(backward, program[f"{scan.name}_adjoint"], values | found)
+        made = {f"d{a.leaf.name}" for a in scan.updates}
+        for n, g in pulled.items():
+            if part == "_close" and n[1:] in gates:
+                g = np.append(np.zeros((TOKENS - 1, *np.shape(g))), [g], 0)
+            found[n] = g if n in made or n not in found else found[n] + g
     return found
+
+
+def opened(o, program):
+    """A variable of an open mini-batch before its first token."""
+    return np.full([program.dims[a.size] for a in o.variable.axes], o.begins)
 
 
 # -- functions of one token ---------------------------------------------------------------------------------
@@ -174,12 +212,12 @@ def bound(layer, tensors):
 
 
 @pytest.mark.parametrize("stage", ["declare", "differentiate", "simplify"])
-@every_variant
+@every_declaration
 def test_the_functions_of_one_token(name, stage):
     """loss and output are the user's, gradient is what torch.autograd finds. 1e-13: a few dozen roundings on one
     token.
     """
-    layer = compiled(name)
+    layer = compiled(name, 3, 4)
     arrays, tensors = one_token(layer)
     program, scope = layer.stages[stage].program, executed(layer, stage)
     user = bound(layer, tensors)
@@ -202,13 +240,27 @@ def test_the_functions_of_one_token(name, stage):
 @every_variant
 def test_the_interpreter_computes_what_the_text_does(name, mini_batch, stage):
     """1e-13: the same operations in NumPy, some as einsum and some as @."""
-    layer = compiled(name, mini_batch=mini_batch)
+    assert not interpreted_otherwise(compiled(name, mini_batch=mini_batch), stage)
+
+
+@every_length
+@every_declaration
+def test_the_interpreter_computes_what_the_text_of_the_library_does(name, mini_batch):
+    layer = compiled(name, 3, 4, mini_batch=mini_batch)
+    assert not {stage: wrong for stage in STAGES if (wrong := interpreted_otherwise(layer, stage))}
+
+
+def interpreted_otherwise(layer, stage):
+    """The results of the functions of a stage that the interpreter and the printed text do not agree about."""
     program, scope = layer.stages[stage].program, executed(layer, stage)
+    wrong = {}
     for function in program.functions:
         arguments = random_arguments(function.params, program.dims, TOKENS)
         found = called(scope, function, arguments)
         for n, x in zip(found, interpret(program, function.name, arguments), strict=True):
-            assert error(found[n], x) <= 1e-13, (function.name, n)
+            if not (e := error(found[n], x)) <= 1e-13:
+                wrong[function.name, n] = e
+    return wrong
 
 
 def test_the_stages_are_those_of_the_pipeline():
@@ -245,6 +297,61 @@ def test_the_compiler_checks_its_own_passes(monkeypatch, name, read, mini_batch)
     assert tttc.compile(variant, compiled(name).dims, torch.float64).stages["adjoint"]
 
 
+@pytest.mark.parametrize(
+    "mini_batch", [4, pytest.param("all", marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)]
+)
+@every_declaration
+def test_the_compiler_checks_its_own_passes_on_the_library(monkeypatch, name, mini_batch):
+    monkeypatch.setenv("TTTC_CHECK", "1")
+    variant = LIBRARY[name].replace(mini_batch=mini_batch)
+    assert tttc.compile(variant, dims_of(variant, 3, 4), torch.float64).stages["adjoint"]
+
+
+def halved(role):
+    return lambda rule: replace(rule, **{role: {n: b.mul(b.const(0.5), r) for n, r in getattr(rule, role).items()}})
+
+
+def changed(**settings):
+    return lambda rule: replace(rule, **settings)
+
+
+# What a stage may get wrong of an update rule, and a declaration that has it.
+FAULTS = {
+    "half the momentum": ("Titans", {}, halved("momentum")),
+    "another momentum": ("Titans", {}, lambda rule: replace(rule, momentum=rule.decay, decay=rule.momentum)),
+    "Nesterov's momentum": ("MomentumDeltaNet", {}, changed(nesterov=True)),
+    "momentum of every token": ("LaCT", {}, changed(per="token")),
+    "half the decay": ("GLA", {}, halved("decay")),
+    "a decay that comes last": ("GatedDeltaNet", {}, changed(decay_first=False)),
+    "no stage at the end": ("ViTTT", {}, changed(at_end=())),
+    "a stage too few": ("LaCT", {}, lambda rule: replace(rule, at_end=rule.at_end[1:])),
+    "no view": ("Moneta", {}, changed(at_end=())),
+    "another anchor": ("DeltaNet", {}, changed(anchor="mini_batch")),
+    "an anchor of its own": ("Titans", {}, changed(anchor="token")),
+    "a step too few": ("MTTT", {}, changed(steps=1)),
+    "half the average": ("DeltaNet", {"update": tttc.sgd(0.1, average=0.5)}, halved("average")),
+    "no clip": ("TTTLinear", {"update": tttc.sgd(0.1, clip=0.1)}, changed(clip=None)),
+    "half of tau": ("TTTLinear", {}, halved("tau")),
+}
+
+
+@pytest.mark.parametrize("stage", LOOPS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_pass_that_changes_the_rule_is_named(monkeypatch, fault, stage):
+    """One stage takes another rule than the declared one, and says nothing about it."""
+    name, settings, change = FAULTS[fault]
+    monkeypatch.setenv("TTTC_CHECK", "1")
+
+    def faulty(run):
+        return lambda p, o: replace(run(replace(p, update=change(p.update)), o), update=p.update)
+
+    stages = [replace(s, run=faulty(s.run)) if s.name == stage else s for s in compiler.PIPELINE]
+    monkeypatch.setattr(compiler, "PIPELINE", tuple(stages))
+    variant = LIBRARY[name].replace(mini_batch=4, **settings)
+    with pytest.raises(PassChangedMeaning, match=f"stage '{stage}' changed the output"):
+        tttc.compile(variant, dims_of(variant, 3, 4), torch.float64)
+
+
 def with_stage(monkeypatch, name, change):
     """The pipeline with one stage whose result is changed by `change`."""
     stages = [
@@ -268,8 +375,6 @@ def doubled(program):
 
 
 def twice(e):
-    from tttc.ir import build as b
-
     return b.mul(b.const(2), e)
 
 

@@ -12,15 +12,30 @@ import pytest
 import torch
 
 import tttc
-from tests.helpers import Result, compiled, differences, inputs_for, layer_result, oracle_result
+from tests.helpers import (
+    LIBRARY,
+    Result,
+    compiled,
+    differences,
+    inputs_for,
+    layer_result,
+    oracle_result,
+    result_of,
+    split_call,
+)
+from tttc.call import Call
 from tttc.ir import build as b
 from tttc.ir.expr import OPS, Expr, transform
 from tttc.ir.program import Assign
+from tttc.ir.response import Response
 from tttc.library import GatedThreeLayer, LinearAttention, TTTLinear
+from tttc.state import State
 from tttc.verify import Row, verify
 
 compiler = import_module("tttc.compile")  # the attribute `tttc.compile` is the function
 api = import_module("tttc.api")
+layer_module = import_module("tttc.layer")
+torch_ops = import_module("tttc.backends.torch.ops")
 TOKENS = 10  # two mini-batches of 4 and a tail of 2
 
 
@@ -40,8 +55,8 @@ class Tanh(tttc.Variant):
     update = tttc.sgd(lr=tttc.gate("lr"), read_scale=tttc.gate("tau"))
 
 
-def verified(variant=Tanh, **settings):
-    return verify(variant.replace(mini_batch=4, **settings), {"D": 3, "F": 4}, tokens=TOKENS)
+def verified(variant=Tanh, *, chunk=None, **settings):
+    return verify(variant.replace(mini_batch=4, **settings), {"D": 3, "F": 4}, tokens=TOKENS, heads=1, chunk=chunk)
 
 
 def wrong_rows(found):
@@ -166,6 +181,167 @@ class Dropped:
 
 def without_tail(name, scan):
     return Dropped(scan) if name.endswith("_open") else scan
+
+
+# -- momentum, decay, online gradients ----------------------------------------------------------------------
+
+
+def test_without_a_fault_every_rule_is_green():
+    """The declarations of this part and of the next one; their open mini-batches are carried as sums."""
+    linear = ("Mamba2", "GLA", "DeltaNet", "GatedDeltaNet", "KDA", "MomentumDeltaNet")
+    for name in (*linear, "Titans", "LaCT", "Moneta", "ViTTT"):
+        assert verified(LIBRARY[name]).ok, name
+        assert compiled(name, 3, 4, mini_batch=4).decode == "sums", name
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "GLA", "GatedDeltaNet", "Titans"])
+def test_a_product_of_decays_off_by_one(monkeypatch, name):
+    """The decay of the source token instead of that of the reading one: a[s] ... a[t - 1]."""
+    right = b.segprod
+    monkeypatch.setattr(b, "segprod", lambda a, rows, columns: right(b.shift(a, rows, 1.0), rows, columns))
+    assert {"z", "grad k", "grad v"} <= wrong_rows(verified(LIBRARY[name]))
+
+
+@pytest.mark.parametrize("part", ["later", "forward"])
+def test_a_kernel_with_a_wrong_triangle(monkeypatch, part):
+    """The helper of the generated code, with one token too many or too few in each product."""
+    text = torch_ops.HELPERS["segprod"]
+    old, new = {"later": (".tril(-1)", ".tril()"), "forward": (".tril().view", ".tril(-1).view")}[part]
+    assert old in text
+    monkeypatch.setitem(torch_ops.HELPERS, "segprod", text.replace(old, new))
+    assert {"z", "grad k"} <= wrong_rows(verified(LIBRARY["Mamba2"]))
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "GLA", "Titans"])
+def test_a_token_that_sees_itself_under_decay(monkeypatch, name):
+    """read="before" with the triangle of "after": the outputs are wrong, the weights are not."""
+    monkeypatch.setattr(Response, "before", lambda self: self)
+    wrong = wrong_rows(verified(LIBRARY[name], read="before"))
+    assert {"z", "grad q"} <= wrong
+    assert not any(row.startswith("state") for row in wrong)
+
+
+@pytest.mark.parametrize("name", ["GatedDeltaNet", "KDA", "MomentumDeltaNet"])
+def test_an_anchor_one_token_late(monkeypatch, name):
+    """The online gradient at W_t instead of W_{t-1}, which only the products of rates can tell apart: of the rest the
+    system reads what lies below the diagonal.
+    """
+    monkeypatch.setattr(Response, "before", lambda self: self)
+    assert {"z", "state W", "grad k"} <= wrong_rows(verified(LIBRARY[name]))
+
+
+def test_a_system_solved_by_the_wrong_triangle(monkeypatch):
+    """Forward and backward exchanged: the first token depends on the last."""
+    text = torch_ops.HELPERS["solve"]
+    assert "upper=upper" in text
+    monkeypatch.setitem(torch_ops.HELPERS, "solve", text.replace("upper=upper", "upper=not upper"))
+    assert {"z", "state W", "grad k"} <= wrong_rows(verified(LIBRARY["DeltaNet"]))
+
+
+def test_a_backward_that_solves_the_same_system_again(monkeypatch):
+    """The transpose forgotten: the forward is right, the gradients are not."""
+    row = OPS["solve"]
+
+    def untransposed(g, y, matrix, right):
+        known, unknown = y.arg
+        dx = b.solve(matrix, b.rename(b.broadcast(g, y.axes), {unknown: known}), known, unknown)
+        return row.adjoint(g, y, matrix, right)[0], b.rename(dx, {unknown: known})
+
+    monkeypatch.setitem(OPS, "solve", replace(row, adjoint=untransposed))
+    wrong = wrong_rows(verified(LIBRARY["DeltaNet"]))
+    assert {"grad k", "grad v", "grad W"} <= wrong
+    assert not {"z", "state W"} & wrong
+
+
+# -- the borders of a mini-batch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Titans", "LaCT", "Moneta", "MomentumDeltaNet"])
+def test_a_stale_memory(monkeypatch, name):
+    """Momentum, or what a view accumulates, stays what it was where the sequence began: right for one mini-batch."""
+    after_stage(monkeypatch, "schedule", lambda p: replace(p, scans=tuple(map(forgetful, p.scans))))
+    assert "z" in wrong_rows(verified(LIBRARY[name], chunk=4))
+    assert verify(LIBRARY[name].replace(mini_batch=4), {"D": 3, "F": 4}, tokens=4, chunk=4).ok
+
+
+def forgetful(scan):
+    kept = (Assign(a.target, a.target) if a.leaf.role == "memory" and scan.carry else a for a in scan.updates)
+    return replace(scan, updates=tuple(kept))
+
+
+@pytest.mark.parametrize("variable", ["S_W1", "a_W1"])
+def test_an_open_mini_batch_that_loses_its_tail(monkeypatch, variable):
+    """What the last tokens added, or how much they forgot: right where there is no tail."""
+
+    def losing(scan):
+        kept = (Assign(a.target, a.target) if a.leaf.name == variable else a for a in scan.updates)
+        return replace(scan, updates=tuple(kept))
+
+    after_stage(monkeypatch, "schedule", lambda p: replace(p, scans=tuple(map(losing, p.scans))))
+    assert "state W1" in wrong_rows(verified(LIBRARY["Titans"]))
+    assert verify(LIBRARY["Titans"].replace(mini_batch=4), {"D": 3, "F": 4}, tokens=8).ok
+
+
+def test_an_open_mini_batch_that_loses_a_token(monkeypatch):
+    """Where an open mini-batch is carried as its tokens: the last one is handed on as zeros."""
+
+    class Losing(State):
+        def __init__(self, *parts, **named):
+            super().__init__(*parts, **named)
+            self.rows = {n: torch.cat([x[:, :-1], 0 * x[:, -1:]], 1) for n, x in self.rows.items()}
+
+    layer = compiled("MTTT", 3, mini_batch=4, read="start")
+    inputs = inputs_for(layer, TOKENS)
+    wanted = layer_result(layer, inputs)
+    assert not differences(result_of(*split_call(layer, inputs, [6]), inputs), wanted)
+    monkeypatch.setattr(layer_module, "State", Losing)
+    assert differences(result_of(*split_call(layer, inputs, [6]), inputs), wanted)
+    assert not differences(result_of(*split_call(layer, inputs, [4]), inputs), wanted)
+
+
+@pytest.mark.parametrize("name", ["LaCT", "ViTTT"])
+def test_no_stage_for_a_mini_batch_that_ends_early(monkeypatch, name):
+    """The weights that a ragged tail hands on go through no stage: what is read before is right."""
+    after_stage(monkeypatch, "schedule", lambda p: replace(p, scans=tuple(map(unstaged, p.scans))))
+    settings = {"mini_batch": 4, "read": "start"}
+    wrong = wrong_rows(verify(LIBRARY[name].replace(**settings), {"D": 3, "F": 4}, tokens=TOKENS))
+    assert {"state W1", "state W2"} <= wrong
+    assert "z" not in wrong
+    assert verify(LIBRARY[name].replace(**settings), {"D": 3, "F": 4}, tokens=8).ok
+
+
+def unstaged(scan):
+    """The end of a mini-batch without its stages: W - S."""
+    if not scan.name.endswith("_close"):
+        return scan
+    sums = {p.arg[0].name: p for p in scan.fixed}
+    plain = [b.sub(a.target, sums[f"S_{a.leaf.name}"]) if a.leaf.role == "state" else a.value for a in scan.updates]
+    return replace(scan, updates=tuple(Assign(a.target, x) for a, x in zip(scan.updates, plain, strict=True)))
+
+
+def test_tau_of_the_wrong_token(monkeypatch):
+    """A whole mini-batch hands on what tau of its last token says, here that of the token before it."""
+    right = b.last
+    monkeypatch.setattr(b, "last", lambda a, axis: right(b.shift(a, axis, 1.0) if is_tau(a) else a, axis))
+    assert {"z", "state W", "state b", "grad tau"} <= wrong_rows(verified())
+
+
+def test_tau_of_the_wrong_token_where_a_mini_batch_ends_early(monkeypatch):
+    """The same where the sequence ends: only the weights that it hands on are wrong."""
+    right = Call.value
+
+    def early(self, p, values, now, stop):
+        before = is_tau(p) and not p.arg[0].at
+        return right(self, p, values, now - before, stop - before)
+
+    monkeypatch.setattr(Call, "value", early)
+    wrong = wrong_rows(verified())
+    assert {"state W", "state b", "grad tau"} <= wrong
+    assert "z" not in wrong
+
+
+def is_tau(e):
+    return e.op == "leaf" and e.arg[0].name == "tau"
 
 
 # -- rates --------------------------------------------------------------------------------------------------

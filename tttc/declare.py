@@ -71,7 +71,8 @@ def _examined(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
     declared, problems = read_declaration(variant)
     if all(map(is_dim, declared.dims)):
         problems += _traced_functions(declared)[1]
-        problems += [p for stage in getattr(declared.update, "at_end", ()) for p in _stage_problems(stage, declared)]
+        stages = [s for s in getattr(declared.update, "at_end", ()) if isinstance(s, AtEnd)]
+        problems += [p for stage in stages for p in _stage_problems(stage, declared)]
     return declared, problems
 
 

@@ -316,7 +316,8 @@ def _rule_problems(variant: type[Variant], update: SGD, states: Mapping[str, Sta
         refuse(f"{'nesterov' if update.nesterov else 'ema'} is set, but there is no momentum.", "Give momentum=.")
     if update.nesterov and update.ema:
         refuse("nesterov and ema are both set.", "They are two forms of momentum: choose one.")
-    if update.decay_first and (update.decay is None or not (online or variant.mini_batch == 1)):
+    single = variant.mini_batch == 1 and variant.steps == 1
+    if update.decay_first and (update.decay is None or not (online or single)):
         refuse(
             "decay_first says that an online gradient is taken at the decayed weights, "
             + ("but there is no decay." if update.decay is None else 'but anchor is "mini_batch".'),

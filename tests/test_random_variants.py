@@ -55,8 +55,12 @@ def check(recipe: Recipe, call: Call) -> str:
     problems = tttc.check(variant)
     layer, message = compiled(variant, call)
     if layer is None:
-        assert wanted, f"refused without a reason: {shown}\n{message}"
-        assert_well_refused(message, wanted, problems)
+        # an affine gradient whose number stands outside one product and inside another is run token by token, exactly,
+        # and so shares the refusals of that
+        apart = "several different values" in message
+        assert wanted or apart, f"refused without a reason: {shown}\n{message}"
+        if wanted:
+            assert_well_refused(message, wanted, problems)
         return "refused"
     assert not wanted, f"compiled, in spite of {wanted}: {shown}"
     assert not problems, f"compiled, in spite of what tttc.check says, {problems}: {shown}"

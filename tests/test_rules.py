@@ -181,7 +181,7 @@ ANCHORS = ("mini_batch", "token")
 
 
 def is_rule(rule, learner, anchor, read, mini_batch, decay_first=False):
-    """Whether the declaration makes sense: see the refusals of tests/test_errors.py."""
+    """Whether the declaration makes sense: see tests/test_refusals.py."""
     parts = RULES[rule]
     if ("read_scale" in parts and anchor == "token") or ("average" in parts and read == "start"):
         return False

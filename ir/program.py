@@ -91,12 +91,14 @@ Rates = Mapping[str, Expr | None]
 @dataclass(frozen=True)
 class EndStage:
     """What acts where a mini-batch ends, as expressions over leaves: `values[W]` is a function of `end_leaf(W)` (the
-    update, the weights, or for on="view" the accumulator) and of the memory `N_W`, which starts at `begins[W]`.
+    update, the weights, or for on="view" the accumulator) and of the memory `kept[W]`, which starts at `begins[W]` and
+    stays; a view's accumulator starts there instead.
     """
 
     on: str
     values: Mapping[str, Expr]
     begins: Mapping[str, Expr]
+    kept: Mapping[str, Expr]
     label: str = ""
 
 

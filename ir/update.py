@@ -158,7 +158,7 @@ def memories(update: Update) -> tuple[Memory, ...]:
             if begun is None:
                 continue
             (value,) = substitute([begun], {end_leaf(w): w})
-            found.append(Memory(base if stage.on == "view" else leaf(f"N_{n}", "memory", begun.axes), value))
+            found.append(Memory(base if stage.on == "view" else stage.kept[n], value))
     return tuple(found)
 
 

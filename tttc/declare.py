@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -247,7 +247,7 @@ def _update_rule(declared: Signature, known: _Leaves) -> Update:
         per=rule.per,
         anchor=declared.anchor,
         steps=declared.steps,
-        at_end=tuple(_traced_stage(stage, known) for stage in rule.at_end),
+        at_end=_traced_stages(rule.at_end, known),
     )
     return _online(update) if declared.mini_batch == 1 else update
 
@@ -267,7 +267,16 @@ def _online(update: Update) -> Update:
     return replace(update, anchor="token", lr=lr, tau=dict.fromkeys(update.tau), read=read)
 
 
-def _traced_stage(stage: AtEnd, known: _Leaves) -> EndStage:
+def _traced_stages(stages: Sequence[AtEnd], known: _Leaves) -> tuple[EndStage, ...]:
+    """What the first stage keeps of W is `N_W`, what a second one keeps `N2_W`."""
+    traced: list[EndStage] = []
+    for stage in stages:
+        keeping = 1 + sum(bool(s.kept) for s in traced)
+        traced.append(_traced_stage(stage, known, "N" if keeping == 1 else f"N{keeping}"))
+    return tuple(traced)
+
+
+def _traced_stage(stage: AtEnd, known: _Leaves, memory: str = "N") -> EndStage:
     """A stage as expressions over the leaves that stand for what it is given: `in_W`, and `N_W` where it keeps that."""
     acted = stage.of(known.states)
     given = {n: end_leaf(known.states[n]) for n in acted}
@@ -276,14 +285,15 @@ def _traced_stage(stage: AtEnd, known: _Leaves) -> EndStage:
         for n in acted:
             begun = lift(stage.begin(Traced(given[n])))
             begins[n] = begun.expr
-            kept[n] = Traced(leaf(f"N_{n}", "memory", begun.axes), begun.axes)
+            if stage.on == "weights":
+                kept[n] = leaf(f"{memory}_{n}", "memory", begun.axes)
     if stage.joint:
         values = {n: lift(x).expr for n, x in stage.function({n: Traced(e) for n, e in given.items()}).items()}
-    elif stage.on == "weights" and stage.begin is not None:
-        values = {n: lift(stage.function(Traced(e), kept[n])).expr for n, e in given.items()}
+    elif kept:
+        values = {n: lift(stage.function(Traced(e), Traced(kept[n], kept[n].axes))).expr for n, e in given.items()}
     else:
         values = {n: lift(stage.function(Traced(e))).expr for n, e in given.items()}
-    return EndStage(stage.on, values, begins, stage.label)
+    return EndStage(stage.on, values, begins, kept, stage.label)
 
 
 def _snake(name: str) -> str:

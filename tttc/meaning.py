@@ -99,8 +99,11 @@ class _Rule:
         for stage in self.update.at_end:
             for n in stage.values:
                 given = {f"in_{n}": arguments[n]}
-                begun = self.value(stage.begins[n], given, self.states[n]) if n in stage.begins else arguments[n]
-                self.memory[f"{'A' if stage.on == 'view' else 'N'}_{n}"] = begun
+                begun = self.evaluated(stage.begins[n], given) if n in stage.begins else arguments[n]
+                if stage.on == "view":
+                    self.memory[f"A_{n}"] = begun
+                elif n in stage.kept:
+                    self.memory[stage.kept[n].arg[0].name] = begun
 
     def run(self) -> tuple[np.ndarray, ...]:
         b = self.tokens if self.update.mini_batch == "all" else int(self.update.mini_batch)
@@ -193,12 +196,15 @@ class _Rule:
 
     def value(self, e: Expr, given: Arrays, like: Expr) -> np.ndarray:
         """An expression of a rate or a stage, ready to multiply the state `like`."""
-        known = {x: np.asarray(given[x.arg[0].name], dtype=float) for x in leaves([e])}
-        axes = {a for x in postorder([e]) for a in x.axes}
-        found = evaluate(e, known, {a.name: self.program.dims[a.size] for a in axes})
+        found = self.evaluated(e, given)
         if set(e.axes) < set(like.axes):
             return np.asarray(align(found, e.axes, like.axes))
-        return np.asarray(found)
+        return found
+
+    def evaluated(self, e: Expr, given: Arrays) -> np.ndarray:
+        known = {x: np.asarray(given[x.arg[0].name], dtype=float) for x in leaves([e])}
+        axes = {a for x in postorder([e]) for a in x.axes}
+        return np.asarray(evaluate(e, known, {a.name: self.program.dims[a.size] for a in axes}))
 
 
 def random_arguments(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, Leaf, const
 from tttc.ir.linearity import Dependence, Finding, dependence
-from tttc.ir.online import NotTriangular, named_like, solved, the_unknown, unknown_rows, unnamed
+from tttc.ir.online import NotTriangular, named_like, numbers_apart, solved, the_unknown, unknown_rows, unnamed
 from tttc.ir.primal import loop_params, per_token
 from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
 from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
@@ -175,6 +175,8 @@ class _Chunk:
         self.starts: dict[str, Moving | Expr] = {state_name(w): w for w in self.declared.states}
         gradients, self.reading = per_token(program)
         self.raw = {n: terms_of(gradients[n], w.axes) for n, w in self._states()}
+        if self.declared.anchor == "token":
+            self.raw = {n: numbers_apart(terms) for n, terms in self.raw.items()}
         self.advanced = {n: self._advanced(w) for n, w in self._states()}
         self.rows: dict[str, tuple[Term, ...]] | None = None
 

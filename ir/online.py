@@ -48,6 +48,20 @@ def the_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
     return next(iter(found), None)
 
 
+def numbers_apart(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Numbers as factors of their own: 2 * e in the gradient of a bias is the e in that of its matrix."""
+    return tuple(replace(t, factors=tuple(x for f in t.factors for x in _number_and_rest(f))) for t in terms)
+
+
+def _number_and_rest(f: Expr) -> tuple[Expr, ...]:
+    match f:
+        case Expr("rename", (x,), arg):
+            return tuple(b.rename(y, dict(arg)) for y in _number_and_rest(x))
+        case Expr("mul", (Expr("const") as number, x)) | Expr("mul", (x, Expr("const") as number)):
+            return (number, *_number_and_rest(x))
+    return (f,)
+
+
 def unnamed(f: Expr) -> Expr:
     """A factor under whatever axis names: the gradients of a matrix and of its bias share one."""
     return f.src[0] if f.op == "rename" else f

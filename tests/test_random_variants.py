@@ -55,13 +55,9 @@ def check(recipe: Recipe, call: Call) -> str:
     problems = tttc.check(variant)
     layer, message = compiled(variant, call)
     if layer is None:
-        # an affine gradient whose number stands outside one product and inside another is run token by token, exactly,
-        # and so shares the refusals of that
-        apart = "several different values" in message
-        assert wanted or apart, f"refused without a reason: {shown}\n{message}"
-        if wanted:
-            assert_well_refused(message, wanted, problems)
-        return "refused" if wanted else "apart"
+        assert wanted, f"refused without a reason: {shown}\n{message}"
+        assert_well_refused(message, wanted, problems)
+        return "refused"
     assert not wanted, f"compiled, in spite of {wanted}: {shown}"
     assert not problems, f"compiled, in spite of what tttc.check says, {problems}: {shown}"
     assert_equals_the_oracle(layer, call, shown)
@@ -249,7 +245,7 @@ SMALL = Call({"D": 3, "E": 2, "F": 4, "G": 5}, 5, None, "auto", 3, 0)
 @pytest.mark.parametrize("group", ONE_BY_ONE)
 def test_what_can_be_drawn_is_drawn(group):
     """Each choice on its own, whatever the examples above happened to be."""
-    assert {check(recipe, SMALL) for recipe in ONE_BY_ONE[group]} - {"apart"} == {"compiled"}
+    assert {check(recipe, SMALL) for recipe in ONE_BY_ONE[group]} == {"compiled"}
 
 
 def test_what_must_be_refused_is_refused():

@@ -430,6 +430,13 @@ class Decoded(Linear):
         return 0.5 * tttc.sum((self.learner(k) @ self.P - v) ** 2)
 
 
+class Third(Linear):
+    """The gradients of the matrix and of the bias have a number beside what they share."""
+
+    def loss(self, k, v):
+        return tttc.sum((self.learner(k) - v) ** 2) / 3
+
+
 class ScaleAndBias(Scale):
     """Two gradients with different values that depend on the weights: x * e and e."""
 
@@ -467,6 +474,7 @@ CLASSES = [
     (Linear, {"anchor": "token"}, "affine", "sub"),
     (Linear, {"mini_batch": 1}, "affine", "sub"),
     (Linear, {"anchor": "token", "update": CLIPPED}, "sequential", "sub"),
+    (Third, {"anchor": "token"}, "affine", "sub"),
     (Scale, {"anchor": "token"}, "affine", "sub"),
     (Decoded, {}, "frozen", "sub"),
     (Decoded, {"anchor": "token"}, "sequential", "sub"),

@@ -254,16 +254,14 @@ def _update_rule(declared: Signature, known: _Leaves) -> Update:
 
 def _online(update: Update) -> Update:
     """A mini-batch of one token takes its gradient at the weights of the token before: the same rule with
-    anchor="token", whose chunk is not tied to the mini-batch.
+    anchor="token", whose chunk is not tied to the mini-batch. Where it is not the same, anchor makes no difference.
     """
     recurs = any(r is not None for g in (update.momentum, update.average) for r in g.values())
     scaled = any(t is not None for t in update.tau.values())
     if update.at_end or update.steps > 1 or update.per != "token" or (scaled and recurs):
-        return update
+        return replace(update, anchor="mini_batch")
     lr = {n: r if (tau := update.tau[n]) is None else b.mul(tau, r) for n, r in update.lr.items()}
     read = {"start": "before", "end": "after"}.get(update.read, update.read)
-    if scaled and read == "before":
-        return update  # tau of the reading token scales what no mini-batch has added yet
     return replace(update, anchor="token", lr=lr, tau=dict.fromkeys(update.tau), read=read)
 
 

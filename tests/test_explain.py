@@ -46,7 +46,7 @@ VARIANTS = LIBRARY | {
     "start": TTTMLP.replace(read="start"),
     "all": TTTLinear.replace(mini_batch="all"),
     "all at the end": TTTLinear.replace(mini_batch="all", read="end"),
-    "before": TTTMLP.replace(read="before", mini_batch=1),
+    "before": TTTMLP.replace(read="before", mini_batch=4),
     "clipped": Regression.replace(update=tttc.sgd(lr=LR, clip=0.5)),
     "clipped online": Regression.replace(update=tttc.sgd(lr=LR, clip=0.5), anchor="token"),
     "online": TTTMLP.replace(mini_batch=1),

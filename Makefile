@@ -28,8 +28,9 @@ lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p tttc
 
-bench: $(STAMP) ## Measure the torch backend
+bench: $(STAMP) ## Measure the torch backend, and what the chosen chunk is worth
 	$(BIN)/python -m benchmarks.torch_backend
+	$(BIN)/python -m benchmarks.chunks
 
 clean: ## Remove what builds and tests leave behind (.venv stays)
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """What the chosen chunk is worth: the same variant at its own chunk and token by token; and what LaCT needs of memory.
 
-    python -m benchmarks.chunks            # about three minutes on two cores
+    python -m benchmarks.chunks            # about a minute on two cores
     python -m benchmarks.chunks --quick
 
 The two layers differ in nothing but `chunk=`; their outputs and final weights are compared before anything is timed.
@@ -99,7 +99,7 @@ def main(quick: bool = False, memory_only: bool = typer.Option(False, hidden=Tru
     console = Console()
     table = Table(title=f"forward, B=1 T=4096 H=4 D=64 float32, {torch.get_num_threads()} threads")
     for column in rows[0]:
-        table.add_column(column, justify="left" if column == "variant" else "right")
+        table.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
     for row in rows:
         table.add_row(*map(str, row.values()))
     console.print(table)

@@ -20,6 +20,11 @@ class Source:
 class CompiledScan(Protocol):
     """One scan of the program. Tensors have a leading axis G = batch * heads, in the order of `Scan.params`."""
 
+    @property
+    def recorded(self) -> CompiledScan:
+        """The same scan in operations that autograd records, for second derivatives; often itself."""
+        ...
+
     def forward(self, inputs: Sequence[Any], checkpoint: int) -> tuple[tuple[Any, ...], Any]:
         """Outputs and new carry, and what the backward needs: the carry of every `checkpoint` chunks, or all with 0."""
         ...

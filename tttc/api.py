@@ -10,6 +10,8 @@ import torch
 
 from tttc.attention import AttentionLayer, NonParametric, compile_attention
 from tttc.backends import torch as torch_backend
+from tttc.backends import tvm as tvm_backend
+from tttc.backends.interface import Backend
 from tttc.compile import Entry, Options, run_pipeline
 from tttc.declare import checked_signature
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
@@ -17,7 +19,7 @@ from tttc.layer import Layer
 from tttc.variant import Signature, Variant
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-BACKENDS = ("auto", "torch")
+BACKENDS = {"torch": torch_backend, "tvm": tvm_backend}
 
 
 @overload
@@ -63,7 +65,7 @@ def compile(
         dims: the size of every dim that the declaration names, such as {"D": 64, "F": 256}.
         dtype: of q, k, v and z. States and arithmetic are float32, with float64 float64 all the way.
         device: where the tensors of a call are.
-        backend: "auto", or "torch".
+        backend: "torch", which runs everywhere; "tvm", native kernels for a CPU (pip install 'tttc[tvm]'); or "auto".
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
             square root of their number, None (or 0) keeps every value and recomputes nothing.
@@ -85,8 +87,8 @@ def compile(
     sizes = _checked_dims(declared, dims)
     if dtype not in DTYPES:
         raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
-    if backend not in BACKENDS:
-        raise _refused(backend, [f"there is no such backend in this version; there are {', '.join(BACKENDS)}"])
+    if backend not in ("auto", *BACKENDS):
+        raise _refused(backend, [f"there is no such backend in this version; there are auto, {', '.join(BACKENDS)}"])
     if chunk is not None and (not _is_int(chunk) or chunk < 1):
         raise ShapeError(f"chunk is {chunk!r}; it must be a positive int")
     if not (checkpoint in (None, "auto") or (_is_int(checkpoint) and int(checkpoint) >= 0)):
@@ -95,11 +97,16 @@ def compile(
         raise ShapeError(f'decode is {decode!r}; it must be "auto", "sums" or "rows"')
     stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk, telemetry))
     began = time.perf_counter()
-    source = torch_backend.emit(stages.program)
-    scans = torch_backend.load(source, stages.program)
+    taken = "torch" if backend == "auto" else backend
+    chosen: Backend = BACKENDS[taken]
+    reasons = [*chosen.refusals(stages.program), *_misplaced(taken, torch.device(device))]
+    if reasons:
+        raise _refused(backend, reasons)
+    source = chosen.emit(stages.program)
+    scans = chosen.load(source, stages.program)
     milliseconds = (time.perf_counter() - began) * 1e3
     stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source.text))
-    why = "torch: runs every program" if backend == "auto" else "torch: asked for by name"
+    why = "torch: runs every program" if backend == "auto" else f"{taken}: asked for by name"
     return Layer(
         declared,
         stages,
@@ -108,11 +115,16 @@ def compile(
         dims=sizes,
         dtype=dtype,
         device=torch.device(device),
-        backend="torch",
+        backend=taken,
         why=why,
         checkpoint=checkpoint,
         decode=decode,
     )
+
+
+def _misplaced(backend: str, device: torch.device) -> list[str]:
+    """Why a backend cannot run on the device."""
+    return [f"it runs on a CPU, not on {device}"] if backend == "tvm" and device.type != "cpu" else []
 
 
 def _refused(backend: str, reasons: list[str]) -> BackendRefusal:

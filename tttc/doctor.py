@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
+
+from tttc.backends.cache import cache_dir
 
 INSTRUCTION_SETS = ("avx", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "sve", "sve2")
 
@@ -65,7 +66,8 @@ def diagnose() -> Diagnosis:
         ],
         backends=[
             Finding("torch", "ok", "runs on every device that torch runs on"),
-            *(Finding(name, "absent", "not built yet in this version of tttc") for name in ("tvm", "triton", "onnx")),
+            _tvm(),
+            *(Finding(name, "absent", "not built yet in this version of tttc") for name in ("triton", "onnx")),
         ],
     )
 
@@ -76,12 +78,6 @@ def version() -> str:
         return importlib.metadata.version("tttc")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def cache_dir() -> Path:
-    """Where compiled and tuned things are kept: `TTTC_CACHE_DIR`, or the user's cache folder."""
-    chosen = os.environ.get("TTTC_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("tttc")
 
 
 def cxx_compiler() -> str | None:
@@ -159,6 +155,16 @@ def _compiler() -> Finding:
     if found:
         return Finding("c++ compiler", "ok", found)
     return Finding("c++ compiler", "absent", "only torch.compile on a CPU needs one", "install g++, or set CXX")
+
+
+def _tvm() -> Finding:
+    if importlib.util.find_spec("tvm") is None:
+        return Finding("tvm", "absent", "native kernels for this CPU", "pip install 'tttc[tvm]'")
+    if shutil.which("cc") is None:
+        return Finding(
+            "tvm", "ok", "native kernels for this CPU; without `cc` they are compiled again in every process"
+        )
+    return Finding("tvm", "ok", "native kernels for this CPU")
 
 
 def _cache() -> Finding:

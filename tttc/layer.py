@@ -35,6 +35,7 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         inputs, scan, checkpoint = ctx.saved_tensors, ctx.scan, ctx.checkpoint
         if torch.is_grad_enabled():
+            scan = scan.recorded
             _, saved = scan.forward(inputs, 0)  # what the first forward kept has no history
             return None, None, *scan.backward(inputs, saved, 0, cotangents)
         return None, None, *scan.backward(inputs, ctx.saved, checkpoint, cotangents)

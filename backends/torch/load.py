@@ -23,6 +23,10 @@ class TorchScan:
     scan: Scan
     module: ModuleType
 
+    @property
+    def recorded(self) -> TorchScan:
+        return self
+
     def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
         if self.scan.loops:
             outputs, kept = self._call("")(*inputs, self._chunk(inputs), checkpoint)

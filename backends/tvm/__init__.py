@@ -1,0 +1,17 @@
+"""Native kernels for the CPU: scans as loops over tiles and rows, these as TensorIR, compiled by LLVM for this machine.
+
+    loops.py    the chunk as statements: what is stored, and what shares a loop
+    emit.py     these as text
+    kernels.py  a scan as two functions of TensorIR: forward, and the derived backward
+    tiles.py    a statement in TensorIR: accumulators in registers, vectors, masks
+    ops.py      elementwise functions on vectors
+    machine.py  the processor: its vectors and registers
+    load.py     kernels compiled, kept on disk, called on torch tensors
+
+Nothing here imports TVM before the first kernel is compiled.
+"""
+
+from tttc.backends.tvm.emit import emit, refusals
+from tttc.backends.tvm.load import load
+
+__all__ = ["emit", "load", "refusals"]

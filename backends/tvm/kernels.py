@@ -1,0 +1,371 @@
+"""Scans as TensorIR: one function for the forward of a scan and one for its backward, parallel over batch and heads.
+
+    for g in parallel(G):                       for g in parallel(G):
+        W = W_in[g]                                 for group of chunks, the last one first:
+        for chunk in chunks(T, 16):                     W = kept[g, group]; carries = W before each of its chunks
+            if chunk % every == 0: kept[...] = W        for chunk in reversed(group):
+            z[g, chunk], W = ...                            dq[g, chunk], ..., dW = ... from carries, dz[g, chunk], dW
+        W_out[g] = W                                dW_in[g] = dW
+
+Inside, each chunk is what ir/adjoint.py made, as loops (loops.py, tiles.py). The weights stay in memory of the
+function, padded to whole vectors, as does everything else whose last axis is no whole number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, statements
+from tttc.backends.tvm.machine import Machine
+from tttc.backends.tvm.tiles import Emitter, Place, Store
+from tttc.ir.expr import Axes, Expr
+from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of TensorIR, and what it was made for."""
+
+    name: str
+    function: Any
+    machine: Machine
+
+
+def forward_kernel(scan: Scan, program: Program, machine: Machine) -> Kernel:
+    """carry, fixed, sequences -> outputs, new carry; and, with a loop, the carry at every `every` chunks."""
+    b = _Builder(scan.name, scan, program, machine)
+    made = [a.target for a in scan.updates]
+    with b.function():
+        for p in scan.params:
+            b.take(p)
+        for a in scan.outputs:
+            b.give(a.target, _name(a.target))
+        for p in made:
+            b.give(p, f"{_name(p)}_out")
+        if scan.loops:
+            for p in scan.carry:
+                b.keep(p)
+            b.scalar("every")
+        with b.each_head():
+            b.fixed_ready(scan.fixed)
+            for p in scan.carry:
+                b.load_variable(p, b.buffers[_name(p)])
+            with b.chunks(scan.loops) as chunk:
+                if scan.loops:
+                    b.save_kept(scan.carry, chunk)
+                b.sequences_ready(scan.sequence)
+                b.run(scan.block.assigns)
+                b.sequences_done([a.target for a in scan.outputs])
+                if not scan.loops:
+                    for p in made:
+                        b.save_variable(p, b.buffers[f"{_name(p)}_out"])
+            if scan.loops:
+                for p in made:
+                    b.save_variable(p, b.buffers[f"{_name(p)}_out"])
+    return Kernel(b.name, b.built, machine)
+
+
+def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine) -> Kernel:
+    """Inputs, kept carries, cotangents -> cotangents of the inputs."""
+    scan = a.scan
+    b = _Builder(f"{scan.name}_adjoint", scan, program, machine)
+    d_outputs = [cotangent(x.target) for x in scan.outputs]
+    d_made = [cotangent(x.target) for x in scan.updates]
+    d_carry = [cotangent(p) for p in scan.carry]
+    with b.function():
+        for p in (*scan.fixed, *scan.sequence):
+            b.take(p)
+        if scan.loops:
+            for p in scan.carry:
+                b.keep(p)
+        else:
+            for p in scan.carry:
+                b.take(p)
+        for d in d_outputs:
+            b.take(d)
+        for d in d_made:
+            b.take(d)
+        for p in (*scan.carry, *scan.fixed, *scan.sequence):
+            b.give(cotangent(p), f"{_name(cotangent(p))}_out")
+        if scan.loops:
+            for p in scan.carry:
+                b.workspace(p)
+            b.scalar("every")
+        with b.each_head():
+            b.fixed_ready(scan.fixed)
+            for d in d_made:
+                b.load_variable(d, b.buffers[_name(d)])
+            for d in d_carry:
+                if d not in d_made:
+                    b.load_variable(d, None)
+            for d in map(cotangent, scan.fixed):
+                b.load_variable(d, None)
+            if scan.loops:
+                with b.reversed_chunks(scan):
+                    b.sequences_ready((*scan.sequence, *d_outputs))
+                    b.run(backward_block(a), renamed=True)
+                    b.sequences_done([cotangent(p) for p in scan.sequence], "_out")
+            else:
+                for p in scan.carry:
+                    b.load_variable(p, b.buffers[_name(p)])
+                with b.chunks(False):
+                    b.run(backward_block(a), renamed=True)
+                    b.sequences_done([cotangent(p) for p in scan.sequence], "_out")
+            for d in (*d_carry, *map(cotangent, scan.fixed)):
+                b.save_variable(d, b.buffers[f"{_name(d)}_out"])
+    return Kernel(b.name, b.built, machine)
+
+
+class _Builder:
+    """One function: its tensors, its memory, its loops."""
+
+    def __init__(self, name: str, scan: Scan, program: Program, machine: Machine) -> None:
+        self.name, self.scan, self.program, self.machine = name, scan, program, machine
+        self.buffers: dict[str, Any] = {}
+        self.axes: dict[str, Axes] = {}
+        self.built: Any = None
+
+    @contextmanager
+    def function(self) -> Iterator[None]:
+        with IRBuilder() as ib:
+            with T.prim_func(s_tir=True):
+                T.func_name(self.name)
+                T.func_attr({"tirx.noalias": True, "global_symbol": self.name})
+                self.G, self.T, self.K, self.E = T.int32(), T.int32(), T.int32(), T.int32()
+                self.every: Any = None
+                yield
+            self.built = ib.get()
+
+    # -- tensors
+
+    def _buffer(self, name: str, shape: Sequence[Any], strides: Sequence[Any] | None = None) -> None:
+        handle = T.arg(f"{name}_handle", T.handle())
+        settings = {} if strides is None else {"strides": list(strides)}
+        buffer = T.match_buffer(
+            handle, tuple(shape), self.machine.dtype, align=8 if self.machine.dtype == "float64" else 4, **settings
+        )
+        self.buffers[name] = IRBuilder.name(name, buffer)
+
+    def _own(self, p: Expr) -> list[int]:
+        return [self.program.dims[a.size] for a in p.axes if a.size != TOKENS]
+
+    def take(self, p: Expr) -> None:
+        """An input, [G, T, ...] or [G, ...]; sequences and heads may lie at any distance."""
+        shape = [self.G, *([self.T] if p.arg[0].at else []), *self._own(p)]
+        inner = [1]
+        for n in reversed(self._own(p)[1:]):
+            inner.insert(0, inner[0] * n)
+        inner = inner if self._own(p) else []
+        strides = [T.int32() for _ in range(len(shape) - len(inner))] + inner
+        self._buffer(_name(p), shape, strides)
+
+    def give(self, p: Expr, name: str) -> None:
+        """An output, in the order of its axes."""
+        self._buffer(name, [self.G, *([self.T] if p.arg[0].at else []), *self._own(p)])
+
+    def keep(self, p: Expr) -> None:
+        """The carry where groups of chunks begin: [G, groups, ...]."""
+        self._buffer(f"{_name(p)}_kept", [self.G, self.K, *self._own(p)])
+
+    def workspace(self, p: Expr) -> None:
+        """The carry at each chunk of a group: [G, every, ...]."""
+        self._buffer(f"{_name(p)}_work", [self.G, self.E, *self._own(p)])
+
+    def scalar(self, name: str) -> None:
+        self.every = T.arg(name, T.int32())
+
+    # -- loops
+
+    @contextmanager
+    def each_head(self) -> Iterator[None]:
+        with T.parallel(self.G) as g:
+            self.g = g
+            yield
+
+    def _emitter(self, tokens: Any, chunk: Any) -> Emitter:
+        return Emitter(self.machine, self.program.dims, tokens, chunk)
+
+    @property
+    def chunk(self) -> Any:
+        return self.T if self.scan.chunk == "T" else int(self.scan.chunk)
+
+    @contextmanager
+    def chunks(self, loops: bool) -> Iterator[Any]:
+        if not loops:
+            self._begin_chunk(0, _one())
+            yield None
+            return
+        size = self.chunk
+        with T.serial(T.truncdiv(self.T + (size - 1), size)) as c:
+            self._begin_chunk(c * size, T.min(self.T - c * size, size))
+            yield c
+
+    def _begin_chunk(self, first: Any, tokens: Any) -> None:
+        self.first, self.emitter.tokens = (x if isinstance(x, int) else self.emitter.held(x) for x in (first, tokens))
+        self.emitter.chunk = self.chunk if self.scan.loops else 1
+
+    @contextmanager
+    def reversed_chunks(self, scan: Scan) -> Iterator[None]:
+        """Group by group from the last one; in each, first the carry before every chunk, then the chunks backwards."""
+        size = self.chunk
+        count = T.truncdiv(self.T + (size - 1), size)
+        with T.serial(self.K) as i:
+            group = self.K - 1 - i
+            first = group * self.every
+            length = T.min(count - first, self.every)
+            for p in scan.carry:
+                self._copy(p, _Slice(self.buffers[f"{_name(p)}_kept"], (self.g, group)), self.emitter.stores[_name(p)])
+            with T.serial(length) as j:
+                for p in scan.carry:
+                    self._copy(p, self.emitter.stores[_name(p)], _Slice(self.buffers[f"{_name(p)}_work"], (self.g, j)))
+                with T.If(j + 1 < length), T.Then(), self._scope():
+                    self._begin_chunk((first + j) * size, tirx.const(size, "int32") if isinstance(size, int) else size)
+                    self.sequences_ready(scan.sequence)
+                    self.run(scan.updates)
+            with T.serial(length) as back:
+                j = length - 1 - back
+                for p in scan.carry:
+                    self._copy(p, _Slice(self.buffers[f"{_name(p)}_work"], (self.g, j)), self.emitter.stores[_name(p)])
+                self._begin_chunk((first + j) * size, T.min(self.T - (first + j) * size, size))
+                yield
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        """Memory that is reserved inside ends with it."""
+        stores, triangles = dict(self.emitter.stores), dict(self.emitter.triangles)
+        yield
+        self.emitter.stores, self.emitter.triangles = stores, triangles
+
+    # -- variables
+
+    def fixed_ready(self, fixed: Sequence[Expr]) -> None:
+        """The emitter, with what stays: read in place where it is whole vectors."""
+        self.emitter = self._emitter(_one(), self.chunk if self.scan.loops else 1)
+        for p in fixed:
+            self._ready(p, self.buffers[_name(p)])
+        if not self.scan.loops:
+            for p in self.scan.sequence:
+                self._ready(p, self.buffers[_name(p)])
+        if self.name.endswith("_adjoint") and self.scan.loops:
+            for p in self.scan.carry:
+                self.emitter.reserve(_name(p), p.axes)
+
+    def _ready(self, p: Expr, buffer: Any) -> None:
+        if self._whole(p):
+            self.emitter.stores[_name(p)] = Store(buffer, self.machine, (self.g,))
+        else:
+            self.load_variable(p, buffer)
+
+    def _whole(self, p: Expr) -> bool:
+        """Whether the last axis is a whole number of vectors."""
+        last = p.axes[-1] if p.axes else None
+        return last is not None and last.size != TOKENS and self.program.dims[last.size] % self.machine.lanes == 0
+
+    def load_variable(self, p: Expr, buffer: Any) -> None:
+        """A variable of the function, from a tensor or zero."""
+        store = self.emitter.reserve(_name(p), p.axes)
+        self._copy(p, None if buffer is None else _Slice(buffer, (self.g,)), store)
+
+    def save_variable(self, p: Expr, buffer: Any) -> None:
+        self._copy(p, self.emitter.stores[_name(p)], _Slice(buffer, (self.g,)))
+
+    def save_kept(self, carry: Sequence[Expr], chunk: Any) -> None:
+        with T.If(T.EQ(T.truncmod(chunk, self.every), 0)), T.Then():
+            for p in carry:
+                self._copy(
+                    p,
+                    self.emitter.stores[_name(p)],
+                    _Slice(self.buffers[f"{_name(p)}_kept"], (self.g, T.truncdiv(chunk, self.every))),
+                )
+
+    def _copy(self, p: Expr, source: Any, target: Any, tokens: Any = None) -> None:
+        """Entry by entry, or vector by vector where both are laid out alike."""
+        extents = [tokens if a.size == TOKENS else self.program.dims[a.size] for a in p.axes]
+        whole = self._whole(p)
+        places: list[Place] = []
+        frames = []
+        for i, n in enumerate(extents):
+            last = i == len(extents) - 1
+            frame = T.serial(n // self.machine.lanes if last and whole else n)
+            frames.append(frame)
+            v = frame.__enter__()
+            places.append(Place(v * self.machine.lanes if last and whole else v, (), lanes=last and whole))
+        zero = self.emitter.vectors.const(0.0) if whole else self.emitter.numbers.const(0.0)
+        target = Store(target.buffer, self.machine, target.prefix) if isinstance(target, _Slice) else target
+        source = Store(source.buffer, self.machine, source.prefix) if isinstance(source, _Slice) else source
+        target.save(places, zero if source is None else source.load(places).it)
+        for frame in reversed(frames):
+            frame.__exit__(None, None, None)
+
+    # -- sequences
+
+    def sequences_ready(self, sequence: Sequence[Expr]) -> None:
+        """The tokens of this chunk: read in place where they are whole vectors."""
+        for p in sequence:
+            buffer = self.buffers[_name(p)]
+            if self._whole(p):
+                self.emitter.stores[_name(p)] = Store(buffer, self.machine, (self.g,), self.first, self.emitter.tokens)
+            else:
+                store = self.emitter.reserve(_name(p), p.axes)
+                source = _Slice(buffer, (self.g,))
+                self._copy_tokens(p, source, store, loading=True)
+
+    def sequences_done(self, outputs: Sequence[Expr], suffix: str = "") -> None:
+        for p in outputs:
+            if p.arg[0].at is not None and not self._whole(p):
+                self._copy_tokens(
+                    p,
+                    _Slice(self.buffers[f"{_name(p)}{suffix}"], (self.g,)),
+                    self.emitter.stores[_name(p)],
+                    loading=False,
+                )
+            elif p.arg[0].at is None:
+                self.save_variable(p, self.buffers[f"{_name(p)}{suffix}"])
+
+    def _copy_tokens(self, p: Expr, outside: Any, inside: Store, *, loading: bool) -> None:
+        sequence = Store(outside.buffer, self.machine, outside.prefix, self.first, self.emitter.tokens)
+        source, target = (sequence, inside) if loading else (inside, sequence)
+        self._copy(p, source, target, self.emitter.tokens)
+
+    def run(self, assigns: Sequence[Assign], renamed: bool = False) -> None:
+        """A block of the program, statement by statement."""
+        suffix = "_out" if renamed else ""
+        for a in assigns:
+            if a.leaf.at is not None:
+                buffer = self.buffers[f"{a.leaf.name}{suffix}"]
+                if self._whole(a.target):
+                    self.emitter.stores[a.leaf.name] = Store(
+                        buffer, self.machine, (self.g,), self.first, self.emitter.tokens
+                    )
+                else:
+                    self.emitter.reserve(a.leaf.name, a.target.axes)
+            elif a.leaf.name not in self.emitter.stores:
+                self.emitter.reserve(a.leaf.name, a.target.axes)
+        for group in grouped(statements(assigns, self.program, self.emitter.stores)):
+            self.emitter.group(group)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Part of a tensor of the caller."""
+
+    buffer: Any
+    prefix: tuple[Any, ...]
+
+
+def _one() -> Any:
+    return tirx.const(1, "int32")
+
+
+def _name(p: Expr) -> str:
+    return str(p.arg[0].name)
+
+
+__all__ = ["Kernel", "backward_kernel", "forward_kernel"]

@@ -1,0 +1,243 @@
+"""Kernels as callables on torch tensors: compiled by LLVM for this machine when first called, and kept on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tttc.backends import torch as torch_backend
+from tttc.backends.cache import cached
+from tttc.backends.interface import CompiledScan, Source
+from tttc.backends.tvm.machine import Machine, host
+from tttc.ir.program import Program, Scan, ScanAdjoint
+
+if TYPE_CHECKING:
+    from tttc.backends.tvm.kernels import Kernel
+
+Tensors = Sequence[torch.Tensor]
+SETTINGS = {"tirx.disable_storage_rewrite": True}  # it would merge the accumulators and drop their annotation
+# Passes that find nothing in these functions, whose memory, loops and shared values are where they should be, and that
+# would take as long as LLVM.
+LEFT_OUT = (
+    "s_tir.CompactBufferAllocation",
+    "s_tir.PlanAndUpdateBufferAllocationLocation",
+    "s_tir.LoopPartition",
+    "s_tir.HoistIfThenElse",
+    "tirx.CommonSubexprElim",
+    "tirx.RemoveNoOp",
+)
+_lock = RLock()
+
+
+def load(source: Source, program: Program) -> dict[str, TVMScan]:
+    """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
+    return {a.scan.name: TVMScan(a, program) for a in program.adjoints}
+
+
+class TVMScan:
+    """One scan, run by its forward and its backward kernel."""
+
+    def __init__(self, adjoint: ScanAdjoint, program: Program) -> None:
+        self.adjoint, self.program = adjoint, program
+        self.scan: Scan = adjoint.scan
+        self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
+
+    @cached_property
+    def recorded(self) -> CompiledScan:
+        """The same scan in operations that autograd records, for second derivatives."""
+        return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
+
+    def script(self) -> str:
+        """The TensorIR of both kernels."""
+        return "\n\n".join(str(k.function.script()) for k in (self._kernel(False), self._kernel(True)))
+
+    def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
+        scan, carried = self.scan, len(self.scan.carry)
+        outputs = [self._empty(a.target, inputs) for a in (*scan.outputs, *scan.updates)]
+        kept: list[torch.Tensor] = []
+        settings: tuple[int, ...] = ()
+        if scan.loops:
+            every = checkpoint or 1  # every carry; the values of a chunk are always made again
+            groups = -(-self._chunks(inputs) // every)
+            kept = [x.new_empty(len(x), groups, *x.shape[1:]) for x in inputs[:carried]]
+            settings = (every,)
+        self._call(self._forward, [*inputs, *outputs, *kept], settings)
+        return tuple(outputs), kept
+
+    def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+        carried = len(self.scan.carry)
+        results = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+        if not self.scan.loops:
+            self._call(self._backward, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
+            return tuple(results)
+        every = checkpoint or 1
+        work = [x.new_empty(len(x), every, *x.shape[1:]) for x in inputs[:carried]]
+        self._call(self._backward, [*inputs[carried:], *saved, *cotangents, *results, *work], (every,))
+        return tuple(results)
+
+    def _call(self, kernel: Callable[..., None], tensors: Tensors, settings: tuple[int, ...]) -> None:
+        if not len(tensors[0]):
+            return
+        _use_threads(torch.get_num_threads())
+        kernel(*(_laid_out(x.detach()) for x in tensors), *settings)
+
+    def _empty(self, target: Any, inputs: Tensors) -> torch.Tensor:
+        sizes = {
+            a.size: n
+            for p, x in zip(self.scan.params, inputs, strict=True)
+            for a, n in zip(p.axes, x.shape[1:], strict=True)
+        }
+        return inputs[0].new_empty(
+            len(inputs[0]), *(sizes.get(a.size) or self.program.dims[a.size] for a in target.axes)
+        )
+
+    def _chunks(self, inputs: Tensors) -> int:
+        tokens = next(x.shape[1] for p, x in zip(self.scan.params, inputs, strict=True) if p.arg[0].at)
+        return 1 if self.scan.chunk == "T" else -(-tokens // int(self.scan.chunk))
+
+    # -- compiled when first called
+
+    @cached_property
+    def _forward(self) -> Callable[..., None]:
+        return self._compiled(backward=False)
+
+    @cached_property
+    def _backward(self) -> Callable[..., None]:
+        return self._compiled(backward=True)
+
+    def _kernel(self, backward: bool) -> Kernel:
+        from tttc.backends.tvm.kernels import backward_kernel, forward_kernel
+
+        machine = self._machine
+        return (
+            backward_kernel(self.adjoint, self.program, machine)
+            if backward
+            else forward_kernel(self.scan, self.program, machine)
+        )
+
+    @property
+    def _machine(self) -> Machine:
+        return host("float64" if self.dtype == torch.float64 else "float32")
+
+    def _compiled(self, *, backward: bool) -> Callable[..., None]:
+        name = f"{self.scan.name}_adjoint" if backward else self.scan.name
+        with _lock:
+            built: list[Any] = []
+
+            def make(path: Path) -> None:
+                built.append(_build(self._kernel(backward)))
+                _link(built[0], path)
+
+            path = cached("tvm", self._key(backward), ".so", make)
+            library = built[0] if built else _runtime()(str(path)) if path else _build(self._kernel(backward))
+            return library[name]
+
+    def _key(self, backward: bool) -> str:
+        """All that a kernel depends on: the program, the machine, and the versions of what makes it."""
+        made_of = pickle.dumps((self.adjoint, sorted(self.program.dims.items()), backward), protocol=4)
+        versions = (version("apache-tvm"), _own_source())
+        return "\n".join([hashlib.sha256(made_of).hexdigest(), str(self._machine), platform.machine(), *versions])
+
+
+def _laid_out(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous but for its two leading axes, which may lie at any distance."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+# -- TVM ---------------------------------------------------------------------------------------------------------------
+
+
+def _set_up() -> None:
+    """What the thread pool of TVM reads when it starts: left alone it takes half of the cores, and its workers spin on
+    those of torch while they wait.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(max(os.cpu_count() or 1, torch.get_num_threads())))
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+
+
+def _tvm() -> Any:
+    _set_up()
+    import tvm
+
+    return tvm
+
+
+def _build(kernel: Kernel) -> Any:
+    tvm = _tvm()
+    with tvm.transform.PassContext(opt_level=3, config=SETTINGS, disabled_pass=list(LEFT_OUT)):
+        return tvm.compile(kernel.function, target=host(kernel.machine.dtype).target())
+
+
+def _link(library: Any, path: Path) -> None:
+    """A shared library, by the linker of the machine."""
+    object_file = path.with_suffix(".o")
+    library.mod.write_to_file(str(object_file))
+    try:
+        subprocess.run(["cc", "-shared", "-o", str(path), str(object_file)], check=True, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"cc could not link a kernel: {error.stderr.decode(errors='replace').strip()}") from error
+
+
+@cache
+def _runtime() -> Callable[[str], Any]:
+    """What loads a library: TVM where it is imported already, otherwise its runtime alone, which takes no time."""
+    if "tvm" in sys.modules:
+        return _tvm().runtime.load_module
+    _set_up()
+    spec = find_spec("tvm")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    import tvm_ffi
+
+    ctypes.CDLL(
+        str(Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL
+    )
+    return tvm_ffi.load_module
+
+
+@cache
+def _pool() -> Callable[..., None]:
+    import tvm_ffi
+
+    return tvm_ffi.get_global_func("runtime.config_threadpool")
+
+
+_threads: list[int] = []
+
+
+def _use_threads(n: int) -> None:
+    """As many as torch uses."""
+    if _threads != [n]:
+        _pool()(1, n)
+        _threads[:] = [n]
+
+
+@cache
+def _own_source() -> str:
+    """A checksum of this package: other code, other kernels."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+__all__ = ["TVMScan", "load"]

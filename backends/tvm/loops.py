@@ -1,0 +1,328 @@
+"""A chunk as loops: every value that needs memory is a statement of its own, and runs of them share their loop.
+
+    block   x7 = q[c] @ W1 + b1 - (A * (q[c] @ k[c].T + 1)) @ x6
+    ->
+    tile    x1[t, s] = A[t, s] * (q[t] @ kT[s] + 1)      products are accumulators in registers, what is around them is
+    tile    x7[t, F] = q[t] @ W1 + b1 - x1[t] @ x6       applied to these before they are stored
+    row     m[t] = mean over D of x2[t, D]               a reduction; neighbours that keep the token share one loop
+    walk    a[t] = a[t - 1] * decay[t]                   token after token
+
+Vectors run along the last axis of what is stored. A value that a statement reads along another axis is stored a second
+time, transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tttc.ir import build as b
+from tttc.ir.differentiate import lower_composites
+from tttc.ir.expr import Axes, Axis, Expr, leaf, leaves, postorder, rebuild, substitute, transform
+from tttc.ir.program import Assign, Program, ScanAdjoint
+from tttc.ir.text import Namer, Printer, core
+
+TOKENS = "C"  # the size of an axis that runs along the tokens of a chunk
+WALKS = ("cumprod", "segprod", "shift", "shift_back", "solve")
+REDUCTIONS = ("sum", "mean", "max")
+_FREE = ("leaf", "const", "size")
+_CHEAP = ("add", "sub", "mul", "neg", "mask")  # what is done to accumulators; a tile holds two dozen of them
+
+
+@dataclass(frozen=True)
+class Statement:
+    """target = value, a leaf from leaves; `lane` is the axis of its vectors, None where all is one number.
+
+    `kind` is "tile" (elementwise, products as accumulators), "row" (a reduction), "walk" (along the tokens) or "turn"
+    (a copy with its last axis elsewhere).
+    """
+
+    target: Expr
+    value: Expr
+
+    @property
+    def name(self) -> str:
+        return str(self.target.arg[0].name)
+
+    @property
+    def kind(self) -> str:
+        if self.value.op == "leaf" and gathered(self.value, self.target.axes[-1] if self.target.axes else None):
+            return "turn"
+        return "walk" if self.value.op in WALKS else "row" if self.value.op in REDUCTIONS else "tile"
+
+    @property
+    def products(self) -> bool:
+        return any(e.op == "contract" for e in postorder([self.value]))
+
+    @property
+    def lane(self) -> Axis | None:
+        """The axis along which the fewest values have to be gathered: the last of the result, or one summed over."""
+        candidates = list(self.target.axes[-1:])
+        if self.kind == "row":
+            candidates += list(reversed(self.value.arg))
+        return min(candidates, key=lambda a: len(gathered(self.value, a)), default=None)
+
+    @property
+    def row(self) -> Axis | None:
+        """The token axis of the result, where it comes first."""
+        return next((a for a in self.target.axes[:1] if a.size == TOKENS), None)
+
+    def __str__(self) -> str:
+        axes = ", ".join(a.name for a in self.target.axes)
+        return f"{self.kind} {self.name}[{axes}] = {Printer().ordered(self.value, self.value.axes).text}"
+
+
+def gathered(value: Expr, lane: Axis | None) -> list[Expr]:
+    """The leaves that have the axis of the vectors, but not as their last one."""
+    return [e for e, axes in read(value) if len(axes) > 1 and lane in axes[:-1]]
+
+
+def read(value: Expr) -> Iterator[tuple[Expr, Axes]]:
+    """The leaves under an expression, with the names that their axes have in it; "" for one at its last token."""
+    seen: set[tuple[Expr, tuple[tuple[Axis, Axis], ...]]] = set()
+    stack: list[tuple[Expr, dict[Axis, Axis]]] = [(value, {})]
+    while stack:
+        e, names = stack.pop()
+        key = (e, tuple(sorted(names.items())))
+        if key in seen:
+            continue
+        seen.add(key)
+        if e.op == "leaf":
+            yield e, tuple(names.get(a, a) for a in e.axes)
+        elif e.op == "rename":
+            inside = {old: names.get(new, new) for old, new in e.arg}
+            stack += [(s, {**{a: names.get(a, a) for a in s.axes if a not in inside}, **inside}) for s in e.src]
+        elif e.op == "last":
+            stack.append((e.src[0], {**names, e.arg: Axis("", TOKENS)}))
+        else:
+            stack += [(s, names) for s in e.src]
+
+
+# -- which values are stored -------------------------------------------------------------------------------------------
+
+
+def statements(assigns: Sequence[Assign], program: Program, taken: Iterable[str] = ()) -> list[Statement]:
+    """The assignments of a block one by one, new values of variables last, when nothing reads the old ones.
+
+    `taken` are names that no stored value may have.
+    """
+    own = {str(e.arg[0].name) for a in assigns for e in leaves([a.value])} | {a.leaf.name for a in assigns}
+    name = Namer({*own, *taken, *program.dims}, program.names)
+    roots = [_plain(r) for r in lower_composites([a.value for a in assigns], leaves(a.value for a in assigns))]
+    stored = _stored(roots)
+    made: list[Statement] = []
+    stand_in: dict[Expr, Expr] = {}
+    for e in postorder(roots):
+        src = tuple(stand_in[x] for x in e.src)
+        new = b.rename(src[0], dict(e.arg)) if e.op == "rename" else rebuild(e, src)
+        if e in stored:
+            made.append(Statement(leaf(name(e), "scratch", e.axes), new))
+            new = made[-1].target
+        stand_in[e] = new
+    pairs = [(a, stand_in[r]) for a, r in zip(assigns, roots, strict=True)]
+    made += [Statement(a.target, v) for a, v in pairs if a.leaf.at is not None]
+    made += _new_values([(a.target, v) for a, v in pairs if a.leaf.at is None], name)
+    return _transposed(made)
+
+
+def _plain(root: Expr) -> Expr:
+    """Products without a sum as multiplications, and sums along the last axis of both operands as reductions."""
+
+    def visit(e: Expr, src: tuple[Expr, ...]) -> Expr:
+        if e.op == "rename":
+            return b.rename(src[0], dict(e.arg))
+        if e.op != "contract":
+            return rebuild(e, src)
+        if e.arg and not _is_dot(src, e.arg, e.axes):
+            return rebuild(e, src)
+        product = src[0]
+        for s in src[1:]:
+            product = b.mul(product, s)
+        return b.total(product, e.arg)
+
+    return transform([root], visit)[0]
+
+
+def _is_dot(operands: Sequence[Expr], over: Axes, kept: Axes) -> bool:
+    """Whether every operand that has an axis of the result has it before one that is summed over."""
+    if len(kept) > 1:
+        return False
+    return all(e.axes[-1] in over for e in operands if e.axes and (not kept or kept[0] in e.axes))
+
+
+def _stored(roots: Sequence[Expr]) -> set[Expr]:
+    """Reductions, walks and what they and products read; values that several read; products, unless all that is done
+    with one is elementwise, in the statement that stores the result.
+    """
+    order = postorder(roots)
+    users: dict[Expr, list[Expr]] = {}
+    for e in order:
+        for x in dict.fromkeys(e.src):
+            users.setdefault(x, []).append(e)
+
+    def readers(e: Expr) -> list[Expr]:
+        """Who reads the value, looking through renamings."""
+        return [r for u in users.get(e, ()) for r in (readers(u) if u.op == "rename" else [u])]
+
+    found: set[Expr] = {core(r) for r in roots if roots.count(r) > 1}
+    for e in order:
+        if e.op in (*REDUCTIONS, *WALKS):
+            found.add(e)
+        if e.op in (*WALKS, "contract"):
+            found |= {core(x) for x in e.src}
+        if e.axes and len(readers(e)) + roots.count(e) > 1:
+            found.add(core(e))
+    found = {e for e in found if e.op not in (*_FREE, "rename")}
+    for e in order:
+        if e.op == "contract" and not _fused(e, users, found, roots):
+            found.add(e)
+    return found
+
+
+def _fused(e: Expr, users: Mapping[Expr, list[Expr]], stored: set[Expr], roots: Sequence[Expr]) -> bool:
+    """Whether a product ends in registers: on the way to what is stored, it stays where it is."""
+    node = e
+    while node not in stored and node not in roots:
+        (user,) = users[node]
+        if user.op not in _CHEAP or set(user.axes) != set(e.axes):
+            return False
+        node = user
+    return True
+
+
+def _new_values(assigns: Sequence[tuple[Expr, Expr]], name: Callable[[Expr], str]) -> list[Statement]:
+    """New values of variables: through a copy where one would be overwritten before it is read."""
+    early: list[Statement] = []
+    late: list[Statement] = []
+    overwritten: set[str] = set()
+    for target, value in assigns:
+        variable = str(target.arg[0].name)
+        others = {str(e.arg[0].name) for e in leaves([value])} - {variable}
+        elsewhere = any(e.arg[0].name == variable and axes != target.axes for e, axes in read(value))
+        inside = any(e.arg[0].name == variable for c in postorder([value]) if c.op == "contract" for e in leaves([c]))
+        if others & overwritten or elsewhere or inside or value.op in (*REDUCTIONS, *WALKS):
+            early.append(Statement(leaf(name(value), "scratch", target.axes), value))
+            value = early[-1].target
+        late.append(Statement(target, value))
+        overwritten.add(variable)
+    return early + late
+
+
+def _transposed(made: Sequence[Statement]) -> list[Statement]:
+    """Copies of what is read along another axis than its last, each before its first use."""
+    result: list[Statement] = []
+    copies: dict[tuple[str, int], str] = {}
+    for s in made:
+        replaced = {}
+        lane = s.lane
+        for e in gathered(s.value, lane) if lane is not None and s.kind in ("tile", "row") else ():
+            axes = next(axes for x, axes in read(s.value) if x is e)
+            at = axes.index(lane)
+            order = [i for i in range(len(axes)) if i != at] + [at]
+            variable = str(e.arg[0].name)
+            if (variable, at) not in copies:
+                copies[variable, at] = f"{variable}_T"
+                target = leaf(f"{variable}_T", "scratch", tuple(e.axes[i] for i in order))
+                result.append(Statement(target, e))
+            replaced[e] = leaf(copies[variable, at], "scratch", tuple(e.axes[i] for i in order))
+        result.append(Statement(s.target, substitute([s.value], replaced)[0]) if replaced else s)
+    return result
+
+
+# -- which share a loop ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Statements that run together: one by one, or, with `rows`, token by token in one loop over the tokens.
+
+    What is in `local` is read nowhere else: one row of it is enough.
+    """
+
+    statements: tuple[Statement, ...]
+    rows: bool = False
+    local: frozenset[str] = frozenset()
+
+
+def grouped(made: Iterable[Statement]) -> list[Group]:
+    """Neighbours that keep the token in one loop; the order changes where that brings them together."""
+    waiting, groups = list(made), []
+    outside = [s.target for s in waiting if s.target.arg[0].role != "scratch"]
+    while waiting:
+        taken = _ready(waiting)
+        for s in taken:
+            waiting.remove(s)
+        if not _in_rows(taken[0]):
+            groups.append(Group(tuple(taken)))
+            continue
+        kept = {str(e.arg[0].name) for s in waiting for e in leaves([s.value])}
+        kept |= {str(e.arg[0].name) for e in outside}
+        groups.append(Group(tuple(taken), True, frozenset(s.name for s in taken) - kept))
+    return groups
+
+
+def _ready(waiting: Sequence[Statement]) -> list[Statement]:
+    """The first statement, and where it goes by rows all later ones that can join it."""
+    first = waiting[0]
+    if not _in_rows(first):
+        return [first]
+    taken = [first]
+    missing: set[str] = set()
+    for s in waiting[1:]:
+        names = {str(e.arg[0].name) for e in leaves([s.value])}
+        late = s.target.arg[0].role != "scratch" and s.target.arg[0].at is None
+        if _in_rows(s) and not names & missing and not late and _same_rows(s, {t.name for t in taken}):
+            taken.append(s)
+        else:
+            missing.add(s.name)
+    return taken
+
+
+def _in_rows(s: Statement) -> bool:
+    return s.row is not None and s.kind in ("tile", "row") and not s.products and s.row not in _summed(s)
+
+
+def _summed(s: Statement) -> Axes:
+    return tuple(s.value.arg) if s.kind == "row" else ()
+
+
+def _same_rows(s: Statement, together: set[str]) -> bool:
+    """Whether a statement reads of the others only the row that it makes."""
+    return all(axes[:1] == (s.row,) for e, axes in read(s.value) if e.arg[0].name in together)
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+def backward_block(a: ScanAdjoint) -> list[Assign]:
+    """The backward chunk with the forward values that it reads in their place: made again, nothing is saved."""
+    kept = {x.leaf.name: x for x in a.forward.assigns if x.target in a.residuals}
+    stand_in = {}
+    for e in leaves(x.value for x in a.backward.assigns):
+        if e.arg[0].role == "saved":
+            found = kept[e.arg[0].name]
+            stand_in[e] = b.rename(found.value, dict(zip(found.target.axes, e.axes, strict=True)))
+    replaced = substitute([x.value for x in a.backward.assigns], stand_in)
+    return [Assign(x.target, v) for x, v in zip(a.backward.assigns, replaced, strict=True)]
+
+
+def listing(program: Program) -> str:
+    """Every kernel as the statements that it is made of."""
+    lines = [f"# Kernels of the variant `{program.name}`: for each batch element and head, in parallel, ..."]
+    for a in program.adjoints:
+        chunks = f"for c in chunks(T, {a.scan.chunk}):" if a.scan.loops else "once:"
+        lines += ["", f"{a.scan.name}: {chunks}", *_listed(statements(a.scan.block.assigns, program))]
+        backwards = chunks.replace("chunks(", "reversed(chunks(").replace("):", ")):")
+        lines += ["", f"{a.scan.name}_adjoint: {backwards}", *_listed(statements(backward_block(a), program))]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(made: Iterable[Statement]) -> list[str]:
+    lines = []
+    for g in grouped(made):
+        lines += ["    for t in c:"] if g.rows else []
+        lines += [f"    {'    ' if g.rows else ''}{s}" for s in g.statements]
+    return lines
+
+
+__all__ = ["TOKENS", "Group", "Statement", "backward_block", "grouped", "listing", "read", "statements"]

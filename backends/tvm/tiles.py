@@ -1,0 +1,751 @@
+"""Statements as TensorIR: tiles of accumulators in registers, rows of vectors, walks along the tokens.
+
+Every axis of a statement stands somewhere: at an index, or, the axis of its vectors, at several at once. A value that
+lacks the axis of the vectors is one number, and stays one until it meets a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from tttc.backends.tvm.loops import TOKENS, Group, Statement
+from tttc.backends.tvm.machine import HIGHEST, Machine
+from tttc.backends.tvm.ops import Functions
+from tttc.ir.expr import Axes, Axis, Expr, postorder
+from tttc.ir.scalars import SCALARS
+
+UNROLLED = 8  # vectors of a row that are held in registers
+LOCAL = {"disable_lower_builtin": True}  # a buffer that LLVM may turn into registers
+
+
+class Place(NamedTuple):
+    """Where an axis stands; `lanes` says that it is there and at the lanes that follow, `beyond` that it may be a token
+    after the last one. Equal keys, equal places.
+    """
+
+    index: Any
+    key: tuple[Any, ...]
+    lanes: bool = False
+    beyond: bool = False
+
+
+class Value(NamedTuple):
+    """A number, or with `wide` a vector of them."""
+
+    it: Any
+    wide: bool
+
+
+Places = Mapping[Axis, Place]
+
+
+class Store:
+    """A variable in memory: how its axes are laid out, and which index comes before them."""
+
+    def __init__(
+        self,
+        buffer: Any,
+        machine: Machine,
+        prefix: Sequence[Any] = (),
+        first: Any = None,
+        tokens: Any = None,
+        rows: int = 0,
+    ):
+        self.buffer, self.machine, self.prefix, self.first, self.tokens = buffer, machine, tuple(prefix), first, tokens
+        self.rows = rows
+        """Leading axes that are not stored: one row of a loop over the tokens."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether this is a sequence of the caller, `tokens` of which, from `first` on, are the chunk."""
+        return self.first is not None
+
+    def _at(self, places: Sequence[Place]) -> list[Any]:
+        indices = [p.index for p in places[self.rows :]]
+        if self.first is not None and indices:
+            indices[0] = indices[0] + self.first
+        return [*self.prefix, *indices] or [0]
+
+    def load(self, places: Sequence[Place]) -> Value:
+        """Of a row beyond the last token, which a tile may hold, the last one: nothing is read that is not there."""
+        wide = bool(places) and places[-1].lanes
+        if self.shared and places[0].beyond:
+            places = [Place(T.min(places[0].index, self.tokens - 1), places[0].key), *places[1:]]
+        at = self._at(places)
+        return Value(self.buffer.vload(at, self.machine.vector) if wide else self.buffer[tuple(at)], wide)
+
+    def save(self, places: Sequence[Place], value: Any) -> None:
+        at = self._at(places)
+        if places and places[-1].lanes:
+            T.add_to_parent(self.buffer.vstore(at, value))
+        else:
+            T.buffer_store(self.buffer, value, at)
+
+
+class Registers(Store):
+    """A row that is a few vectors: the index of its last axis says which."""
+
+    def _at(self, places: Sequence[Place]) -> list[Any]:
+        return [places[-1].key[-1]]
+
+    def load(self, places: Sequence[Place]) -> Value:
+        return Value(self.buffer[tuple(self._at(places))], True)
+
+    def save(self, places: Sequence[Place], value: Any) -> None:
+        T.buffer_store(self.buffer, value, self._at(places))
+
+
+class Emitter:
+    """Writes the statements of a chunk into the function that is being built."""
+
+    def __init__(self, machine: Machine, dims: Mapping[str, int], tokens: Any, chunk: Any) -> None:
+        self.machine, self.dims, self.tokens, self.chunk = machine, dims, tokens, chunk
+        self.stores: dict[str, Store] = {}
+        self.triangles: dict[str, set[tuple[int, int]]] = {}
+        self.numbers = Functions(machine.dtype, 1, self.held)
+        self.vectors = Functions(machine.dtype, machine.lanes, self.held)
+
+    # -- sizes
+
+    def extent(self, axis: Axis) -> Any:
+        """How many entries an axis has in this chunk: an int, or for the tokens an expression."""
+        return self.tokens if axis.size == TOKENS else self.dims[axis.size]
+
+    def capacity(self, axis: Axis) -> Any:
+        """How many it may have."""
+        return self.chunk if axis.size == TOKENS else self.dims[axis.size]
+
+    def blocks(self, axis: Axis) -> Any:
+        """Vectors that hold an axis."""
+        return (
+            -(-self.capacity(axis) // self.machine.lanes)
+            if isinstance(self.capacity(axis), int)
+            else (T.truncdiv(self.capacity(axis) + (self.machine.lanes - 1), self.machine.lanes))
+        )
+
+    def shape(self, axes: Axes) -> list[Any]:
+        """The sizes of a variable, with room for whole tiles of tokens, and for whole vectors along its last axis."""
+        rows = [self.capacity(a) + (HIGHEST - 1 if a.size == TOKENS else 0) for a in axes[:-1]]
+        return [*rows, *(self.blocks(a) * self.machine.lanes for a in axes[-1:])]
+
+    def reserve(self, name: str, axes: Axes, *, rows: int = 0) -> Store:
+        """Memory for a variable of this function."""
+        shape = self.shape(axes[rows:]) or [1]
+        buffer = T.alloc_buffer(tuple(shape), self.machine.dtype, scope="global")
+        self.stores[name] = Store(buffer, self.machine, rows=rows)
+        return self.stores[name]
+
+    def held(self, x: Any) -> Any:
+        """A value in a register of its own: a binding would be computed again at every use."""
+        kept = T.alloc_buffer((1,), str(x.ty.dtype), scope="local", annotations=LOCAL)
+        T.buffer_store(kept, x, [0])
+        return kept[0]
+
+    # -- groups
+
+    def group(self, group: Group) -> None:
+        self._reserve(group)
+        if not group.rows:
+            for s in group.statements:
+                self.statement(s, {})
+            return
+        with T.serial(self.tokens) as t:
+            for s in group.statements:
+                assert s.row is not None
+                self.statement(s, {s.row: Place(t, ("row",))})
+
+    def _reserve(self, group: Group) -> None:
+        for s in group.statements:
+            self.triangles[s.name] = triangle(s, self.triangles)
+            if s.name in self.stores:
+                continue
+            if s.name not in group.local:
+                self.reserve(s.name, s.target.axes)
+                continue
+            width = self.blocks(s.target.axes[-1]) if len(s.target.axes) == 2 else 0
+            if len(s.target.axes) == 2 and isinstance(width, int) and width <= UNROLLED:
+                buffer = T.alloc_buffer((width,), self.machine.vector, scope="local", annotations=LOCAL)
+                self.stores[s.name] = Registers(buffer, self.machine)
+            elif len(s.target.axes) == 1:
+                buffer = T.alloc_buffer((1,), self.machine.dtype, scope="local", annotations=LOCAL)
+                self.stores[s.name] = Store(buffer, self.machine, rows=1)
+            else:
+                self.reserve(s.name, s.target.axes, rows=1)
+
+    def statement(self, s: Statement, at: Places) -> None:
+        getattr(self, f"_{s.kind}")(s, at)
+
+    @contextmanager
+    def _loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Place]]:
+        """Loops over the axes that stand nowhere yet."""
+        places = dict(at)
+        frames = []
+        for a in axes:
+            if a not in places:
+                frame = T.serial(self.extent(a))
+                frames.append(frame)
+                i = frame.__enter__()
+                places[a] = Place(i, ("loop", id(i)))
+        yield places
+        for frame in reversed(frames):
+            frame.__exit__(None, None, None)
+
+    def _vectors(self, axis: Axis, body: Callable[[Place], None]) -> None:
+        """Vector after vector along an axis."""
+        n = self.blocks(axis)
+        if isinstance(n, int) and n <= UNROLLED:
+            for j in range(n):
+                body(self._block(j))
+        else:
+            with T.serial(n) as j:
+                body(self._block(j))
+
+    def _block(self, j: Any) -> Place:
+        return (
+            Place(j * self.machine.lanes, ("block", j if isinstance(j, int) else id(j)), lanes=True)
+            if not isinstance(j, int)
+            else Place(j * self.machine.lanes, ("block", j), lanes=True)
+        )
+
+    # -- elementwise and products
+
+    def _turn(self, s: Statement, at: Places) -> None:
+        """A copy with its last axis elsewhere."""
+        with self._loops(s.value.axes, at) as places:
+            self._set(s, places)
+
+    def _tile(self, s: Statement, at: Places) -> None:
+        if s.products:
+            self._tiles(s)
+            return
+        rows = s.target.axes[:-1] if s.lane is not None else ()
+        with self._loops(rows, at) as places:
+            lane = s.lane
+            if lane is None or lane in places:  # a number
+                self._set(s, places)
+            else:
+                self._vectors(lane, lambda block: self._set(s, {**places, lane: block}))
+
+    def _set(self, s: Statement, places: Places) -> None:
+        point = Point(self, places)
+        value = point.value(s.value)
+        wide = any(places[a].lanes for a in s.target.axes)
+        self.stores[s.name].save([places[a] for a in s.target.axes], point.wide(value) if wide else value.it)
+
+    def _tiles(self, s: Statement) -> None:
+        """Products: tile after tile along the last two axes."""
+        axes, lane = s.target.axes, s.lane
+        assert lane is not None
+        sums = accumulated(s.value)
+        row = axes[-2] if len(axes) > 1 else None
+        vectors, most = self.blocks(lane), None if row is None else self.capacity(row)
+        known = most if isinstance(most, int) else None
+        high, wide = self.machine.tile(1 if row is None else known, vectors if isinstance(vectors, int) else 1)
+        high = max(1, high // len(sums))
+
+        def across(places: Places, rows: Sequence[Place]) -> None:
+            """All vectors of some rows."""
+            whole = vectors // wide if isinstance(vectors, int) else vectors
+            if isinstance(whole, int) and whole == 1:
+                self._accumulate(s, sums, places, rows, [self._block(j) for j in range(wide)])
+            else:
+                with T.serial(whole) as j:
+                    blocks = [
+                        Place((j * wide + i) * self.machine.lanes, ("block", id(j), i), lanes=True) for i in range(wide)
+                    ]
+                    self._accumulate(s, sums, places, rows, blocks)
+            if isinstance(vectors, int) and vectors % wide:
+                rest = range(vectors - vectors % wide, vectors)
+                self._accumulate(s, sums, places, rows, [self._block(j) for j in rest])
+
+        with self._loops(axes[:-2], {}) as places:
+            if row is None:
+                across(places, [])
+                return
+            n = self.extent(row)
+            if not isinstance(n, int):  # the last tile may hold rows beyond the last token: there is memory for them
+                with T.serial(T.truncdiv(n + (high - 1), high)) as i:
+                    across(places, [Place(i * high + m, ("tile", id(i), m), beyond=m > 0) for m in range(high)])
+                return
+            with T.serial(n // high) as i:
+                across(places, [Place(i * high + m, ("tile", id(i), m)) for m in range(high)])
+            if n % high:
+                first = n - n % high
+                across(places, [Place(first + m, ("tile", first, m)) for m in range(n % high)])
+
+    def _accumulate(
+        self, s: Statement, sums: Mapping[Expr, Sum], at: Places, rows: Sequence[Place], blocks: Sequence[Place]
+    ) -> None:
+        """One tile: every sum of products in registers, then what is made of them."""
+        axes = s.target.axes
+        tile = [
+            {**at, **({axes[-2]: r} if r is not None else {}), axes[-1]: block}
+            for r in (rows or (None,))
+            for block in blocks
+        ]
+        held = {}
+        for e, total in sums.items():
+            held[e] = T.alloc_buffer((len(tile),), self.machine.vector, scope="local", annotations=LOCAL)
+            self._sum(total, held[e], tile, axes[-2] if rows else None)
+        for i, here in enumerate(tile):
+            point = Point(self, here, {e: Value(buffer[i], True) for e, buffer in held.items()})
+            store, at_row = self.stores[s.name], here[axes[-2]] if rows else None
+            with self._only_if(at_row.index < self.tokens if at_row and at_row.beyond and store.shared else None):
+                store.save([here[a] for a in axes], point.wide(point.value(s.value)))
+
+    @contextmanager
+    def _only_if(self, condition: Any) -> Iterator[None]:
+        if condition is None:
+            yield
+            return
+        with T.If(condition), T.Then():
+            yield
+
+    def _sum(self, total: Sum, held: Any, tile: Sequence[Places], row: Axis | None) -> None:
+        """Fill the accumulators of a tile: with what is not a product, then product by product."""
+        memo: dict[Any, Value] = {}
+        for i, here in enumerate(tile):
+            point = Point(self, here, memo=memo)
+            start = None
+            for sign, e in total.others:
+                v = point.wide(point.value(e))
+                if start is None:
+                    start = v if sign > 0 else self.vectors.neg(v)
+                else:
+                    start = start + v if sign > 0 else start - v
+            T.buffer_store(held, self.vectors.const(0.0) if start is None else start, [i])
+        for sign, e in total.products:
+            with self._summed(e, tile, row) as summed:
+                memo = {}
+                for i, here in enumerate(tile):
+                    point = Point(self, {**here, **summed}, memo=memo)
+                    product = point.wide(point.product(e.src))
+                    T.buffer_store(held, held[i] + product if sign > 0 else held[i] - product, [i])
+
+    @contextmanager
+    def _summed(self, e: Expr, tile: Sequence[Places], row: Axis | None) -> Iterator[dict[Axis, Place]]:
+        """Loops over the axes that a product sums over, but for the zeros of a masked matrix."""
+        known = {pair for s in e.src for pair in zeros(s, self.triangles)}
+        places: dict[Axis, Place] = {}
+        frames = []
+        for k in e.arg:
+            low, high = 0, self.extent(k)
+            if row is not None and (row, k) in known:
+                high = T.min(high, tile[-1][row].index + 1)  # which may be a token beyond the last one
+            if row is not None and (k, row) in known:
+                low = tile[0][row].index
+            frames.append(T.serial(low, high))
+            i = frames[-1].__enter__()
+            places[k] = Place(i, ("sum", id(i)))
+        yield places
+        for frame in reversed(frames):
+            frame.__exit__(None, None, None)
+
+    def _functions(self, wide: bool) -> Functions:
+        return self.vectors if wide else self.numbers
+
+    # -- reductions
+
+    def _row(self, s: Statement, at: Places) -> None:
+        over = tuple(s.value.arg)
+        if s.lane is None or s.lane not in over:
+            self._sum_of_rows(s, at)
+            return
+        with self._loops(s.target.axes, at) as places:
+            value = self._reduced(s, places)
+            if s.value.op == "mean":
+                value = value * self.numbers.const(1.0) / self._count(over)
+            self.stores[s.name].save([places[a] for a in s.target.axes], value)
+
+    def _count(self, over: Sequence[Axis]) -> Any:
+        total = self.numbers.const(1.0)
+        for a in over:
+            total = total * self._size(a)
+        return total
+
+    def _size(self, axis: Axis) -> Any:
+        n = self.extent(axis)
+        return self.numbers.const(n) if isinstance(n, int) else T.Cast(self.machine.dtype, n)
+
+    def _joined(self, op: str) -> Callable[[Any, Any], Any]:
+        return (lambda x, y: T.max(x, y)) if op == "max" else (lambda x, y: x + y)
+
+    def _neutral(self, op: str) -> Any:
+        return self.vectors.const(-3e38 if op == "max" else 0.0)
+
+    def _reduced(self, s: Statement, places: Places) -> Any:
+        """All entries along some axes as one number, the vectors along the last of them."""
+        op, lane, join = s.value.op, s.lane, self._joined(s.value.op)
+        assert lane is not None
+        rest = [a for a in s.value.arg if a != lane]
+        held = T.alloc_buffer((1,), self.machine.vector, scope="local", annotations=LOCAL)
+        n = self.blocks(lane)
+        unrolled = isinstance(n, int) and n <= UNROLLED and not rest
+
+        def block(inside: Places, place: Place) -> Any:
+            point = Point(self, {**inside, lane: place})
+            return self._only_valid(point.wide(point.value(s.value.src[0])), lane, place, self._neutral(op))
+
+        if unrolled:
+            found = [block(places, self._block(j)) for j in range(n)]
+            while len(found) > 1:
+                found = [
+                    self.held(join(found[i], found[i + 1])) if i + 1 < len(found) else found[i]
+                    for i in range(0, len(found), 2)
+                ]
+            T.buffer_store(held, found[0], [0])
+        else:
+            T.buffer_store(held, self._neutral(op), [0])
+            with self._loops(rest, places) as inside, T.serial(n) as j:
+                T.buffer_store(held, join(held[0], block(inside, self._block(j))), [0])
+        return self._across(held[0], join)
+
+    def _only_valid(self, x: Any, axis: Axis, place: Place, neutral: Any) -> Any:
+        """A vector without what lies beyond the end of its axis."""
+        n, lanes = self.extent(axis), self.machine.lanes
+        last = place.key[-1]
+        if isinstance(n, int) and (n % lanes == 0 or (isinstance(place.index, int) and last * lanes + lanes <= n)):
+            return x
+        return T.Select(self._lanes(place) < T.broadcast(self._int(n), lanes), x, neutral)
+
+    def _int(self, n: Any) -> Any:
+        return tirx.const(n, "int32") if isinstance(n, int) else n
+
+    def _lanes(self, place: Place) -> Any:
+        return T.Ramp(self._int(place.index), tirx.const(1, "int32"), self.machine.lanes)
+
+    def _across(self, x: Any, join: Callable[[Any, Any], Any]) -> Any:
+        """All lanes of a vector as one number."""
+        half = self.machine.lanes // 2
+        while half:
+            x = self.held(x)
+            x = join(x, T.Shuffle([x], [i ^ half for i in range(self.machine.lanes)]))
+            half //= 2
+        return T.Shuffle([self.held(x)], [0])
+
+    def _sum_of_rows(self, s: Statement, at: Places) -> None:
+        """A reduction that keeps the axis of the vectors, or has none."""
+        join, op = self._joined(s.value.op), s.value.op
+        lane = s.lane
+        outside = [a for a in s.target.axes if a != lane]
+
+        def one(places: Places) -> None:
+            wide = lane is not None and places[lane].lanes
+            functions = self._functions(wide)
+            dtype = self.machine.vector if wide else self.machine.dtype
+            held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL)
+            T.buffer_store(held, functions.const(-3e38 if op == "max" else 0.0), [0])
+            with self._loops(tuple(s.value.arg), places) as inside:
+                point = Point(self, inside)
+                value = point.value(s.value.src[0])
+                T.buffer_store(held, join(held[0], point.wide(value) if wide else value.it), [0])
+            result = held[0]
+            if op == "mean":
+                count = self._count(s.value.arg)
+                result = result / (functions.wide(count, "") if wide else count)
+            self.stores[s.name].save([places[a] for a in s.target.axes], result)
+
+        with self._loops(outside, at) as places:
+            if lane is None or lane in places:
+                one(places)
+            else:
+                self._vectors(lane, lambda block: one({**places, lane: block}))
+
+    # -- along the tokens
+
+    def _walk(self, s: Statement, at: Places) -> None:
+        getattr(self, f"_{s.value.op}")(s)
+
+    def _token_by_token(self, s: Statement, along: Axis, step: Callable[[Any, Any, Places], None]) -> None:
+        """Token after token; all other axes inside, the last of them as vectors."""
+        others = [a for a in s.target.axes if a != along]
+        with T.serial(self.tokens) as t:
+            here = {along: Place(t, ("token", id(t)))}
+            with self._loops(others[:-1], here) as places:
+                if others:
+                    self._vectors(others[-1], lambda block: step(t, True, {**places, others[-1]: block}))
+                else:
+                    step(t, False, places)
+
+    def _previous(self, s: Statement, along: Axis, places: Places, t: Any, first: Any) -> Any:
+        """What the token before left in the target; at the first token another value, and nothing is read before it."""
+        wide = any(p.lanes for p in places.values())
+        before = {**places, along: Place(T.max(t - 1, 0), ("before", id(t)))}
+        found = self.stores[s.name].load([before[a] for a in s.target.axes])
+        condition = t > 0
+        if wide:
+            condition = T.broadcast(condition, self.machine.lanes)
+        return T.Select(condition, found.it, first)
+
+    def _cumprod(self, s: Statement) -> None:
+        axis = s.value.arg
+
+        def step(t: Any, wide: bool, places: Places) -> None:
+            point = Point(self, places)
+            value = point.value(s.value.src[0])
+            x = point.wide(value) if wide else value.it
+            before = self._previous(s, axis, places, t, self._functions(wide).const(1.0))
+            self.stores[s.name].save([places[a] for a in s.target.axes], before * x)
+
+        self._token_by_token(s, axis, step)
+
+    def _segprod(self, s: Statement) -> None:
+        """P[t, s] = P[t - 1, s] * x[t] before the diagonal, 1 on it, 0 beyond."""
+        rows, columns = s.value.arg
+
+        def step(t: Any, wide: bool, places: Places) -> None:
+            point = Point(self, places)
+            functions = self._functions(wide)
+            x = point.wide(point.value(s.value.src[0])) if wide else point.value(s.value.src[0]).it
+            grown = self._previous(s, rows, places, t, functions.const(0.0)) * x
+            on, below = point.compared(rows, columns, T.EQ), point.compared(rows, columns, lambda i, j: i > j)
+            value = T.Select(on, functions.const(1.0), T.Select(below, grown, functions.const(0.0)))
+            self.stores[s.name].save([places[a] for a in s.target.axes], value)
+
+        self._token_by_token(s, rows, step)
+
+    def _shift(self, s: Statement) -> None:
+        axis, fill = s.value.arg
+        self._moved(s, axis, lambda t: T.max(t - 1, 0), lambda t: t > 0, fill)
+
+    def _shift_back(self, s: Statement) -> None:
+        axis = s.value.arg
+        self._moved(s, axis, lambda t: T.min(t + 1, self.tokens - 1), lambda t: t + 1 < self.tokens, 0.0)
+
+    def _moved(
+        self, s: Statement, axis: Axis, other: Callable[[Any], Any], inside: Callable[[Any], Any], fill: float
+    ) -> None:
+        def step(t: Any, wide: bool, places: Places) -> None:
+            point = Point(self, {**places, axis: Place(other(t), ("other", id(t)))})
+            value = point.value(s.value.src[0])
+            x = point.wide(value) if wide else value.it
+            condition = T.broadcast(inside(t), self.machine.lanes) if wide else inside(t)
+            value = T.Select(condition, x, self._functions(wide).const(fill))
+            self.stores[s.name].save([places[a] for a in s.target.axes], value)
+
+        self._token_by_token(s, axis, step)
+
+    def _solve(self, s: Statement) -> None:
+        """x[t] = right[t] - sum over s < t of matrix[t, s] * x[s], and from the last token back where it is upper."""
+        known, unknown = s.value.arg
+        matrix, right = s.value.src
+        upper = ("t", "r", "s").index(known.name) > ("t", "r", "s").index(unknown.name)
+        others = [a for a in s.target.axes if a != unknown]
+        with T.serial(self.tokens) as i:
+            t = self.tokens - 1 - i if upper else i
+            row = Place(t, ("token", id(i)))
+
+            def step(wide: bool, places: Places) -> None:
+                point = Point(self, {**places, known: row})
+                value = point.value(right)
+                dtype = self.machine.vector if wide else self.machine.dtype
+                held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL)
+                T.buffer_store(held, point.wide(value) if wide else value.it, [0])
+                with T.serial(t + 1, self.tokens) if upper else T.serial(t) as j:
+                    inner = Point(self, {**places, known: row, unknown: Place(j, ("solved", id(j)))})
+                    found = self.stores[s.name].load([inner.places[a] for a in s.target.axes])
+                    product = inner.times(inner.value(matrix), found)
+                    T.buffer_store(held, held[0] - (inner.wide(product) if wide else product.it), [0])
+                here = {**places, unknown: row}
+                self.stores[s.name].save([here[a] for a in s.target.axes], held[0])
+
+            with self._loops(others[:-1], {}) as places:
+                if others:
+                    self._vectors(others[-1], lambda block: step(True, {**places, others[-1]: block}))
+                else:
+                    step(False, places)
+
+
+class Point:
+    """The value of expressions where the axes stand; what they share is computed once."""
+
+    def __init__(
+        self,
+        emitter: Emitter,
+        places: Places,
+        found: Mapping[Expr, Value] | None = None,
+        memo: dict[Any, Value] | None = None,
+    ) -> None:
+        self.emitter, self.places = emitter, places
+        self.found = found or {}
+        self.memo = {} if memo is None else memo
+
+    def wide(self, v: Value) -> Any:
+        return v.it if v.wide else self.emitter.vectors.wide(v.it, "")
+
+    def value(self, e: Expr) -> Value:
+        if e in self.found:
+            return self.found[e]
+        key = (e, tuple(self.places[a].key for a in e.axes))
+        if key not in self.memo:
+            made = self._made(e)
+            plain = e.op in ("const", "size", "rename", "broadcast", "stop_gradient")
+            self.memo[key] = made if plain else Value(self.emitter.held(made.it), made.wide)
+        return self.memo[key]
+
+    def product(self, factors: Sequence[Expr]) -> Value:
+        """The numbers first, then the vectors."""
+        values = sorted((self.value(f) for f in factors), key=lambda v: v.wide)
+        result = values[0]
+        for v in values[1:]:
+            result = self.times(result, v)
+        return result
+
+    def times(self, x: Value, y: Value) -> Value:
+        if x.wide or y.wide:
+            return Value(self._spread(x) * self._spread(y), True)
+        return Value(x.it * y.it, False)
+
+    def _spread(self, v: Value) -> Any:
+        """A number in all lanes, once for all who need it there."""
+        if v.wide:
+            return v.it
+        key = ("spread", id(v.it))
+        if key not in self.memo:
+            self.memo[key] = Value(self.emitter.held(self.wide(v)), True)
+            self.memo["keep", id(v.it)] = v
+        return self.memo[key].it
+
+    def elsewhere(self, places: Places) -> Point:
+        return Point(self.emitter, places, self.found, self.memo)
+
+    def compared(self, rows: Axis, columns: Axis, how: Callable[[Any, Any], Any]) -> Any:
+        """A comparison of the places of two axes, lane by lane where one has lanes."""
+        i, j = self.places[rows], self.places[columns]
+        lanes = self.emitter.machine.lanes
+        if not i.lanes and not j.lanes:
+            result = how(self.emitter._int(i.index), self.emitter._int(j.index))
+            wide = any(p.lanes for p in self.places.values())
+            return T.broadcast(result, lanes) if wide else result
+        sides = [self.emitter._lanes(p) if p.lanes else T.broadcast(self.emitter._int(p.index), lanes) for p in (i, j)]
+        return how(*sides)
+
+    def _made(self, e: Expr) -> Value:
+        emitter = self.emitter
+        if e.op == "leaf":
+            return emitter.stores[str(e.arg[0].name)].load([self.places[a] for a in e.axes])
+        if e.op == "const":
+            return Value(emitter.numbers.const(e.arg), False)
+        if e.op == "size":
+            return Value(emitter._size(e.arg), False)
+        if e.op == "rename":
+            inside = {old: self.places[new] for old, new in e.arg}
+            return self.elsewhere({**self.places, **inside}).value(e.src[0])
+        if e.op == "last":
+            end = Place(emitter.tokens - 1, ("last",))
+            return self.elsewhere({**self.places, e.arg: end}).value(e.src[0])
+        if e.op in ("broadcast", "stop_gradient"):
+            return self.value(e.src[0])
+        if e.op in ("mask", "put_last"):
+            return self._masked(e)
+        values = [self.value(s) for s in e.src]
+        wide = any(v.wide for v in values)
+        functions = emitter.vectors if wide else emitter.numbers
+        operands = [self._spread(v) if wide else v.it for v in values]
+        if e.op == "map":
+            return Value(functions.formula(e.arg, *operands), wide)
+        if e.op == "pow":
+            return Value(functions.pow_(operands[0], e.arg), wide)
+        assert e.op in SCALARS, e.op
+        return Value(functions[e.op](*operands), wide)
+
+    def _masked(self, e: Expr) -> Value:
+        inside = self.value(e.src[0])
+        if e.op == "put_last":
+            place = self.places[e.arg]
+            last = self.emitter.tokens - 1
+            condition = (
+                T.EQ(self.emitter._lanes(place), T.broadcast(last, self.emitter.machine.lanes))
+                if place.lanes
+                else T.EQ(place.index, last)
+            )
+            wide = inside.wide or place.lanes
+            if wide and not place.lanes:
+                condition = T.broadcast(condition, self.emitter.machine.lanes)
+        else:
+            rows, columns, strict = e.arg
+            lanes = self.places[rows].lanes or self.places[columns].lanes
+            wide = inside.wide or lanes
+            point = self if wide else Point(self.emitter, {a: self.places[a] for a in (rows, columns)})
+            condition = point.compared(rows, columns, (lambda i, j: i > j) if strict else (lambda i, j: i >= j))
+            if wide and not lanes and not any(p.lanes for p in self.places.values()):
+                condition = T.broadcast(condition, self.emitter.machine.lanes)
+        functions = self.emitter.vectors if wide else self.emitter.numbers
+        return Value(T.Select(condition, self._spread(inside) if wide else inside.it, functions.const(0.0)), wide)
+
+
+# -- sums of products --------------------------------------------------------------------------------------------------
+
+
+class Sum(NamedTuple):
+    """Products that are added up in the same registers, which begin as the sum of the others."""
+
+    products: tuple[tuple[int, Expr], ...]
+    others: tuple[tuple[int, Expr], ...]
+
+
+def accumulated(value: Expr) -> dict[Expr, Sum]:
+    """The sums that hold a product, none inside another."""
+    holding = {e for e in postorder([value]) if e.op == "contract"}
+    for e in postorder([value]):
+        if any(s in holding for s in e.src):
+            holding.add(e)
+    found: dict[Expr, Sum] = {}
+    stack = [value]
+    while stack:
+        e = stack.pop()
+        if e not in holding or e in found:
+            continue
+        terms = _terms(e, 1)
+        products = tuple((sign, t) for sign, t in terms if t.op == "contract")
+        others = tuple((sign, t) for sign, t in terms if t.op != "contract")
+        if products and not any(t in holding for _, t in others):
+            found[e] = Sum(products, others)
+        elif e.op == "contract":
+            found[e] = Sum(((1, e),), ())
+        else:
+            stack += e.src
+    return found
+
+
+def _terms(e: Expr, sign: int) -> list[tuple[int, Expr]]:
+    if e.op == "add":
+        return [t for s in e.src for t in _terms(s, sign)]
+    if e.op == "sub":
+        return [*_terms(e.src[0], sign), *_terms(e.src[1], -sign)]
+    if e.op == "neg":
+        return _terms(e.src[0], -sign)
+    return [(sign, e)]
+
+
+# -- triangles ---------------------------------------------------------------------------------------------------------
+
+
+def zeros(e: Expr, known: Mapping[str, set[tuple[int, int]]]) -> set[tuple[Axis, Axis]]:
+    """The pairs (rows, columns) of token axes with nothing where the column comes after the row."""
+    if e.op == "leaf":
+        return {(e.axes[i], e.axes[j]) for i, j in known.get(str(e.arg[0].name), ())}
+    if e.op == "mask":
+        return {(e.arg[0], e.arg[1])} | zeros(e.src[0], known)
+    if e.op == "segprod":
+        return {(e.arg[0], e.arg[1])}
+    if e.op == "mul":
+        return zeros(e.src[0], known) | zeros(e.src[1], known)
+    if e.op == "neg":
+        return zeros(e.src[0], known)
+    if e.op == "div":
+        return zeros(e.src[0], known)
+    if e.op == "rename":
+        to = dict(e.arg)
+        return {(to.get(i, i), to.get(j, j)) for i, j in zeros(e.src[0], known)}
+    return set()
+
+
+def triangle(s: Statement, known: Mapping[str, set[tuple[int, int]]]) -> set[tuple[int, int]]:
+    axes = s.target.axes
+    return {(axes.index(i), axes.index(j)) for i, j in zeros(s.value, known) if i in axes and j in axes}

@@ -18,7 +18,10 @@ class Source:
 
 
 class CompiledScan(Protocol):
-    """One scan of the program. Tensors have a leading axis G = batch * heads, in the order of `Scan.params`."""
+    """One scan of the program. Tensors have a leading axis G = batch * heads, in the order of `Scan.params`.
+
+    The heads and the tokens of an input may lie at any distance from each other.
+    """
 
     @property
     def recorded(self) -> CompiledScan:

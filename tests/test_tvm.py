@@ -5,12 +5,14 @@ Memory is poisoned with NaN before every test (conftest.py), so that nothing her
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from tttc.errors import BackendRefusal
 from tttc.library import LinearAttention, TTTLinear
 from tttc.verify import random_inputs, relative_error
 
-pytest.importorskip("tvm", reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
+pytestmark = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 
 TOKENS = 37  # two mini-batches of 16 and a tail of 5
 HEAVY = {"GatedThreeLayer", "LaCT", "Moneta", "TTTMLP", "Titans", "Yaad"}  # a quarter of a minute and more to compile
@@ -66,12 +68,12 @@ def converted(inputs, dtype):
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_every_library_variant_equals_the_oracle(name):
-    """Outputs, final states and every gradient, with an odd width and a ragged tail."""
-    assert not compared(name, 3)
+    """Outputs, final states and every gradient, with an odd width; and a tail, where its kernels compile in seconds."""
+    assert not compared(name, 3, tokens=32 if name in HEAVY else TOKENS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("D", [17, 64])
+@pytest.mark.parametrize("D", [3, 17, 64])
 @pytest.mark.parametrize("name", LIBRARY)
 def test_every_library_variant_at_other_widths(name, D):
     assert not compared(name, D)
@@ -157,11 +159,12 @@ UNITS = {
 
 def elementwise(name, values):
     """A function of tttc.backends.tvm.ops on an array whose length is a whole number of vectors."""
-    import tvm
+    from tttc.backends.tvm.load import LEFT_OUT, SETTINGS, imported_tvm
+
+    tvm = imported_tvm()
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
-    from tttc.backends.tvm.load import LEFT_OUT, SETTINGS
     from tttc.backends.tvm.machine import host
     from tttc.backends.tvm.tiles import Emitter
 
@@ -259,6 +262,13 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
         tttc.compile(TTTLinear, {"D": 4}, device="cuda", backend="tvm")
     with pytest.raises(BackendRefusal, match="found one after the other"):
         tttc.compile(VARIANTS["TTTMLP"].replace(mini_batch=1), {"D": 4, "F": 8}, backend="tvm")
+
+
+def test_the_process_is_left_as_it_was():
+    """Importing TVM replaces functions of `inspect`, which then fail for classes that no module holds."""
+    layer = compiled(LinearAttention, {"D": 3})
+    layer._scans["linear_attention"].script()
+    assert not any(f.__module__.startswith("tvm") for f in (inspect.getfile, inspect.findsource))
 
 
 def test_it_takes_as_many_threads_as_torch():

@@ -138,8 +138,8 @@ class Call:
     # -- layout --------------------------------------------------------------------------------------------------------
 
     def _flat_sequence(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, H, ...] -> [G, T, ...]."""
-        return x.to(self.layer.compute_dtype).transpose(1, 2).flatten(0, 1).contiguous()
+        """[B, T, H, ...] -> [G, T, ...], where it lies if there is one batch element."""
+        return x.to(self.layer.compute_dtype).transpose(1, 2).flatten(0, 1)
 
     def _flat(self, name: str, x: torch.Tensor, rank: int, dims: tuple[int, ...], *, batched: bool) -> torch.Tensor:
         """[*dims], [H, *dims] or, for states, [B, H, *dims] -> [G, *dims]."""

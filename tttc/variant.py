@@ -529,6 +529,6 @@ def _class_line(variant: type[Variant]) -> SourceLine | None:
     try:
         file = inspect.getsourcefile(variant)
         _, line = inspect.getsourcelines(variant)
-    except (OSError, TypeError):
+    except (OSError, TypeError, KeyError):  # no file; or, as TVM patches `inspect`, no such module
         return None
     return SourceLine(file, line) if file else None

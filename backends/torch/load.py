@@ -28,6 +28,7 @@ class TorchScan:
         return self
 
     def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
+        inputs = [x.contiguous() for x in inputs]
         if self.scan.loops:
             outputs, kept = self._call("")(*inputs, self._chunk(inputs), checkpoint)
             return outputs, kept
@@ -35,6 +36,7 @@ class TorchScan:
         return tuple(outputs), saved
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+        inputs = [x.contiguous() for x in inputs]
         carried, fixed = len(self.scan.carry), len(self.scan.fixed)
         if self.scan.loops:
             return tuple(self._call("_adjoint")(saved, *inputs[carried:], *cotangents, self._chunk(inputs), checkpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import os
 import pickle
 import platform
@@ -120,6 +121,7 @@ class TVMScan:
         return self._compiled(backward=True)
 
     def _kernel(self, backward: bool) -> Kernel:
+        imported_tvm()
         from tttc.backends.tvm.kernels import backward_kernel, forward_kernel
 
         machine = self._machine
@@ -174,15 +176,19 @@ def _set_up() -> None:
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 
 
-def _tvm() -> Any:
+def imported_tvm() -> Any:
+    """TVM, imported without what its parser of Python source does to `inspect` for the whole process."""
     _set_up()
+    before = inspect.getfile, inspect.findsource
     import tvm
+    import tvm.script
 
+    inspect.getfile, inspect.findsource = before
     return tvm
 
 
 def _build(kernel: Kernel) -> Any:
-    tvm = _tvm()
+    tvm = imported_tvm()
     with tvm.transform.PassContext(opt_level=3, config=SETTINGS, disabled_pass=list(LEFT_OUT)):
         return tvm.compile(kernel.function, target=host(kernel.machine.dtype).target())
 
@@ -201,7 +207,7 @@ def _link(library: Any, path: Path) -> None:
 def _runtime() -> Callable[[str], Any]:
     """What loads a library: TVM where it is imported already, otherwise its runtime alone, which takes no time."""
     if "tvm" in sys.modules:
-        return _tvm().runtime.load_module
+        return imported_tvm().runtime.load_module
     _set_up()
     spec = find_spec("tvm")
     assert spec is not None

@@ -215,9 +215,39 @@ class Emitter:
     # -- elementwise and products
 
     def _turn(self, s: Statement, at: Places) -> None:
-        """A copy with its last axis elsewhere."""
-        with self._loops(s.value.axes, at) as places:
-            self._set(s, places)
+        """A copy with its last axis elsewhere: in square blocks of vectors where the new rows are whole ones."""
+        across, down = s.value.axes[-1], s.target.axes[-1]
+        lanes = self.machine.lanes
+        if not isinstance(self.capacity(across), int) or self.capacity(across) % lanes:
+            with self._loops(s.value.axes, at) as places:
+                self._set(s, places)
+            return
+        source, target = self.stores[str(s.value.arg[0].name)], self.stores[s.name]
+        last = self._int(self.extent(down)) - 1
+        others = [a for a in s.value.axes if a not in (across, down)]
+        with self._loops(others, at) as places, T.serial(self.blocks(down)) as i, T.serial(self.blocks(across)) as j:
+            rows = []
+            for m in range(lanes):
+                here = {**places, down: Place(T.min(i * lanes + m, last), ("row", m)), across: self._block(j)}
+                rows.append(self.held(source.load([here[a] for a in s.value.axes]).it))
+            for m, row in enumerate(self._transposed(rows)):
+                here = {**places, down: self._block(i), across: Place(j * lanes + m, ("row", m))}
+                target.save([here[a] for a in s.target.axes], row)
+
+    def _transposed(self, rows: list[Any]) -> list[Any]:
+        """A square of vectors, turned: in each round the halves of two rows change places."""
+        lanes = self.machine.lanes
+        half = lanes // 2
+        while half:
+            first = [i if not i & half else lanes + i - half for i in range(lanes)]
+            second = [i + half if not i & half else lanes + i for i in range(lanes)]
+            turned = list(rows)
+            for i in range(lanes):
+                if not i & half:
+                    pair = [rows[i], rows[i + half]]
+                    turned[i], turned[i + half] = (self.held(T.Shuffle(pair, index)) for index in (first, second))
+            rows, half = turned, half // 2
+        return rows
 
     def _tile(self, s: Statement, at: Places) -> None:
         if s.products:

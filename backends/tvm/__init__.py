@@ -4,6 +4,8 @@
     emit.py     these as text
     kernels.py  a scan as two functions of TensorIR: forward, and the derived backward
     tiles.py    a statement in TensorIR: accumulators in registers, vectors, masks
+    points.py   where the axes of a statement stand, and the value of an expression there
+    sums.py     which products share accumulators, and where a masked factor is zero
     ops.py      elementwise functions on vectors
     machine.py  the processor: its vectors and registers
     load.py     kernels compiled, kept on disk, called on torch tensors

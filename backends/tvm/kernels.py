@@ -24,8 +24,9 @@ from tvm.script.ir_builder import tirx as T
 
 from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, statements
 from tttc.backends.tvm.machine import Machine
-from tttc.backends.tvm.tiles import Emitter, Place, Store
-from tttc.ir.expr import Axes, Expr
+from tttc.backends.tvm.points import Place, Store
+from tttc.backends.tvm.tiles import Emitter
+from tttc.ir.expr import Expr
 from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
 
 
@@ -82,15 +83,9 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine) -> Kerne
     with b.function():
         for p in (*scan.fixed, *scan.sequence):
             b.take(p)
-        if scan.loops:
-            for p in scan.carry:
-                b.keep(p)
-        else:
-            for p in scan.carry:
-                b.take(p)
-        for d in d_outputs:
-            b.take(d)
-        for d in d_made:
+        for p in scan.carry:
+            b.keep(p) if scan.loops else b.take(p)
+        for d in (*d_outputs, *d_made):
             b.take(d)
         for p in (*scan.carry, *scan.fixed, *scan.sequence):
             b.give(cotangent(p), f"{_name(cotangent(p))}_out")
@@ -129,7 +124,6 @@ class _Builder:
     def __init__(self, name: str, scan: Scan, program: Program, machine: Machine) -> None:
         self.name, self.scan, self.program, self.machine = name, scan, program, machine
         self.buffers: dict[str, Any] = {}
-        self.axes: dict[str, Axes] = {}
         self.built: Any = None
 
     @contextmanager

@@ -202,7 +202,7 @@ class Layer:
             assert z is not None
             outputs.append(z)
             now = stop
-        z = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        z = _joined(outputs)
         opened = (position, start, summed) if position else (0, {}, {})
         return z, State(weights, *opened, memory)
 
@@ -225,7 +225,7 @@ class Layer:
                 weights, memory = _updated(weights, new), _updated(memory, new)
                 assert z is not None
                 outputs.append(z)
-        z = torch.cat(outputs, 1)[:, before:]
+        z = _joined(outputs)[:, before:]
         if whole == T:
             return z, State(weights, memory=memory)
         rows = {n: x[:, whole:] for n, x in call.sequences.items()}
@@ -250,7 +250,7 @@ class Layer:
             weights, memory = _updated(weights, new), _updated(memory, new)
             assert z is not None
             outputs.append(z)
-        return torch.cat(outputs, 1), State(weights, memory=memory)
+        return _joined(outputs), State(weights, memory=memory)
 
     def _begin(self, call: Call, weights: Tensors) -> Tensors:
         """What the sequence carries beside its weights, where it begins."""
@@ -308,6 +308,11 @@ class Layer:
 def _updated(values: Tensors, new: Tensors) -> Tensors:
     """The same variables, with the values of those that are new."""
     return {n: new.get(n, x) for n, x in values.items()}
+
+
+def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One after the other along the tokens."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 1)
 
 
 def _attached(z: torch.Tensor, call: Call) -> torch.Tensor:

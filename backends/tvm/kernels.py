@@ -16,18 +16,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, statements
+from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, read_last, statements
 from tttc.backends.tvm.machine import Machine
+from tttc.backends.tvm.ops import Functions
 from tttc.backends.tvm.points import Place, Store
+from tttc.backends.tvm.scratch import LINE, Scratch
 from tttc.backends.tvm.tiles import Emitter
 from tttc.ir.expr import Expr
 from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
+
+FETCHED = 1 << 14  # numbers of a chunk that are asked for while the one before is worked on
+CLEARED = 1 << 16  # numbers of the scratch memory that are zeros at first; both fit the second cache
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ def forward_kernel(scan: Scan, program: Program, machine: Machine) -> Kernel:
                 if scan.loops:
                     b.save_kept(scan.carry, chunk)
                 b.sequences_ready(scan.sequence)
+                b.fetch(scan.sequence, b.first + b.chunk)
                 b.run(scan.block.assigns)
                 b.sequences_done([a.target for a in scan.outputs])
                 if not scan.loops:
@@ -123,6 +130,7 @@ class _Builder:
 
     def __init__(self, name: str, scan: Scan, program: Program, machine: Machine) -> None:
         self.name, self.scan, self.program, self.machine = name, scan, program, machine
+        self.vectors = Functions(machine.dtype, machine.lanes, lambda x: x)
         self.buffers: dict[str, Any] = {}
         self.built: Any = None
 
@@ -134,8 +142,10 @@ class _Builder:
                 T.func_attr({"tirx.noalias": True, "global_symbol": self.name})
                 self.G, self.T, self.K, self.E = T.int32(), T.int32(), T.int32(), T.int32()
                 self.every: Any = None
+                self.scratch_size = T.arg("scratch_size", T.int32())
                 yield
-            self.built = ib.get()
+            size = tirx.const(self.scratch.size, "int32")  # known when all is written
+            self.built = ib.get().specialize({self.scratch_size: size})
 
     # -- tensors
 
@@ -181,10 +191,18 @@ class _Builder:
     def each_head(self) -> Iterator[None]:
         with T.parallel(self.G) as g:
             self.g = g
+            self.scratch = Scratch(T.alloc_buffer((self.scratch_size,), self.machine.dtype, scope="global"))
+            self._cleared()
             yield
 
+    def _cleared(self) -> None:
+        """Zeros, as far as it is no work: tiles reach beyond the last token, and denormal numbers there are slow."""
+        zero, lanes = self.vectors.const(0.0), self.machine.lanes
+        with T.serial(T.truncdiv(T.min(self.scratch_size, CLEARED), lanes)) as i:
+            T.add_to_parent(self.scratch.block.vstore([i * lanes], zero))
+
     def _emitter(self, tokens: Any, chunk: Any) -> Emitter:
-        return Emitter(self.machine, self.program.dims, tokens, chunk)
+        return Emitter(self.machine, self.program.dims, tokens, chunk, self.scratch)
 
     @property
     def chunk(self) -> Any:
@@ -233,9 +251,10 @@ class _Builder:
     @contextmanager
     def _scope(self) -> Iterator[None]:
         """Memory that is reserved inside ends with it."""
-        stores, triangles = dict(self.emitter.stores), dict(self.emitter.triangles)
+        before = dict(self.emitter.stores)
         yield
-        self.emitter.stores, self.emitter.triangles = stores, triangles
+        self.emitter.release([n for n, store in self.emitter.stores.items() if before.get(n) is not store])
+        self.emitter.stores |= before
 
     # -- variables
 
@@ -311,6 +330,25 @@ class _Builder:
                 source = _Slice(buffer, (self.g,))
                 self._copy_tokens(p, source, store, loading=True)
 
+    def fetch(self, sequence: Sequence[Expr], first: Any) -> None:
+        """Ask for the tokens of another chunk, into the second cache: rows that lie pages apart, nothing else does."""
+        size = self.chunk
+        row = sum(max(prod(self._own(p)), LINE) for p in sequence)
+        if not self.scan.loops or not isinstance(size, int) or size * row > FETCHED:
+            return
+        with T.serial(size) as i:
+            t = self.emitter.held(T.min(first + i, self.T - 1))
+            for p in sequence:
+                if not self._own(p):
+                    self._fetch(self.buffers[_name(p)], [t])
+                elif len(self._own(p)) == 1:
+                    for at in range(0, self._own(p)[0], LINE):
+                        self._fetch(self.buffers[_name(p)], [t, at])
+
+    def _fetch(self, buffer: Any, at: Sequence[Any]) -> None:
+        address = T.address_of(buffer[(self.g, *at)])
+        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(2), T.int32(1)))
+
     def sequences_done(self, outputs: Sequence[Expr], suffix: str = "") -> None:
         for p in outputs:
             if p.arg[0].at is not None and not self._whole(p):
@@ -342,8 +380,10 @@ class _Builder:
                     self.emitter.reserve(a.leaf.name, a.target.axes)
             elif a.leaf.name not in self.emitter.stores:
                 self.emitter.reserve(a.leaf.name, a.target.axes)
-        for group in grouped(statements(assigns, self.program, self.emitter.stores)):
+        groups = grouped(statements(assigns, self.program, self.emitter.stores))
+        for group, over in zip(groups, read_last(groups), strict=True):
             self.emitter.group(group)
+            self.emitter.release(over)
 
 
 @dataclass(frozen=True)

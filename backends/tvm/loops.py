@@ -255,10 +255,33 @@ def grouped(made: Iterable[Statement]) -> list[Group]:
         if not _in_rows(taken[0]):
             groups.append(Group(tuple(taken)))
             continue
-        kept = {str(e.arg[0].name) for s in waiting for e in leaves([s.value])}
-        kept |= {str(e.arg[0].name) for e in outside}
-        groups.append(Group(tuple(taken), True, frozenset(s.name for s in taken) - kept))
+        kept = {str(e.arg[0].name) for e in outside}
+        groups += _loops(taken, kept | {str(e.arg[0].name) for s in waiting for e in leaves([s.value])})
     return groups
+
+
+def _loops(taken: Sequence[Statement], kept: set[str]) -> list[Group]:
+    """A loop ends with a reduction: no token waits for its own, it is read in the next loop."""
+    level: dict[str, int] = {}
+    for s in taken:
+        before = [t for t in taken if t.name in {str(e.arg[0].name) for e in leaves([s.value])} and t.name in level]
+        level[s.name] = max((level[t.name] + (t.kind == "row") for t in before), default=0)
+    parts = [tuple(s for s in taken if level[s.name] == n) for n in range(1 + max(level.values()))]
+    groups = []
+    for part in parts:
+        elsewhere = {str(e.arg[0].name) for s in taken if s not in part for e in leaves([s.value])}
+        groups.append(Group(part, True, frozenset(s.name for s in part) - kept - elsewhere))
+    return groups
+
+
+def read_last(groups: Sequence[Group]) -> list[list[str]]:
+    """For each group the scratch variables that no later one reads."""
+    last: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        for s in group.statements:
+            found = [s.target, *leaves([s.value])]
+            last |= {str(e.arg[0].name): i for e in found if e.arg[0].role == "scratch"}
+    return [[name for name, at in last.items() if at == i] for i in range(len(groups))]
 
 
 def _ready(waiting: Sequence[Statement]) -> list[Statement]:
@@ -325,4 +348,4 @@ def _listed(made: Iterable[Statement]) -> list[str]:
     return lines
 
 
-__all__ = ["TOKENS", "Group", "Statement", "backward_block", "grouped", "listing", "read", "statements"]
+__all__ = ["TOKENS", "Group", "Statement", "backward_block", "grouped", "listing", "read", "read_last", "statements"]

@@ -17,6 +17,8 @@ from tttc.ir.scalars import SCALARS
 if TYPE_CHECKING:
     from tttc.backends.tvm.tiles import Emitter
 
+LOCAL = {"disable_lower_builtin": True}  # a buffer that LLVM may turn into registers
+
 
 class Place(NamedTuple):
     """Where an axis stands; `lanes` says that it is there and at the lanes that follow, `beyond` that it may be a token
@@ -50,10 +52,13 @@ class Store:
         first: Any = None,
         tokens: Any = None,
         rows: int = 0,
+        offset: int | None = None,
     ):
         self.buffer, self.machine, self.prefix, self.first, self.tokens = buffer, machine, tuple(prefix), first, tokens
         self.rows = rows
         """Leading axes that are not stored: one row of a loop over the tokens."""
+        self.offset = offset
+        """Where it lies in the scratch memory, if it does."""
 
     @property
     def shared(self) -> bool:

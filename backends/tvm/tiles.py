@@ -6,29 +6,34 @@ lacks the axis of the vectors is one number, and stays one until it meets a vect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from tttc.backends.tvm.loops import TOKENS, Group, Statement
 from tttc.backends.tvm.machine import HIGHEST, Machine
 from tttc.backends.tvm.ops import Functions
-from tttc.backends.tvm.points import Place, Places, Point, Registers, Store, Value
+from tttc.backends.tvm.points import LOCAL, Place, Places, Point, Registers, Store, Value
+from tttc.backends.tvm.scratch import Scratch
 from tttc.backends.tvm.sums import Sum, accumulated, triangle, zeros
+from tttc.backends.tvm.walks import WALKS
 from tttc.ir.expr import Axes, Axis, Expr
 
 UNROLLED = 8  # vectors of a row that are held in registers
-LOCAL = {"disable_lower_builtin": True}  # a buffer that LLVM may turn into registers
 
 
 class Emitter:
     """Writes the statements of a chunk into the function that is being built."""
 
-    def __init__(self, machine: Machine, dims: Mapping[str, int], tokens: Any, chunk: Any) -> None:
-        self.machine, self.dims, self.tokens, self.chunk = machine, dims, tokens, chunk
+    def __init__(
+        self, machine: Machine, dims: Mapping[str, int], tokens: Any, chunk: Any, scratch: Scratch | None = None
+    ) -> None:
+        self.machine, self.dims, self.tokens, self.chunk, self.scratch = machine, dims, tokens, chunk, scratch
         self.stores: dict[str, Store] = {}
         self.triangles: dict[str, set[tuple[int, int]]] = {}
         self.numbers = Functions(machine.dtype, 1, self.held)
@@ -60,9 +65,24 @@ class Emitter:
     def reserve(self, name: str, axes: Axes, *, rows: int = 0) -> Store:
         """Memory for a variable of this function."""
         shape = self.shape(axes[rows:]) or [1]
-        buffer = T.alloc_buffer(tuple(shape), self.machine.dtype, scope="global")
-        self.stores[name] = Store(buffer, self.machine, rows=rows)
+        offset = None
+        if self.scratch is not None and all(isinstance(n, int) for n in shape):
+            offset = self.scratch.take(prod(shape))
+            block = self.scratch.block
+            buffer = T.decl_buffer(tuple(shape), self.machine.dtype, data=block.data, elem_offset=offset)
+            IRBuilder.name(name, buffer)
+        else:
+            buffer = T.alloc_buffer(tuple(shape), self.machine.dtype, scope="global")
+        self.stores[name] = Store(buffer, self.machine, rows=rows, offset=offset)
         return self.stores[name]
+
+    def release(self, names: Iterable[str]) -> None:
+        """Forget variables; others may have their memory."""
+        for name in names:
+            store = self.stores.pop(name)
+            self.triangles.pop(name, None)
+            if self.scratch is not None and store.offset is not None:
+                self.scratch.give_back(store.offset)
 
     def held(self, x: Any) -> Any:
         """A value in a register of its own: a binding would be computed again at every use."""
@@ -102,10 +122,13 @@ class Emitter:
                 self.reserve(s.name, s.target.axes, rows=1)
 
     def statement(self, s: Statement, at: Places) -> None:
-        getattr(self, f"_{s.kind}")(s, at)
+        if s.kind == "walk":
+            WALKS[s.value.op](self, s)
+        else:
+            getattr(self, f"_{s.kind}")(s, at)
 
     @contextmanager
-    def _loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Place]]:
+    def loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Place]]:
         """Loops over the axes that stand nowhere yet."""
         places = dict(at)
         frames = []
@@ -119,7 +142,7 @@ class Emitter:
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
 
-    def _vectors(self, axis: Axis, body: Callable[[Place], None]) -> None:
+    def each_vector(self, axis: Axis, body: Callable[[Place], None]) -> None:
         """Vector after vector along an axis."""
         n = self.blocks(axis)
         if isinstance(n, int) and n <= UNROLLED:
@@ -128,6 +151,17 @@ class Emitter:
         else:
             with T.serial(n) as j:
                 body(self._block(j))
+
+    def each_blocks(self, axis: Axis, wide: int, body: Callable[[list[Place]], None]) -> None:
+        """So many vectors at once along an axis."""
+        n = self.blocks(axis)
+        if not isinstance(n, int) or n >= 2 * wide:
+            with T.serial(n // wide if isinstance(n, int) else n) as j:
+                body([Place((j * wide + i) * self.machine.lanes, ("block", id(j), i), lanes=True) for i in range(wide)])
+        elif n >= wide:
+            body([self._block(j) for j in range(wide)])
+        if isinstance(n, int) and n % wide:
+            body([self._block(j) for j in range(n - n % wide, n)])
 
     def _block(self, j: Any) -> Place:
         return (
@@ -143,13 +177,13 @@ class Emitter:
         across, down = s.value.axes[-1], s.target.axes[-1]
         lanes = self.machine.lanes
         if not isinstance(self.capacity(across), int) or self.capacity(across) % lanes:
-            with self._loops(s.value.axes, at) as places:
+            with self.loops(s.value.axes, at) as places:
                 self._set(s, places)
             return
         source, target = self.stores[str(s.value.arg[0].name)], self.stores[s.name]
         last = self._int(self.extent(down)) - 1
         others = [a for a in s.value.axes if a not in (across, down)]
-        with self._loops(others, at) as places, T.serial(self.blocks(down)) as i, T.serial(self.blocks(across)) as j:
+        with self.loops(others, at) as places, T.serial(self.blocks(down)) as i, T.serial(self.blocks(across)) as j:
             rows = []
             for m in range(lanes):
                 here = {**places, down: Place(T.min(i * lanes + m, last), ("row", m)), across: self._block(j)}
@@ -178,12 +212,12 @@ class Emitter:
             self._tiles(s)
             return
         rows = s.target.axes[:-1] if s.lane is not None else ()
-        with self._loops(rows, at) as places:
+        with self.loops(rows, at) as places:
             lane = s.lane
             if lane is None or lane in places:  # a number
                 self._set(s, places)
             else:
-                self._vectors(lane, lambda block: self._set(s, {**places, lane: block}))
+                self.each_vector(lane, lambda block: self._set(s, {**places, lane: block}))
 
     def _set(self, s: Statement, places: Places) -> None:
         point = Point(self, places)
@@ -199,25 +233,22 @@ class Emitter:
         row = axes[-2] if len(axes) > 1 else None
         vectors, most = self.blocks(lane), None if row is None else self.capacity(row)
         known = most if isinstance(most, int) else None
-        high, wide = self.machine.tile(1 if row is None else known, vectors if isinstance(vectors, int) else 1)
+        half = vectors != 1 and (len(axes) - 2, len(axes) - 1) in self.triangles[s.name]
+        high, wide = self.machine.tile(
+            1 if row is None else known, vectors if isinstance(vectors, int) and not half else 1
+        )
         high = max(1, high // len(sums))
 
         def across(places: Places, rows: Sequence[Place]) -> None:
-            """All vectors of some rows."""
-            whole = vectors // wide if isinstance(vectors, int) else vectors
-            if isinstance(whole, int) and whole == 1:
-                self._accumulate(s, sums, places, rows, [self._block(j) for j in range(wide)])
-            else:
-                with T.serial(whole) as j:
-                    blocks = [
-                        Place((j * wide + i) * self.machine.lanes, ("block", id(j), i), lanes=True) for i in range(wide)
-                    ]
-                    self._accumulate(s, sums, places, rows, blocks)
-            if isinstance(vectors, int) and vectors % wide:
-                rest = range(vectors - vectors % wide, vectors)
-                self._accumulate(s, sums, places, rows, [self._block(j) for j in rest])
+            def tile(blocks: Sequence[Place]) -> None:
+                self._accumulate(s, sums, places, rows, blocks)
 
-        with self._loops(axes[:-2], {}) as places:
+            if half:
+                self._up_to_the_diagonal(s, lane, places, rows, tile)
+            else:
+                self.each_blocks(lane, wide, tile)
+
+        with self.loops(axes[:-2], {}) as places:
             if row is None:
                 across(places, [])
                 return
@@ -231,6 +262,19 @@ class Emitter:
             if n % high:
                 first = n - n % high
                 across(places, [Place(first + m, ("tile", first, m)) for m in range(n % high)])
+
+    def _up_to_the_diagonal(
+        self, s: Statement, lane: Axis, at: Places, rows: Sequence[Place], tile: Callable[[Sequence[Place]], None]
+    ) -> None:
+        """The vectors of some rows of a lower triangular matrix that are not all zero; and then the zeros."""
+        lanes = self.machine.lanes
+        filled = self.held(T.min(T.truncdiv(rows[-1].index + lanes, lanes), self.blocks(lane)))
+        with T.serial(filled) as j:
+            tile([self._block(j)])
+        with T.serial(filled, self.blocks(lane)) as j:
+            for row in rows:
+                here = {**at, s.target.axes[-2]: row, lane: self._block(j)}
+                self.stores[s.name].save([here[a] for a in s.target.axes], self.vectors.const(0.0))
 
     def _accumulate(
         self, s: Statement, sums: Mapping[Expr, Sum], at: Places, rows: Sequence[Place], blocks: Sequence[Place]
@@ -249,11 +293,11 @@ class Emitter:
         for i, here in enumerate(tile):
             point = Point(self, here, {e: Value(buffer[i], True) for e, buffer in held.items()})
             store, at_row = self.stores[s.name], here[axes[-2]] if rows else None
-            with self._only_if(at_row.index < self.tokens if at_row and at_row.beyond and store.shared else None):
+            with self.only_if(at_row.index < self.tokens if at_row and at_row.beyond and store.shared else None):
                 store.save([here[a] for a in axes], point.wide(point.value(s.value)))
 
     @contextmanager
-    def _only_if(self, condition: Any) -> Iterator[None]:
+    def only_if(self, condition: Any) -> Iterator[None]:
         if condition is None:
             yield
             return
@@ -300,7 +344,7 @@ class Emitter:
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
 
-    def _functions(self, wide: bool) -> Functions:
+    def functions(self, wide: bool) -> Functions:
         return self.vectors if wide else self.numbers
 
     # -- reductions
@@ -310,7 +354,7 @@ class Emitter:
         if s.lane is None or s.lane not in over:
             self._sum_of_rows(s, at)
             return
-        with self._loops(s.target.axes, at) as places:
+        with self.loops(s.target.axes, at) as places:
             value = self._reduced(s, places)
             if s.value.op == "mean":
                 value = value * self.numbers.const(1.0) / self._count(over)
@@ -355,7 +399,7 @@ class Emitter:
             T.buffer_store(held, found[0], [0])
         else:
             T.buffer_store(held, self._neutral(op), [0])
-            with self._loops(rest, places) as inside, T.serial(n) as j:
+            with self.loops(rest, places) as inside, T.serial(n) as j:
                 T.buffer_store(held, join(held[0], block(inside, self._block(j))), [0])
         return self._across(held[0], join)
 
@@ -390,11 +434,11 @@ class Emitter:
 
         def one(places: Places) -> None:
             wide = lane is not None and places[lane].lanes
-            functions = self._functions(wide)
+            functions = self.functions(wide)
             dtype = self.machine.vector if wide else self.machine.dtype
             held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL)
             T.buffer_store(held, functions.const(-3e38 if op == "max" else 0.0), [0])
-            with self._loops(tuple(s.value.arg), places) as inside:
+            with self.loops(tuple(s.value.arg), places) as inside:
                 point = Point(self, inside)
                 value = point.value(s.value.src[0])
                 T.buffer_store(held, join(held[0], point.wide(value) if wide else value.it), [0])
@@ -404,112 +448,8 @@ class Emitter:
                 result = result / (functions.wide(count, "") if wide else count)
             self.stores[s.name].save([places[a] for a in s.target.axes], result)
 
-        with self._loops(outside, at) as places:
+        with self.loops(outside, at) as places:
             if lane is None or lane in places:
                 one(places)
             else:
-                self._vectors(lane, lambda block: one({**places, lane: block}))
-
-    # -- along the tokens
-
-    def _walk(self, s: Statement, at: Places) -> None:
-        getattr(self, f"_{s.value.op}")(s)
-
-    def _token_by_token(self, s: Statement, along: Axis, step: Callable[[Any, Any, Places], None]) -> None:
-        """Token after token; all other axes inside, the last of them as vectors."""
-        others = [a for a in s.target.axes if a != along]
-        with T.serial(self.tokens) as t:
-            here = {along: Place(t, ("token", id(t)))}
-            with self._loops(others[:-1], here) as places:
-                if others:
-                    self._vectors(others[-1], lambda block: step(t, True, {**places, others[-1]: block}))
-                else:
-                    step(t, False, places)
-
-    def _previous(self, s: Statement, along: Axis, places: Places, t: Any, first: Any) -> Any:
-        """What the token before left in the target; at the first token another value, and nothing is read before it."""
-        wide = any(p.lanes for p in places.values())
-        before = {**places, along: Place(T.max(t - 1, 0), ("before", id(t)))}
-        found = self.stores[s.name].load([before[a] for a in s.target.axes])
-        condition = t > 0
-        if wide:
-            condition = T.broadcast(condition, self.machine.lanes)
-        return T.Select(condition, found.it, first)
-
-    def _cumprod(self, s: Statement) -> None:
-        axis = s.value.arg
-
-        def step(t: Any, wide: bool, places: Places) -> None:
-            point = Point(self, places)
-            value = point.value(s.value.src[0])
-            x = point.wide(value) if wide else value.it
-            before = self._previous(s, axis, places, t, self._functions(wide).const(1.0))
-            self.stores[s.name].save([places[a] for a in s.target.axes], before * x)
-
-        self._token_by_token(s, axis, step)
-
-    def _segprod(self, s: Statement) -> None:
-        """P[t, s] = P[t - 1, s] * x[t] before the diagonal, 1 on it, 0 beyond."""
-        rows, columns = s.value.arg
-
-        def step(t: Any, wide: bool, places: Places) -> None:
-            point = Point(self, places)
-            functions = self._functions(wide)
-            x = point.wide(point.value(s.value.src[0])) if wide else point.value(s.value.src[0]).it
-            grown = self._previous(s, rows, places, t, functions.const(0.0)) * x
-            on, below = point.compared(rows, columns, T.EQ), point.compared(rows, columns, lambda i, j: i > j)
-            value = T.Select(on, functions.const(1.0), T.Select(below, grown, functions.const(0.0)))
-            self.stores[s.name].save([places[a] for a in s.target.axes], value)
-
-        self._token_by_token(s, rows, step)
-
-    def _shift(self, s: Statement) -> None:
-        axis, fill = s.value.arg
-        self._moved(s, axis, lambda t: T.max(t - 1, 0), lambda t: t > 0, fill)
-
-    def _shift_back(self, s: Statement) -> None:
-        axis = s.value.arg
-        self._moved(s, axis, lambda t: T.min(t + 1, self.tokens - 1), lambda t: t + 1 < self.tokens, 0.0)
-
-    def _moved(
-        self, s: Statement, axis: Axis, other: Callable[[Any], Any], inside: Callable[[Any], Any], fill: float
-    ) -> None:
-        def step(t: Any, wide: bool, places: Places) -> None:
-            point = Point(self, {**places, axis: Place(other(t), ("other", id(t)))})
-            value = point.value(s.value.src[0])
-            x = point.wide(value) if wide else value.it
-            condition = T.broadcast(inside(t), self.machine.lanes) if wide else inside(t)
-            value = T.Select(condition, x, self._functions(wide).const(fill))
-            self.stores[s.name].save([places[a] for a in s.target.axes], value)
-
-        self._token_by_token(s, axis, step)
-
-    def _solve(self, s: Statement) -> None:
-        """x[t] = right[t] - sum over s < t of matrix[t, s] * x[s], and from the last token back where it is upper."""
-        known, unknown = s.value.arg
-        matrix, right = s.value.src
-        upper = ("t", "r", "s").index(known.name) > ("t", "r", "s").index(unknown.name)
-        others = [a for a in s.target.axes if a != unknown]
-        with T.serial(self.tokens) as i:
-            t = self.tokens - 1 - i if upper else i
-            row = Place(t, ("token", id(i)))
-
-            def step(wide: bool, places: Places) -> None:
-                point = Point(self, {**places, known: row})
-                value = point.value(right)
-                dtype = self.machine.vector if wide else self.machine.dtype
-                held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL)
-                T.buffer_store(held, point.wide(value) if wide else value.it, [0])
-                with T.serial(t + 1, self.tokens) if upper else T.serial(t) as j:
-                    inner = Point(self, {**places, known: row, unknown: Place(j, ("solved", id(j)))})
-                    found = self.stores[s.name].load([inner.places[a] for a in s.target.axes])
-                    product = inner.times(inner.value(matrix), found)
-                    T.buffer_store(held, held[0] - (inner.wide(product) if wide else product.it), [0])
-                here = {**places, unknown: row}
-                self.stores[s.name].save([here[a] for a in s.target.axes], held[0])
-
-            with self._loops(others[:-1], {}) as places:
-                if others:
-                    self._vectors(others[-1], lambda block: step(True, {**places, others[-1]: block}))
-                else:
-                    step(False, places)
+                self.each_vector(lane, lambda block: one({**places, lane: block}))

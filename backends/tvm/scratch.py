@@ -1,0 +1,37 @@
+"""The memory in which a head works: one block, parts of which are given out and taken back while a kernel is written.
+
+    take(1024) -> 0      take(256) -> 1024      give_back(0)      take(512) -> 0
+
+What is small stays in the first cache, and nothing is allocated inside a loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LINE = 16  # numbers; what is given out begins at a cache line
+
+
+class Scratch:
+    """Offsets into a block of numbers, first fit. `size` is what the block has to hold in the end."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self.size = 0
+        self._taken: dict[int, int] = {}
+
+    def take(self, count: int) -> int:
+        """The first gap that holds so many numbers."""
+        count = -(-max(count, 1) // LINE) * LINE
+        at = 0
+        for begin, end in sorted(self._taken.items()):
+            if begin - at >= count:
+                break
+            at = end
+        self._taken[at] = at + count
+        self.size = max(self.size, at + count)
+        return at
+
+    def give_back(self, at: int) -> None:
+        """What was taken there may be taken again."""
+        del self._taken[at]

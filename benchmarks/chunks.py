@@ -11,12 +11,10 @@ its own, above what it needed before the call.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import tttc
-from benchmarks.torch_backend import RESULTS, processor, resident_peak
+from benchmarks.measure import ROOT, about, resident_peak, results_file
 from tttc.layer import Layer
 from tttc.verify import relative_error
 
@@ -104,24 +102,19 @@ def main(quick: bool = False, memory_only: bool = typer.Option(False, hidden=Tru
         table.add_row(*map(str, row.values()))
     console.print(table)
     command = [sys.executable, "-m", "benchmarks.chunks", "--memory-only"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     memory = round(float(done.stdout.split()[-1]), 2)
     sizes = ", ".join(f"{n}={size}" for n, size in LACT.items())
     console.print(f"LaCT forward + backward ({sizes}, float32): {memory} GiB above its inputs")
-    RESULTS.mkdir(exist_ok=True)
     report = {
-        "command": "python -m benchmarks.chunks" + (" --quick" if quick else ""),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "processor": processor(),
+        **about("python -m benchmarks.chunks" + (" --quick" if quick else "")),
         "sizes": SIZES,
         "rows": rows,
         "lact": {**LACT, "peak_GiB": memory},
     }
-    path = RESULTS / f"chunks_{platform.machine()}_{torch.get_num_threads()}threads.json"
+    path = results_file("chunks", ".json")
     path.write_text(json.dumps(report, indent=2) + "\n")
-    Console(stderr=True).print(f"written: {path.relative_to(Path(__file__).parent.parent)}")
+    Console(stderr=True).print(f"written: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ inputs, in a process of its own.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import typer
@@ -26,13 +24,14 @@ from rich.progress import track
 from rich.table import Table
 
 import tttc
-from benchmarks.by_hand import hand_written
+from benchmarks.by_hand import FORMS, run
+from benchmarks.measure import ROOT, about, resident_peak, results_file
 from tttc.verify import relative_error
 
 Step = Callable[[], list[torch.Tensor]]
-RESULTS = Path(__file__).parent / "results"
 SIZES = {"B": 1, "T": 2048, "H": 12, "D": 64, "F": 256}
 CONTENDERS = ("hand-written", "no recomputation", "default checkpoints")
+WEIGHTS = ("W1", "b1", "W2", "b2")
 GATE = 5e-4  # float32 gradients through 128 mini-batches against the hand-written form's: both round about 1e-4
 
 
@@ -70,20 +69,19 @@ def steps(x: dict[str, torch.Tensor]) -> dict[str, Step]:
         layer = tttc.compile(tttc.library.TTTMLP, dims, backend="torch", checkpoint=checkpoint)
 
         def step() -> list[torch.Tensor]:
-            z, _ = layer(
-                x["q"],
-                x["k"],
-                x["v"],
-                gates={n: x[n] for n in ("lr", "tau")},
-                params={n: x[n] for n in ("gamma", "beta")},
-                state={n: x[n] for n in ("W1", "b1", "W2", "b2")},
-            )
+            groups = {"gates": ("lr", "tau"), "params": ("gamma", "beta"), "state": WEIGHTS}
+            z, _ = layer(x["q"], x["k"], x["v"], **{g: {n: x[n] for n in names} for g, names in groups.items()})
             return differentiated(z)
 
         return step
 
+    def hand_written() -> list[torch.Tensor]:
+        sequences, params = ({n: x[n] for n in names} for names in (("q", "k", "v", "lr", "tau"), ("gamma", "beta")))
+        state = {n: x[n].expand(SIZES["B"], *x[n].shape) for n in WEIGHTS}
+        return differentiated(run(FORMS["TTTMLP"].step, sequences, params, state, 16)[0])
+
     return {
-        "hand-written": lambda: differentiated(hand_written(x, mini_batch=16)),
+        "hand-written": hand_written,
         "no recomputation": compiled(None),
         "default checkpoints": compiled("auto"),
     }
@@ -115,14 +113,8 @@ def timed(contenders: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 def peak_memory(name: str, tokens: int) -> float:
     """MiB that one forward and backward needs above its inputs, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.torch_backend", "--tokens", str(tokens), "--memory-of", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return float(done.stdout.split()[-1])
-
-
-def resident_peak() -> float:
-    """The largest resident set of this process so far, MiB; of this program alone, not of the one that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory_of(name: str, tokens: int) -> float:
@@ -165,29 +157,15 @@ def main(
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
     report = {
-        "command": "python -m benchmarks.torch_backend" + (" --quick" if quick else ""),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "processor": processor(),
+        **about("python -m benchmarks.torch_backend" + (" --quick" if quick else "")),
         "sizes": {**SIZES, "T": tokens},
         "rounds": len(next(iter(seconds.values()))),
         "rows": rows,
     }
-    path = RESULTS / f"torch_backend_{platform.machine()}_{torch.get_num_threads()}threads.json"
+    path = results_file("torch_backend", ".json")
     path.write_text(json.dumps(report, indent=2) + "\n")
-    Console(stderr=True).print(f"written: {path.relative_to(Path(__file__).parent.parent)}")
-
-
-def processor() -> str:
-    """The model name of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    Console(stderr=True).print(f"written: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

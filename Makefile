@@ -28,7 +28,8 @@ lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p tttc
 
-bench: $(STAMP) ## Measure the torch backend, and what the chosen chunk is worth
+bench: $(STAMP) ## Measure every variant on this CPU, the torch backend, and what the chosen chunk is worth
+	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.torch_backend
 	$(BIN)/python -m benchmarks.chunks
 

@@ -31,12 +31,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import measure
 from benchmarks.contenders import (
+    COMPILED,
     GRADIENT,
     OURS,
     OUTPUT,
     TORCH,
     Disagreement,
     Forward,
+    Step,
     backward_step,
     by_hand,
     check,
@@ -78,6 +80,7 @@ def measured(c: Case, backward: bool, effort: Effort) -> dict[str, Any]:
     if effort.by_torch and not backward:
         forwards |= compiled_by_torch(c)
     steps = {name: make(forward, x) for name, forward in forwards.items()}
+    failed = _without_failure(steps)
     errors = check(steps, wanted)
     del wanted
     budget = effort.budget if c.asked else effort.budget / 4
@@ -85,6 +88,7 @@ def measured(c: Case, backward: bool, effort: Effort) -> dict[str, Any]:
     flops = useful_flops(layer, c.B, c.H, c.T, backward=backward)
     return {
         **_head(c, backward),
+        **failed,
         "chunk": layer.stages.program.plan.chunk,  # type: ignore[union-attr]
         "first_call_seconds": round(first, 2),
         "rounds": len(seconds[OURS]),
@@ -96,6 +100,18 @@ def measured(c: Case, backward: bool, effort: Effort) -> dict[str, Any]:
             n: measure.ratios(s, seconds[OURS]) for n, s in seconds.items() if n in steps and n != OURS
         },
     }
+
+
+def _without_failure(steps: dict[str, Step]) -> dict[str, str]:
+    """Take torch.compile out where it cannot compile, for instance without a C++ compiler, and say why."""
+    if COMPILED not in steps:
+        return {}
+    try:
+        steps[COMPILED]()
+    except Exception as reason:  # whatever its compilers raise
+        del steps[COMPILED]
+        return {"torch_compile_failed": str(reason).splitlines()[0]}
+    return {}
 
 
 def _head(c: Case, backward: bool) -> dict[str, Any]:
@@ -157,7 +173,7 @@ def main(
     variants: list[str] = typer.Argument(None, help="Which to measure; all, unless given."),
     quick: bool = typer.Option(False, help="Four variants, three rounds, no torch.compile, no memory."),
     rounds: int = typer.Option(9, min=3),
-    budget: float = typer.Option(24.0, help="Seconds for the rounds of one row; a quarter of it for the rest."),
+    budget: float = typer.Option(12.0, help="Seconds for the rounds of one row; a quarter of it for the rest."),
     backward: bool = typer.Option(True, help="Also forward and backward."),
     by_torch: bool = typer.Option(True, "--torch-compile/--no-torch-compile"),
     memory: bool = typer.Option(

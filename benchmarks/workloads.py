@@ -134,7 +134,7 @@ def _gate(c: Case, name: str, gate: GateSpec, drawn: torch.Tensor) -> torch.Tens
         position = torch.arange(drawn.shape[1]) % c.mini_batch + 1
         return (1.0 / position).view(1, -1, 1).expand(drawn.shape).clone()
     if gate in [declared.update.of("decay", w) for w in declared.states]:
-        return 1 - 0.1 * drawn
+        return 1 - 0.001 * drawn  # a memory of two layers that forgets all has a LayerNorm that divides by rounding
     whole = 1 / drawn.shape[1] if declared.mini_batch == "all" else 1.0  # one step on the mean of all tokens
     return drawn * gate.scale_value({"D": c.dims["D"], **c.dims}) * whole
 

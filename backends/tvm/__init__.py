@@ -3,7 +3,10 @@
     loops.py    the chunk as statements: what is stored, and what shares a loop
     emit.py     these as text
     kernels.py  a scan as two functions of TensorIR: forward, and the derived backward
-    tiles.py    a statement in TensorIR: accumulators in registers, vectors, masks
+    tiles.py    statements in TensorIR: elementwise, reductions, transposed copies
+    products.py statements with products: tiles of accumulators in registers
+    walks.py    statements that go token by token: running products, shifts, triangular systems
+    scratch.py  the memory in which they work
     points.py   where the axes of a statement stand, and the value of an expression there
     sums.py     which products share accumulators, and where a masked factor is zero
     ops.py      elementwise functions on vectors

@@ -18,11 +18,12 @@ from tvm.script.ir_builder import tirx as T
 from tttc.backends.tvm.loops import TOKENS, Group, Statement
 from tttc.backends.tvm.machine import HIGHEST, Machine
 from tttc.backends.tvm.ops import Functions
-from tttc.backends.tvm.points import LOCAL, Place, Places, Point, Registers, Store, Value
+from tttc.backends.tvm.points import LOCAL, Place, Places, Point, Registers, Store
+from tttc.backends.tvm.products import products
 from tttc.backends.tvm.scratch import Scratch
-from tttc.backends.tvm.sums import Sum, accumulated, triangle, zeros
+from tttc.backends.tvm.sums import triangle
 from tttc.backends.tvm.walks import WALKS
-from tttc.ir.expr import Axes, Axis, Expr
+from tttc.ir.expr import Axes, Axis
 
 UNROLLED = 8  # vectors of a row that are held in registers
 
@@ -209,7 +210,7 @@ class Emitter:
 
     def _tile(self, s: Statement, at: Places) -> None:
         if s.products:
-            self._tiles(s)
+            products(self, s)
             return
         rows = s.target.axes[:-1] if s.lane is not None else ()
         with self.loops(rows, at) as places:
@@ -225,77 +226,6 @@ class Emitter:
         wide = any(places[a].lanes for a in s.target.axes)
         self.stores[s.name].save([places[a] for a in s.target.axes], point.wide(value) if wide else value.it)
 
-    def _tiles(self, s: Statement) -> None:
-        """Products: tile after tile along the last two axes."""
-        axes, lane = s.target.axes, s.lane
-        assert lane is not None
-        sums = accumulated(s.value)
-        row = axes[-2] if len(axes) > 1 else None
-        vectors, most = self.blocks(lane), None if row is None else self.capacity(row)
-        known = most if isinstance(most, int) else None
-        half = vectors != 1 and (len(axes) - 2, len(axes) - 1) in self.triangles[s.name]
-        high, wide = self.machine.tile(
-            1 if row is None else known, vectors if isinstance(vectors, int) and not half else 1
-        )
-        high = max(1, high // len(sums))
-
-        def across(places: Places, rows: Sequence[Place]) -> None:
-            def tile(blocks: Sequence[Place]) -> None:
-                self._accumulate(s, sums, places, rows, blocks)
-
-            if half:
-                self._up_to_the_diagonal(s, lane, places, rows, tile)
-            else:
-                self.each_blocks(lane, wide, tile)
-
-        with self.loops(axes[:-2], {}) as places:
-            if row is None:
-                across(places, [])
-                return
-            n = self.extent(row)
-            if not isinstance(n, int):  # the last tile may hold rows beyond the last token: there is memory for them
-                with T.serial(T.truncdiv(n + (high - 1), high)) as i:
-                    across(places, [Place(i * high + m, ("tile", id(i), m), beyond=m > 0) for m in range(high)])
-                return
-            with T.serial(n // high) as i:
-                across(places, [Place(i * high + m, ("tile", id(i), m)) for m in range(high)])
-            if n % high:
-                first = n - n % high
-                across(places, [Place(first + m, ("tile", first, m)) for m in range(n % high)])
-
-    def _up_to_the_diagonal(
-        self, s: Statement, lane: Axis, at: Places, rows: Sequence[Place], tile: Callable[[Sequence[Place]], None]
-    ) -> None:
-        """The vectors of some rows of a lower triangular matrix that are not all zero; and then the zeros."""
-        lanes = self.machine.lanes
-        filled = self.held(T.min(T.truncdiv(rows[-1].index + lanes, lanes), self.blocks(lane)))
-        with T.serial(filled) as j:
-            tile([self._block(j)])
-        with T.serial(filled, self.blocks(lane)) as j:
-            for row in rows:
-                here = {**at, s.target.axes[-2]: row, lane: self._block(j)}
-                self.stores[s.name].save([here[a] for a in s.target.axes], self.vectors.const(0.0))
-
-    def _accumulate(
-        self, s: Statement, sums: Mapping[Expr, Sum], at: Places, rows: Sequence[Place], blocks: Sequence[Place]
-    ) -> None:
-        """One tile: every sum of products in registers, then what is made of them."""
-        axes = s.target.axes
-        tile = [
-            {**at, **({axes[-2]: r} if r is not None else {}), axes[-1]: block}
-            for r in (rows or (None,))
-            for block in blocks
-        ]
-        held = {}
-        for e, total in sums.items():
-            held[e] = T.alloc_buffer((len(tile),), self.machine.vector, scope="local", annotations=LOCAL)
-            self._sum(total, held[e], tile, axes[-2] if rows else None)
-        for i, here in enumerate(tile):
-            point = Point(self, here, {e: Value(buffer[i], True) for e, buffer in held.items()})
-            store, at_row = self.stores[s.name], here[axes[-2]] if rows else None
-            with self.only_if(at_row.index < self.tokens if at_row and at_row.beyond and store.shared else None):
-                store.save([here[a] for a in axes], point.wide(point.value(s.value)))
-
     @contextmanager
     def only_if(self, condition: Any) -> Iterator[None]:
         if condition is None:
@@ -303,46 +233,6 @@ class Emitter:
             return
         with T.If(condition), T.Then():
             yield
-
-    def _sum(self, total: Sum, held: Any, tile: Sequence[Places], row: Axis | None) -> None:
-        """Fill the accumulators of a tile: with what is not a product, then product by product."""
-        memo: dict[Any, Value] = {}
-        for i, here in enumerate(tile):
-            point = Point(self, here, memo=memo)
-            start = None
-            for sign, e in total.others:
-                v = point.wide(point.value(e))
-                if start is None:
-                    start = v if sign > 0 else self.vectors.neg(v)
-                else:
-                    start = start + v if sign > 0 else start - v
-            T.buffer_store(held, self.vectors.const(0.0) if start is None else start, [i])
-        for sign, e in total.products:
-            with self._summed(e, tile, row) as summed:
-                memo = {}
-                for i, here in enumerate(tile):
-                    point = Point(self, {**here, **summed}, memo=memo)
-                    product = point.wide(point.product(e.src))
-                    T.buffer_store(held, held[i] + product if sign > 0 else held[i] - product, [i])
-
-    @contextmanager
-    def _summed(self, e: Expr, tile: Sequence[Places], row: Axis | None) -> Iterator[dict[Axis, Place]]:
-        """Loops over the axes that a product sums over, but for the zeros of a masked matrix."""
-        known = {pair for s in e.src for pair in zeros(s, self.triangles)}
-        places: dict[Axis, Place] = {}
-        frames = []
-        for k in e.arg:
-            low, high = 0, self.extent(k)
-            if row is not None and (row, k) in known:
-                high = T.min(high, tile[-1][row].index + 1)  # which may be a token beyond the last one
-            if row is not None and (k, row) in known:
-                low = tile[0][row].index
-            frames.append(T.serial(low, high))
-            i = frames[-1].__enter__()
-            places[k] = Place(i, ("sum", id(i)))
-        yield places
-        for frame in reversed(frames):
-            frame.__exit__(None, None, None)
 
     def functions(self, wide: bool) -> Functions:
         return self.vectors if wide else self.numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,6 @@ class Backend(Protocol):
         """The program of the adjoint stage as source text."""
         ...
 
-    def load(self, source: Source, program: Program) -> dict[str, CompiledScan]:
+    def load(self, source: Source, program: Program) -> Mapping[str, CompiledScan]:
         """Source text as callables, by the names of the scans."""
         ...

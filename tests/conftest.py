@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers share the cores, so each has one thread."""
+    """Workers share the cores, so each has one thread; native kernels, seconds to compile, are asked for by name."""
+    os.environ["TTTC_BACKEND"] = "torch"
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import overload
@@ -15,11 +16,12 @@ from tttc.backends.interface import Backend
 from tttc.compile import Entry, Options, run_pipeline
 from tttc.declare import checked_signature
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
+from tttc.ir.program import Program
 from tttc.layer import Layer
 from tttc.variant import Signature, Variant
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-BACKENDS = {"torch": torch_backend, "tvm": tvm_backend}
+BACKENDS: dict[str, Backend] = {"torch": torch_backend, "tvm": tvm_backend}
 
 
 @overload
@@ -65,7 +67,8 @@ def compile(
         dims: the size of every dim that the declaration names, such as {"D": 64, "F": 256}.
         dtype: of q, k, v and z. States and arithmetic are float32, with float64 float64 all the way.
         device: where the tensors of a call are.
-        backend: "torch", which runs everywhere; "tvm", native kernels for a CPU (pip install 'tttc[tvm]'); or "auto".
+        backend: "torch", which runs everywhere; "tvm", native kernels for a CPU (pip install 'tttc[tvm]'), compiled
+            when first called and kept on disk; or "auto", "tvm" where it can run the program, otherwise "torch".
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
             square root of their number, None (or 0) keeps every value and recomputes nothing.
@@ -97,16 +100,12 @@ def compile(
         raise ShapeError(f'decode is {decode!r}; it must be "auto", "sums" or "rows"')
     stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk, telemetry))
     began = time.perf_counter()
-    taken = "torch" if backend == "auto" else backend
+    taken, why = _taken(backend, stages.program, torch.device(device))
     chosen: Backend = BACKENDS[taken]
-    reasons = [*chosen.refusals(stages.program), *_misplaced(taken, torch.device(device))]
-    if reasons:
-        raise _refused(backend, reasons)
     source = chosen.emit(stages.program)
     scans = chosen.load(source, stages.program)
     milliseconds = (time.perf_counter() - began) * 1e3
     stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source.text))
-    why = "torch: runs every program" if backend == "auto" else f"{taken}: asked for by name"
     return Layer(
         declared,
         stages,
@@ -120,6 +119,25 @@ def compile(
         checkpoint=checkpoint,
         decode=decode,
     )
+
+
+def _taken(backend: str, program: Program, device: torch.device) -> tuple[str, str]:
+    """The backend that runs a program, and why it is that one.
+
+    "auto" is what the environment variable TTTC_BACKEND names, else native kernels where they can be had, else torch.
+    """
+    named = os.environ.get("TTTC_BACKEND", "auto") if backend == "auto" else backend
+    if named != "auto" and named not in BACKENDS:
+        raise _refused(named, [f"TTTC_BACKEND names no backend; there are auto, {', '.join(BACKENDS)}"])
+    if named != "auto":
+        reasons = [*BACKENDS[named].refusals(program), *_misplaced(named, device)]
+        if reasons:
+            raise _refused(named, reasons)
+        return named, f"{named}: asked for by name" if backend != "auto" else f"{named}: TTTC_BACKEND asks for it"
+    reasons = [*_misplaced("tvm", device), *BACKENDS["tvm"].refusals(program)]
+    if reasons:
+        return "torch", f"torch: runs every program; not tvm: {reasons[0]}"
+    return "tvm", "tvm: native kernels for this CPU"
 
 
 def _misplaced(backend: str, device: torch.device) -> list[str]:

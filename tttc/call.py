@@ -60,7 +60,9 @@ class Call:
 
     def _state(self, state: Any) -> State:
         specs = self.layer.signature.states
-        values = {**self.layer.init_state(), **(state or {})}
+        values = dict(state or {})
+        if any(n not in values for n in specs):
+            values = {**self.layer.init_state(), **values}
         self._named("state", values, specs)
 
         def flat(group: Mapping[str, torch.Tensor]) -> Tensors:

@@ -208,6 +208,9 @@ def verify(
     tokens: Annotated[int, typer.Option(help="Length of the sequence.", min=0)] = 37,
     heads: Annotated[int, typer.Option(help="Number of heads.", min=1)] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="What computes the layer: torch at once, tvm after its kernels are compiled.")
+    ] = "torch",
 ) -> None:
     """Compare the compiled layer with the declaration, run token by token in float64, gradients included.
 
@@ -218,7 +221,7 @@ def verify(
     """
     found = load_variant(variant)
     dims = full_dims(found, {"D": VERIFIED_WIDTH} | _sizes(dim))
-    result = verify_variant(found, dims, tokens=tokens, heads=heads, seed=seed)
+    result = verify_variant(found, dims, tokens=tokens, heads=heads, seed=seed, backend=backend)
     console().print(error_table(result.rows))
     if not result.ok:
         raise typer.Exit(1)

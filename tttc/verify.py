@@ -82,15 +82,17 @@ def verify(
     seed: int = 0,
     chunk: int | None = None,
     checkpoint: int | str | None = "auto",
+    backend: str = "torch",
 ) -> Verification:
     """Compare outputs, final weights and every gradient with the oracle, in float64 on random inputs.
 
-    dims default to D=8, F=4*D and otherwise D. Errors are relative in the Frobenius norm.
+    dims default to D=8, F=4*D and otherwise D. Errors are relative in the Frobenius norm. `backend` is what computes
+    them: "torch" at once, "tvm" after some seconds in which its kernels are compiled.
     """
     declared = signature(variant)
     sizes = default_dims(declared, 8) | dict(dims or {})
     inputs = random_inputs(declared, sizes, batch, tokens, heads, seed)
-    layer = compile(variant, sizes, torch.float64, chunk=chunk, checkpoint=checkpoint)
+    layer = compile(variant, sizes, torch.float64, backend=backend, chunk=chunk, checkpoint=checkpoint)
     z, final = layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())
     z_true, final_true = reference(variant, inputs.q, inputs.k, inputs.v, **inputs.keywords())
     rows = [Row("z", relative_error(z, z_true), OUTPUT_TOLERANCE)]

@@ -6,7 +6,7 @@ walk u[s, D1] = solve_lower(A, x)        u[t] = x[t] - sum over s < t of A[t, s]
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm.script.ir_builder import tirx as T
@@ -112,19 +112,19 @@ def _solve(e: Emitter, s: Statement) -> None:
         rows = [e.held(T.max(last - t, 0) if upper else T.min(t, last)) for t in order]
         before = (e.tokens - done, e.tokens) if upper else (0, done)
 
-        def block(places: Places, blocks: list[Place | None]) -> None:
+        def block(places: Places, blocks: Sequence[Place | None]) -> None:
             here = [{**places, **({others[-1]: b} if b is not None else {})} for b in blocks]
             _solve_rows(e, s, here, rows, inside, before)
 
         with e.loops(others[:-1], {}) as places:
             if others:
-                e.each_blocks(others[-1], WIDE, lambda blocks: block(places, list(blocks)))
+                e.each_blocks(others[-1], WIDE, lambda blocks: block(places, blocks))
             else:
                 block(places, [None])
 
 
 def _solve_rows(
-    e: Emitter, s: Statement, columns: list[Places], rows: list[Any], inside: list[Any], before: tuple[Any, Any]
+    e: Emitter, s: Statement, columns: Sequence[Places], rows: list[Any], inside: list[Any], before: tuple[Any, Any]
 ) -> None:
     """Some rows of a triangular system, in registers."""
     known, unknown = s.value.arg

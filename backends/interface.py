@@ -18,9 +18,9 @@ class Source:
 
 
 class CompiledScan(Protocol):
-    """One scan of the program. Tensors have a leading axis G = batch * heads, in the order of `Scan.params`.
+    """One scan of the program. Tensors have two leading axes, batch and heads, in the order of `Scan.params`.
 
-    The heads and the tokens of an input may lie at any distance from each other.
+    The sequences, the heads and the tokens of an input may lie at any distance from each other.
     """
 
     @property

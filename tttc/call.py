@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """The tensors of one call, checked and laid out as [G, ...] with G = batch * heads."""
+    """The tensors of one call, checked and laid out as [B, H, ...], where they lie."""
 
     def __init__(self, layer: Layer, arguments: Arguments) -> None:
         self.layer = layer
@@ -53,10 +53,11 @@ class Call:
         """Lay the last K tokens of each token side by side; what is left for the next call."""
         x, K = self.sequences[name], self.layer.dims[str(spec.window)]
         before = self.state.taps.get(name)
-        joined = torch.cat([x.new_zeros(len(x), K - 1, *x.shape[2:]) if before is None else before, x], 1)
-        shifted = [joined[:, i : i + x.shape[1]] for i in range(K)]
-        self.sequences[name] = torch.stack(shifted, 2)
-        return joined[:, joined.shape[1] - (K - 1) :]
+        none = x.new_zeros(*x.shape[:2], K - 1, *x.shape[3:])
+        joined = torch.cat([none if before is None else before, x], 2)
+        shifted = [joined[:, :, i : i + x.shape[2]] for i in range(K)]
+        self.sequences[name] = torch.stack(shifted, 3)
+        return joined[:, :, joined.shape[2] - (K - 1) :]
 
     def _state(self, state: Any) -> State:
         specs = self.layer.signature.states
@@ -78,8 +79,8 @@ class Call:
             axes = {n: tuple(a.size for a in variables[n].axes) for n in group if n in variables}
             return {n: self._flat(n, group[n], len(dims), self._dims(dims), batched=True) for n, dims in axes.items()}
 
-        rows = {n: x.to(self.layer.compute_dtype).flatten(0, 1) for n, x in state.rows.items()}
-        taps = {n: x.to(self.layer.compute_dtype).flatten(0, 1) for n, x in state.taps.items()}
+        rows = {n: x.to(self.layer.compute_dtype) for n, x in state.rows.items()}
+        taps = {n: x.to(self.layer.compute_dtype) for n, x in state.taps.items()}
         carry = carried(state.summed), carried(state.memory)
         return State(flat(state.weights), state.position, start, *carry, rows, taps)
 
@@ -100,18 +101,14 @@ class Call:
             )
 
     def telemetry(self, names: Sequence[str]) -> Tensors:
-        """What the chunks of this call measured, [G, mini-batches] each, by name."""
-        return {n: torch.cat(self.measured[i :: len(names)], 1) for i, n in enumerate(names)}
+        """What the chunks of this call measured, [B, H, mini-batches] each, by name."""
+        return {n: torch.cat(self.measured[i :: len(names)], 2) for i, n in enumerate(names)}
 
     def opened(self, variables: Sequence[Opened]) -> Tensors:
         """What an open mini-batch carries, before its first token."""
         like = next(iter(self.state.weights.values()))
         shapes = {o: [self.layer.dims[a.size] for a in o.variable.axes] for o in variables}
-        return {str(o.variable.arg[0].name): like.new_full((len(like), *s), o.begins) for o, s in shapes.items()}
-
-    def unflatten(self, x: torch.Tensor) -> torch.Tensor:
-        """[G, ...] -> [B, H, ...]."""
-        return x.unflatten(0, (self.batch, self.heads))
+        return {str(o.variable.arg[0].name): like.new_full((*like.shape[:2], *s), o.begins) for o, s in shapes.items()}
 
     def value(self, p: Expr, values: Tensors, now: int, stop: int) -> torch.Tensor:
         """The tensor of one parameter of a scan."""
@@ -121,7 +118,7 @@ class Call:
         if role == "param":
             return self.params[name]
         whole = self.sequences[name]
-        return whole[:, now:stop] if at else whole[:, stop - 1]
+        return whole[:, :, now:stop] if at else whole[:, :, stop - 1]
 
     def refuse_non_finite(self) -> None:
         groups = {"": self.sequences, "param ": self.params, "state ": self.state.weights}
@@ -140,11 +137,11 @@ class Call:
     # -- layout --------------------------------------------------------------------------------------------------------
 
     def _flat_sequence(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, H, ...] -> [G, T, ...], where it lies if there is one batch element."""
-        return x.to(self.layer.compute_dtype).transpose(1, 2).flatten(0, 1)
+        """[B, T, H, ...] -> [B, H, T, ...], where it lies."""
+        return x.to(self.layer.compute_dtype).transpose(1, 2)
 
     def _flat(self, name: str, x: torch.Tensor, rank: int, dims: tuple[int, ...], *, batched: bool) -> torch.Tensor:
-        """[*dims], [H, *dims] or, for states, [B, H, *dims] -> [G, *dims]."""
+        """[*dims], [H, *dims] or, for states, [B, H, *dims] -> [B, H, *dims], where it lies."""
         self._tensor(name, x)
         leading = x.shape[: x.dim() - rank]
         allowed = [(), (self.heads,), (1,)] + ([(self.batch, self.heads), (1, self.heads), (1, 1)] if batched else [])
@@ -155,7 +152,7 @@ class Call:
         x = x.to(self.layer.compute_dtype)
         while x.dim() < rank + 2:
             x = x.unsqueeze(0)
-        return x.expand(self.batch, self.heads, *dims).reshape(self.batch * self.heads, *dims)
+        return x.expand(self.batch, self.heads, *dims)
 
     def _dims(self, dims: Sequence[str]) -> tuple[int, ...]:
         return tuple(self.layer.dims[d] for d in dims)

@@ -167,14 +167,14 @@ class Layer:
         B, T, H = call.batch, call.tokens, call.heads
         if T == 0:
             empty = call.sequences["q"].new_zeros(B, 0, H, *(self.dims[d] for d in self._width))
-            return _attached(empty, call), call.state.map(call.unflatten)
+            return _attached(empty, call), call.state.map(torch.Tensor.contiguous)
         if self._plan.substitution:
             z, after = self._run_substituted(call)
             after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
-            return z.unflatten(0, (B, H)).transpose(1, 2), after.map(call.unflatten)
+            return z.transpose(1, 2), after
         z, after = self._run_rows(call) if self.decode == "rows" else self._run_tokens(call)
         after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
-        return z.unflatten(0, (B, H)).transpose(1, 2), after.map(call.unflatten)
+        return z.transpose(1, 2), after
 
     def _run_tokens(self, call: Call) -> tuple[torch.Tensor, State]:
         """Whole mini-batches, and what comes before and after them."""
@@ -210,7 +210,7 @@ class Layer:
         """Whole mini-batches by the scan alone: an open one is run again from its first token."""
         before = call.state.position
         if before:
-            call.sequences = {n: torch.cat([call.state.rows[n], x], 1) for n, x in call.sequences.items()}
+            call.sequences = {n: torch.cat([call.state.rows[n], x], 2) for n, x in call.sequences.items()}
         T = call.tokens + before
         weights = call.state.start if before else call.state.weights
         memory = call.state.memory or self._begin(call, weights)
@@ -225,10 +225,10 @@ class Layer:
                 weights, memory = _updated(weights, new), _updated(memory, new)
                 assert z is not None
                 outputs.append(z)
-        z = _joined(outputs)[:, before:]
+        z = _joined(outputs)[:, :, before:]
         if whole == T:
             return z, State(weights, memory=memory)
-        rows = {n: x[:, whole:] for n, x in call.sequences.items()}
+        rows = {n: x[:, :, whole:] for n, x in call.sequences.items()}
         return z, State(weights, T - whole, start, {}, kept, rows)
 
     def _run_substituted(self, call: Call) -> tuple[torch.Tensor, State]:
@@ -238,12 +238,12 @@ class Layer:
         outputs: list[torch.Tensor] = []
         for now in range(0, call.tokens, int(self._plan.chunk)):
             stop = min(now + int(self._plan.chunk), call.tokens)
-            part = {n: x[:, now:stop] for n, x in call.sequences.items()}
+            part = {n: x[:, :, now:stop] for n, x in call.sequences.items()}
             _, made = self._scan(f"{self._name}_coefficients", call, part, now, stop)
             eye = torch.eye(stop - now, dtype=self.compute_dtype, device=self.device)
             like = next(iter(weights.values()))
-            past = {n: like.new_zeros(len(like), stop - now, *shape) for n, shape in self._past.items()}
-            values = weights | memory | part | made | past | {"now": eye.expand(len(like), -1, -1)}
+            past = {n: like.new_zeros(*like.shape[:2], stop - now, *shape) for n, shape in self._past.items()}
+            values = weights | memory | part | made | past | {"now": eye.expand(*like.shape[:2], -1, -1)}
             *rows, _ = self._outputs(f"{self._name}_rows", call, values, now, stop)
             named = {f"row_{i}": x for i, x in enumerate(rows[: len(self._past)])}
             z, new = self._scan(self._name, call, values | named, now, stop)
@@ -283,7 +283,7 @@ class Layer:
         made = self._made[name]
         stored = len(outputs) - len(made)
         chunk = stop - now if self._plan.chunk == "T" else int(self._plan.chunk)
-        call.measured += [outputs[i][:, ::chunk].detach() for i in range(1, stored)]
+        call.measured += [outputs[i][:, :, ::chunk].detach() for i in range(1, stored)]
         return (outputs[0] if stored else None), dict(zip(made, outputs[stored:], strict=True))
 
     def _outputs(self, name: str, call: Call, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
@@ -312,7 +312,7 @@ def _updated(values: Tensors, new: Tensors) -> Tensors:
 
 def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """One after the other along the tokens."""
-    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 1)
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 2)
 
 
 def _attached(z: torch.Tensor, call: Call) -> torch.Tensor:

@@ -60,7 +60,7 @@ def _values(e: Any, call: Call, g: int) -> np.ndarray:
     known, sizes = {}, {}
     for x in leaves([e]):
         found = call.params[x.arg[0].name] if x.arg[0].at is None else call.sequences[x.arg[0].name]
-        known[x] = found[g].detach().double().cpu().numpy()
+        known[x] = found[divmod(g, call.heads)].detach().double().cpu().numpy()
     for node in postorder([e]):
         for axis in node.axes:
             sizes[axis.name] = call.tokens if axis.size == "C" else call.layer.dims[axis.size]

@@ -16,6 +16,12 @@ from tttc.ir.program import Program, Scan
 Tensors = Sequence[torch.Tensor]
 
 
+def _flat(tensors: Tensors) -> tuple[tuple[int, int], list[torch.Tensor]]:
+    """Batch and heads, and the tensors with both as one axis G, which is what the source is written for."""
+    leading = tensors[0].shape[:2] if tensors else (0, 0)
+    return (leading[0], leading[1]), [x.flatten(0, 1).contiguous() for x in tensors]
+
+
 @dataclass(frozen=True)
 class TorchScan:
     """One scan, run by the functions of a generated module."""
@@ -28,20 +34,24 @@ class TorchScan:
         return self
 
     def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
-        inputs = [x.contiguous() for x in inputs]
+        leading, inputs = _flat(inputs)
         if self.scan.loops:
-            outputs, kept = self._call("")(*inputs, self._chunk(inputs), checkpoint)
-            return outputs, kept
-        *outputs, saved = self._call("_step_saving")(*inputs)
-        return tuple(outputs), saved
+            outputs, saved = self._call("")(*inputs, self._chunk(inputs), checkpoint)
+        else:
+            *outputs, saved = self._call("_step_saving")(*inputs)
+        return tuple(x.unflatten(0, leading) for x in outputs), saved
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
-        inputs = [x.contiguous() for x in inputs]
+        leading, inputs = _flat(inputs)
+        _, cotangents = _flat(cotangents)
         carried, fixed = len(self.scan.carry), len(self.scan.fixed)
         if self.scan.loops:
-            return tuple(self._call("_adjoint")(saved, *inputs[carried:], *cotangents, self._chunk(inputs), checkpoint))
-        zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
-        return tuple(self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros))
+            settings = self._chunk(inputs), checkpoint
+            found = self._call("_adjoint")(saved, *inputs[carried:], *cotangents, *settings)
+        else:
+            zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
+            found = self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros)
+        return tuple(x.unflatten(0, leading) for x in found)
 
     def _call(self, suffix: str) -> Callable[..., Any]:
         return getattr(self.module, f"{self.scan.name}{suffix}")

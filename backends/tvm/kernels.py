@@ -140,7 +140,7 @@ class _Builder:
             with T.prim_func(s_tir=True):
                 T.func_name(self.name)
                 T.func_attr({"tirx.noalias": True, "global_symbol": self.name})
-                self.G, self.T, self.K, self.E = T.int32(), T.int32(), T.int32(), T.int32()
+                self.B, self.H, self.T, self.K, self.E = (T.int32() for _ in range(5))
                 self.every: Any = None
                 self.scratch_size = T.arg("scratch_size", T.int32())
                 yield
@@ -161,26 +161,27 @@ class _Builder:
         return [self.program.dims[a.size] for a in p.axes if a.size != TOKENS]
 
     def take(self, p: Expr) -> None:
-        """An input, [G, T, ...] or [G, ...]; sequences and heads may lie at any distance."""
-        shape = [self.G, *([self.T] if p.arg[0].at else []), *self._own(p)]
-        inner = [1]
-        for n in reversed(self._own(p)[1:]):
-            inner.insert(0, inner[0] * n)
-        inner = inner if self._own(p) else []
-        strides = [T.int32() for _ in range(len(shape) - len(inner))] + inner
-        self._buffer(_name(p), shape, strides)
+        """An input, [B, H, T, ...] or [B, H, ...]; batch, heads and tokens may lie at any distance."""
+        self._strided(p, _name(p))
 
     def give(self, p: Expr, name: str) -> None:
-        """An output, in the order of its axes."""
-        self._buffer(name, [self.G, *([self.T] if p.arg[0].at else []), *self._own(p)])
+        """An output, likewise."""
+        self._strided(p, name)
+
+    def _strided(self, p: Expr, name: str) -> None:
+        own = self._own(p)
+        shape = [self.B, self.H, *([self.T] if p.arg[0].at else []), *own]
+        inner = [prod(own[i + 1 :]) for i in range(len(own))]
+        strides = [T.int32() for _ in range(len(shape) - len(inner))] + inner
+        self._buffer(name, shape, strides)
 
     def keep(self, p: Expr) -> None:
-        """The carry where groups of chunks begin: [G, groups, ...]."""
-        self._buffer(f"{_name(p)}_kept", [self.G, self.K, *self._own(p)])
+        """The carry where groups of chunks begin: [B, H, groups, ...]."""
+        self._buffer(f"{_name(p)}_kept", [self.B, self.H, self.K, *self._own(p)])
 
     def workspace(self, p: Expr) -> None:
-        """The carry at each chunk of a group: [G, every, ...]."""
-        self._buffer(f"{_name(p)}_work", [self.G, self.E, *self._own(p)])
+        """The carry at each chunk of a group: [B, H, every, ...]."""
+        self._buffer(f"{_name(p)}_work", [self.B, self.H, self.E, *self._own(p)])
 
     def scalar(self, name: str) -> None:
         self.every = T.arg(name, T.int32())
@@ -189,9 +190,10 @@ class _Builder:
 
     @contextmanager
     def each_head(self) -> Iterator[None]:
-        with T.parallel(self.G) as g:
-            self.g = g
+        with T.parallel(self.B * self.H) as i:
             self.scratch = Scratch(T.alloc_buffer((self.scratch_size,), self.machine.dtype, scope="global"))
+            held = self._emitter(1, 1).held
+            self.g = held(T.truncdiv(i, self.H)), held(T.truncmod(i, self.H))
             self._cleared()
             yield
 
@@ -233,10 +235,10 @@ class _Builder:
             first = group * self.every
             length = T.min(count - first, self.every)
             for p in scan.carry:
-                self._copy(p, _Slice(self.buffers[f"{_name(p)}_kept"], (self.g, group)), self.emitter.stores[_name(p)])
+                self._copy(p, _Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, group)), self.emitter.stores[_name(p)])
             with T.serial(length) as j:
                 for p in scan.carry:
-                    self._copy(p, self.emitter.stores[_name(p)], _Slice(self.buffers[f"{_name(p)}_work"], (self.g, j)))
+                    self._copy(p, self.emitter.stores[_name(p)], _Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)))
                 with T.If(j + 1 < length), T.Then(), self._scope():
                     self._begin_chunk((first + j) * size, tirx.const(size, "int32") if isinstance(size, int) else size)
                     self.sequences_ready(scan.sequence)
@@ -244,7 +246,7 @@ class _Builder:
             with T.serial(length) as back:
                 j = length - 1 - back
                 for p in scan.carry:
-                    self._copy(p, _Slice(self.buffers[f"{_name(p)}_work"], (self.g, j)), self.emitter.stores[_name(p)])
+                    self._copy(p, _Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)), self.emitter.stores[_name(p)])
                 self._begin_chunk((first + j) * size, T.min(self.T - (first + j) * size, size))
                 yield
 
@@ -272,7 +274,7 @@ class _Builder:
 
     def _ready(self, p: Expr, buffer: Any) -> None:
         if self._whole(p):
-            self.emitter.stores[_name(p)] = Store(buffer, self.machine, (self.g,))
+            self.emitter.stores[_name(p)] = Store(buffer, self.machine, self.g)
         else:
             self.load_variable(p, buffer)
 
@@ -284,10 +286,10 @@ class _Builder:
     def load_variable(self, p: Expr, buffer: Any) -> None:
         """A variable of the function, from a tensor or zero."""
         store = self.emitter.reserve(_name(p), p.axes)
-        self._copy(p, None if buffer is None else _Slice(buffer, (self.g,)), store)
+        self._copy(p, None if buffer is None else _Slice(buffer, self.g), store)
 
     def save_variable(self, p: Expr, buffer: Any) -> None:
-        self._copy(p, self.emitter.stores[_name(p)], _Slice(buffer, (self.g,)))
+        self._copy(p, self.emitter.stores[_name(p)], _Slice(buffer, self.g))
 
     def save_kept(self, carry: Sequence[Expr], chunk: Any) -> None:
         with T.If(T.EQ(T.truncmod(chunk, self.every), 0)), T.Then():
@@ -295,7 +297,7 @@ class _Builder:
                 self._copy(
                     p,
                     self.emitter.stores[_name(p)],
-                    _Slice(self.buffers[f"{_name(p)}_kept"], (self.g, T.truncdiv(chunk, self.every))),
+                    _Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, T.truncdiv(chunk, self.every))),
                 )
 
     def _copy(self, p: Expr, source: Any, target: Any, tokens: Any = None) -> None:
@@ -324,10 +326,10 @@ class _Builder:
         for p in sequence:
             buffer = self.buffers[_name(p)]
             if self._whole(p):
-                self.emitter.stores[_name(p)] = Store(buffer, self.machine, (self.g,), self.first, self.emitter.tokens)
+                self.emitter.stores[_name(p)] = Store(buffer, self.machine, self.g, self.first, self.emitter.tokens)
             else:
                 store = self.emitter.reserve(_name(p), p.axes)
-                source = _Slice(buffer, (self.g,))
+                source = _Slice(buffer, self.g)
                 self._copy_tokens(p, source, store, loading=True)
 
     def fetch(self, sequence: Sequence[Expr], first: Any) -> None:
@@ -346,7 +348,7 @@ class _Builder:
                         self._fetch(self.buffers[_name(p)], [t, at])
 
     def _fetch(self, buffer: Any, at: Sequence[Any]) -> None:
-        address = T.address_of(buffer[(self.g, *at)])
+        address = T.address_of(buffer[(*self.g, *at)])
         T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(2), T.int32(1)))
 
     def sequences_done(self, outputs: Sequence[Expr], suffix: str = "") -> None:
@@ -354,7 +356,7 @@ class _Builder:
             if p.arg[0].at is not None and not self._whole(p):
                 self._copy_tokens(
                     p,
-                    _Slice(self.buffers[f"{_name(p)}{suffix}"], (self.g,)),
+                    _Slice(self.buffers[f"{_name(p)}{suffix}"], self.g),
                     self.emitter.stores[_name(p)],
                     loading=False,
                 )
@@ -374,7 +376,7 @@ class _Builder:
                 buffer = self.buffers[f"{a.leaf.name}{suffix}"]
                 if self._whole(a.target):
                     self.emitter.stores[a.leaf.name] = Store(
-                        buffer, self.machine, (self.g,), self.first, self.emitter.tokens
+                        buffer, self.machine, self.g, self.first, self.emitter.tokens
                     )
                 else:
                     self.emitter.reserve(a.leaf.name, a.target.axes)

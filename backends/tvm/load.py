@@ -10,7 +10,7 @@ import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Source
 from tttc.backends.tvm.machine import Machine, host
+from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan, ScanAdjoint
 
 if TYPE_CHECKING:
@@ -74,40 +75,40 @@ class TVMScan:
         if scan.loops:
             every = checkpoint or 1  # every carry; the values of a chunk are always made again
             groups = -(-self._chunks(inputs) // every)
-            kept = [x.new_empty(len(x), groups, *x.shape[1:]) for x in inputs[:carried]]
+            kept = [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[:carried]]
             settings = (every,)
         self._call(self._forward, [*inputs, *outputs, *kept], settings)
         return tuple(outputs), kept
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
         carried = len(self.scan.carry)
-        results = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+        results = [_like(p, x.shape, x) for p, x in zip(self.scan.params, inputs, strict=True)]
         if not self.scan.loops:
             self._call(self._backward, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
             return tuple(results)
         every = checkpoint or 1
-        work = [x.new_empty(len(x), every, *x.shape[1:]) for x in inputs[:carried]]
+        work = [x.new_empty(*x.shape[:2], every, *x.shape[2:]) for x in inputs[:carried]]
         self._call(self._backward, [*inputs[carried:], *saved, *cotangents, *results, *work], (every,))
         return tuple(results)
 
     def _call(self, kernel: Callable[..., None], tensors: Tensors, settings: tuple[int, ...]) -> None:
-        if not len(tensors[0]):
+        if 0 in tensors[0].shape[:2]:
             return
         _use_threads(torch.get_num_threads())
-        kernel(*(_laid_out(x.detach()) for x in tensors), *settings)
+        for part in _addressable([_laid_out(x.detach()) for x in tensors]):
+            kernel(*part, *settings)
 
     def _empty(self, target: Any, inputs: Tensors) -> torch.Tensor:
         sizes = {
             a.size: n
             for p, x in zip(self.scan.params, inputs, strict=True)
-            for a, n in zip(p.axes, x.shape[1:], strict=True)
+            for a, n in zip(p.axes, x.shape[2:], strict=True)
         }
-        return inputs[0].new_empty(
-            len(inputs[0]), *(sizes.get(a.size) or self.program.dims[a.size] for a in target.axes)
-        )
+        own = [sizes.get(a.size) or self.program.dims[a.size] for a in target.axes]
+        return _like(target, [*inputs[0].shape[:2], *own], inputs[0])
 
     def _chunks(self, inputs: Tensors) -> int:
-        tokens = next(x.shape[1] for p, x in zip(self.scan.params, inputs, strict=True) if p.arg[0].at)
+        tokens = next(x.shape[2] for p, x in zip(self.scan.params, inputs, strict=True) if p.arg[0].at)
         return 1 if self.scan.chunk == "T" else -(-tokens // int(self.scan.chunk))
 
     # -- compiled when first called
@@ -155,10 +156,30 @@ class TVMScan:
         return "\n".join([hashlib.sha256(made_of).hexdigest(), str(self._machine), platform.machine(), *versions])
 
 
+def _like(target: Expr, shape: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    """Memory for a value [B, H, ...]; a sequence lies as its users have it, [B, T, H, ...]."""
+    if target.arg[0].at is None:
+        return x.new_empty(shape)
+    batch, heads, tokens, *own = shape
+    return x.new_empty(batch, tokens, heads, *own).transpose(1, 2)
+
+
+def _addressable(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The tensors in parts of their batch, or of their heads, whose entries an int32 can count."""
+    batch, heads = tensors[0].shape[:2]
+    reach = max(sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors)
+    if reach < 2**31 or batch * heads == 1:
+        yield tensors
+        return
+    axis, half = (0, batch // 2) if batch > 1 else (1, heads // 2)
+    for first, count in ((0, half), (half, tensors[0].shape[axis] - half)):
+        yield from _addressable([x.narrow(axis, first, count) for x in tensors])
+
+
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous but for its two leading axes, which may lie at any distance."""
+    """Contiguous but for its three leading axes, which may lie at any distance."""
     expected = 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+    for size, stride in zip(reversed(x.shape[3:]), reversed(x.stride()[3:]), strict=True):
         if size != 1 and stride != expected:
             return x.contiguous()
         expected *= size

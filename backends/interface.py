@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tttc.ir.program import Program
+
+Settings = Mapping[str, int]
+"""How kernels are made, beside the program: names that the backend gives, which never change a result."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class CompiledScan(Protocol):
 
 
 class Backend(Protocol):
-    """The three functions of a backend package."""
+    """The functions of a backend package: three that make kernels, three that say what about them may be tuned."""
 
     def refusals(self, program: Program) -> list[str]:
         """Why this backend cannot run the program; empty when it can."""
@@ -50,6 +53,18 @@ class Backend(Protocol):
         """The program of the adjoint stage as source text."""
         ...
 
-    def load(self, source: Source, program: Program) -> Mapping[str, CompiledScan]:
-        """Source text as callables, by the names of the scans."""
+    def load(self, source: Source, program: Program, settings: Settings | None = None) -> Mapping[str, CompiledScan]:
+        """Source text as callables, by the names of the scans; settings that are not given are the default."""
+        ...
+
+    def choices(self, program: Program) -> Mapping[str, Sequence[int]]:
+        """The settings that kernels have and the values worth trying for this program, the default first."""
+        ...
+
+    def identity(self, program: Program, settings: Settings) -> Hashable:
+        """Equal for settings that make the same kernels of this program."""
+        ...
+
+    def toolchain(self) -> Mapping[str, str]:
+        """Names and versions of what makes the kernels fast or slow: what was tuned holds for these."""
         ...

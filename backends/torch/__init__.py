@@ -2,5 +2,6 @@
 
 from tttc.backends.torch.emit import emit, refusals
 from tttc.backends.torch.load import load
+from tttc.backends.torch.tune import choices, identity, toolchain
 
-__all__ = ["emit", "load", "refusals"]
+__all__ = ["choices", "emit", "identity", "load", "refusals", "toolchain"]

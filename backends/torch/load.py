@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tttc.backends.interface import Source
+from tttc.backends.interface import Settings, Source
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
@@ -62,8 +62,8 @@ class TorchScan:
         return tokens if self.scan.chunk == "T" else int(self.scan.chunk)
 
 
-def load(source: Source, program: Program) -> dict[str, TorchScan]:
-    """Run the source; a traceback into it shows its lines."""
+def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, TorchScan]:
+    """Run the source, which has no settings; a traceback into it shows its lines."""
     file = f"<tttc {program.name}>"
     lines = source.text.splitlines(keepends=True)
     linecache.cache[file] = (len(source.text), None, lines, file)

@@ -12,11 +12,13 @@
     ops.py      elementwise functions on vectors
     machine.py  the processor: its vectors and registers
     load.py     kernels compiled, kept on disk, called on torch tensors
+    tune.py     what may be tuned
 
 Nothing here imports TVM before the first kernel is compiled.
 """
 
 from tttc.backends.tvm.emit import emit, refusals
 from tttc.backends.tvm.load import load
+from tttc.backends.tvm.tune import choices, identity, toolchain
 
-__all__ = ["emit", "load", "refusals"]
+__all__ = ["choices", "emit", "identity", "load", "refusals", "toolchain"]

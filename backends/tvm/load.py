@@ -22,8 +22,8 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.interface import CompiledScan, Source
-from tttc.backends.tvm.machine import Machine, host
+from tttc.backends.interface import CompiledScan, Settings, Source
+from tttc.backends.tvm.machine import Config, Machine, host
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan, ScanAdjoint
 
@@ -45,16 +45,17 @@ LEFT_OUT = (
 _lock = RLock()
 
 
-def load(source: Source, program: Program) -> dict[str, TVMScan]:
+def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, TVMScan]:
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
-    return {a.scan.name: TVMScan(a, program) for a in program.adjoints}
+    config = Config(**(settings or {}))
+    return {a.scan.name: TVMScan(a, program, config) for a in program.adjoints}
 
 
 class TVMScan:
     """One scan, run by its forward and its backward kernel."""
 
-    def __init__(self, adjoint: ScanAdjoint, program: Program) -> None:
-        self.adjoint, self.program = adjoint, program
+    def __init__(self, adjoint: ScanAdjoint, program: Program, config: Config | None = None) -> None:
+        self.adjoint, self.program, self.config = adjoint, program, config or Config()
         self.scan: Scan = adjoint.scan
         self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
 
@@ -134,7 +135,7 @@ class TVMScan:
 
     @property
     def _machine(self) -> Machine:
-        return host("float64" if self.dtype == torch.float64 else "float32")
+        return host("float64" if self.dtype == torch.float64 else "float32", self.config)
 
     def _compiled(self, *, backward: bool) -> Callable[..., None]:
         name = f"{self.scan.name}_adjoint" if backward else self.scan.name

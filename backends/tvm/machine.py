@@ -14,6 +14,15 @@ BYTES = {"float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
+class Config:
+    """What may be tuned: how high and wide tiles may be, and how many vectors of a row are held in registers."""
+
+    tile_rows: int = HIGHEST
+    tile_vectors: int = 6
+    unrolled: int = 8
+
+
+@dataclass(frozen=True)
 class Machine:
     """What a kernel is made for: `lanes` numbers of `dtype` are a vector, `registers` of which are held at once."""
 
@@ -21,6 +30,7 @@ class Machine:
     lanes: int
     registers: int
     processor: str = ""
+    config: Config = Config()
 
     @property
     def vector(self) -> str:
@@ -33,8 +43,8 @@ class Machine:
         budget = self.registers * 3 // 4
         candidates = [
             (high, wide)
-            for wide in range(1, min(vectors, 6) + 1)
-            for high in range(1, min(rows or 8, budget // wide, HIGHEST) + 1)
+            for wide in range(1, min(vectors, self.config.tile_vectors) + 1)
+            for high in range(1, min(rows or 8, budget // wide, self.config.tile_rows, HIGHEST) + 1)
         ]
 
         def worth(tile: tuple[int, int]) -> tuple[float, int]:
@@ -53,11 +63,11 @@ class Machine:
         return {"kind": "llvm", "mcpu": processor, "opt-level": 2}  # 3 takes half as long again for the same speed
 
 
-def host(dtype: str) -> Machine:
+def host(dtype: str, config: Config | None = None) -> Machine:
     """This machine."""
     flags, name = _processor()
     size, registers = next((v for flag, v in VECTORS.items() if flag in flags), (16, 16))
-    return Machine(dtype, size // BYTES[dtype], registers, name)
+    return Machine(dtype, size // BYTES[dtype], registers, name, config or Config())
 
 
 @cache

@@ -25,7 +25,6 @@ from tttc.backends.tvm.sums import triangle
 from tttc.backends.tvm.walks import WALKS
 from tttc.ir.expr import Axes, Axis
 
-UNROLLED = 8  # vectors of a row that are held in registers
 
 
 class Emitter:
@@ -113,7 +112,7 @@ class Emitter:
                 self.reserve(s.name, s.target.axes)
                 continue
             width = self.blocks(s.target.axes[-1]) if len(s.target.axes) == 2 else 0
-            if len(s.target.axes) == 2 and isinstance(width, int) and width <= UNROLLED:
+            if len(s.target.axes) == 2 and isinstance(width, int) and width <= self.machine.config.unrolled:
                 buffer = T.alloc_buffer((width,), self.machine.vector, scope="local", annotations=LOCAL)
                 self.stores[s.name] = Registers(buffer, self.machine)
             elif len(s.target.axes) == 1:
@@ -146,7 +145,7 @@ class Emitter:
     def each_vector(self, axis: Axis, body: Callable[[Place], None]) -> None:
         """Vector after vector along an axis."""
         n = self.blocks(axis)
-        if isinstance(n, int) and n <= UNROLLED:
+        if isinstance(n, int) and n <= self.machine.config.unrolled:
             for j in range(n):
                 body(self._block(j))
         else:
@@ -273,7 +272,7 @@ class Emitter:
         rest = [a for a in s.value.arg if a != lane]
         held = T.alloc_buffer((1,), self.machine.vector, scope="local", annotations=LOCAL)
         n = self.blocks(lane)
-        unrolled = isinstance(n, int) and n <= UNROLLED and not rest
+        unrolled = isinstance(n, int) and n <= self.machine.config.unrolled and not rest
 
         def block(inside: Places, place: Place) -> Any:
             point = Point(self, {**inside, lane: place})

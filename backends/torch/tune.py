@@ -1,0 +1,28 @@
+"""What may be tuned about this backend: nothing of its own, only the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+
+from tttc.backends.interface import Settings
+from tttc.ir.program import Program
+
+
+def choices(program: Program) -> Mapping[str, Sequence[int]]:
+    """No settings."""
+    return {}
+
+
+def identity(program: Program, settings: Settings) -> Hashable:
+    """All settings are the same."""
+    return ()
+
+
+def toolchain() -> dict[str, str]:
+    """Its operations are those of torch."""
+    return {"torch": torch.__version__}
+
+
+__all__ = ["choices", "identity", "toolchain"]

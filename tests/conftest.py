@@ -37,6 +37,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
+def nothing_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tuned on this machine is none of the tests' business."""
+    monkeypatch.setenv("TTTC_TUNING", "0")
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh tensors hold NaN, so that a value which is never written cannot look right by chance."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):

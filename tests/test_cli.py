@@ -37,7 +37,7 @@ class Mine(tttc.Variant):
 
     update = tttc.sgd(lr=tttc.gate("lr"))
 '''
-COMMANDS = ("list", "explain", "check", "verify", "compile", "doctor", "demo")
+COMMANDS = ("list", "explain", "check", "verify", "compile", "tune", "doctor", "demo")
 STAGES = ("declare", "differentiate", "simplify", "primal", "dualize", "schedule", "adjoint", "emit")
 
 

@@ -52,6 +52,7 @@ from tttc.rules import (
     softmax_retention,
     weight_norm,
 )
+from tttc.tune import tune
 from tttc.variant import Variant, gate, normal, param, state, token
 from tttc.verify import verify
 
@@ -109,6 +110,7 @@ __all__ = [
     "sum",
     "tanh",
     "token",
+    "tune",
     "verify",
     "weight_norm",
     "where",

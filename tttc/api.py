@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import overload
 
 import torch
@@ -18,10 +19,12 @@ from tttc.declare import checked_signature
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
 from tttc.ir.program import Program
 from tttc.layer import Layer
+from tttc.tuning import Lookup
 from tttc.variant import Signature, Variant
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 BACKENDS: dict[str, Backend] = {"torch": torch_backend, "tvm": tvm_backend}
+REASONS = {"torch": "runs every program, on any device", "tvm": "native kernels for this CPU"}
 
 
 @overload
@@ -34,6 +37,7 @@ def compile(
     *,
     chunk: int | None = ...,
     checkpoint: int | str | None = ...,
+    config: Mapping[str, int] | None = ...,
     decode: str = ...,
     telemetry: bool = ...,
 ) -> Layer: ...
@@ -57,6 +61,7 @@ def compile(
     *,
     chunk: int | None = None,
     checkpoint: int | str | None = "auto",
+    config: Mapping[str, int] | None = None,
     decode: str = "auto",
     telemetry: bool = False,
 ) -> Layer | AttentionLayer:
@@ -72,6 +77,9 @@ def compile(
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
             square root of their number, None (or 0) keeps every value and recomputes nothing.
+        config: how the backend makes its kernels, such as {"tile_rows": 4}; never changes a result. Chunk, checkpoint
+            and config that are not given are what `tttc tune` found, on this device and for these dims or near them;
+            `layer.tuning` says what that was.
         decode: how a state carries a mini-batch that a call leaves open: the "sums" of what it added, as large as
             its weights; its "rows", the tokens, which run again with those that follow; "auto" takes what is smaller.
         telemetry: the state that a call returns also says what its inner loop did, mini-batch by mini-batch:
@@ -98,12 +106,24 @@ def compile(
         raise ShapeError(f'checkpoint is {checkpoint!r}; it must be "auto", None or a number of chunks')
     if decode not in ("auto", "sums", "rows"):
         raise ShapeError(f'decode is {decode!r}; it must be "auto", "sums" or "rows"')
-    stages = run_pipeline(declared, Options(sizes, "f64" if dtype == torch.float64 else "f32", chunk, telemetry))
+    place = torch.device(device)
+    candidates, asked = _candidates(backend, place)
+    refused: list[str] = []
+    for taken in candidates:  # the last one runs, or is refused
+        lookup = Lookup(taken, BACKENDS[taken], place, dtype, chunk, checkpoint, config)
+        numbers = "f64" if dtype == torch.float64 else "f32"
+        stages = run_pipeline(declared, Options(sizes, numbers, chunk, telemetry, lookup.chosen_chunk))
+        reasons = [*_misplaced(taken, place), *BACKENDS[taken].refusals(stages.program)]
+        if not reasons:
+            break
+        refused += [f"not {taken}: {reasons[0]}"]
+    if reasons:
+        raise _refused(taken, reasons)
+    why = "; ".join([f"{taken}: {asked or REASONS[taken]}", *refused])
     began = time.perf_counter()
-    taken, why = _taken(backend, stages.program, torch.device(device))
-    chosen: Backend = BACKENDS[taken]
+    chosen = BACKENDS[taken]
     source = chosen.emit(stages.program)
-    scans = chosen.load(source, stages.program)
+    scans = chosen.load(source, stages.program, _checked_config(lookup, taken, chosen, stages.program))
     milliseconds = (time.perf_counter() - began) * 1e3
     stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source.text))
     return Layer(
@@ -118,26 +138,34 @@ def compile(
         why=why,
         checkpoint=checkpoint,
         decode=decode,
+        tuning=lookup.tuning,
     )
 
 
-def _taken(backend: str, program: Program, device: torch.device) -> tuple[str, str]:
-    """The backend that runs a program, and why it is that one.
+def _candidates(backend: str, device: torch.device) -> tuple[list[str], str]:
+    """The backends to try, the best first, and how a single one was asked for.
 
-    "auto" is what the environment variable TTTC_BACKEND names, else native kernels where they can be had, else torch.
+    "auto" is what the environment variable TTTC_BACKEND names, otherwise whatever there is for the device.
     """
-    named = os.environ.get("TTTC_BACKEND", "auto") if backend == "auto" else backend
-    if named != "auto" and named not in BACKENDS:
+    if backend != "auto":
+        return [backend], "asked for by name"
+    named = os.environ.get("TTTC_BACKEND", "auto")
+    if named not in ("auto", *BACKENDS):
         raise _refused(named, [f"TTTC_BACKEND names no backend; there are auto, {', '.join(BACKENDS)}"])
     if named != "auto":
-        reasons = [*BACKENDS[named].refusals(program), *_misplaced(named, device)]
-        if reasons:
-            raise _refused(named, reasons)
-        return named, f"{named}: asked for by name" if backend != "auto" else f"{named}: TTTC_BACKEND asks for it"
-    reasons = [*_misplaced("tvm", device), *BACKENDS["tvm"].refusals(program)]
-    if reasons:
-        return "torch", f"torch: runs every program; not tvm: {reasons[0]}"
-    return "tvm", "tvm: native kernels for this CPU"
+        return [named], "TTTC_BACKEND asks for it"
+    return (["tvm", "torch"] if device.type == "cpu" and find_spec("tvm") else ["torch"]), ""
+
+
+def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Program) -> dict[str, int]:
+    """The settings of kernels: given, or tuned; those that are given must exist."""
+    known = backend.choices(program)
+    config = lookup.chosen_config(known)
+    bad = [f"{n}={v!r}" for n, v in config.items() if n not in known or not _is_int(v) or v < 1]
+    if bad:
+        said = f"has {', '.join(known)}, each a positive int" if known else "has no settings"
+        raise ShapeError(f"config has {', '.join(bad)}; backend {name!r} {said}")
+    return config
 
 
 def _misplaced(backend: str, device: torch.device) -> list[str]:

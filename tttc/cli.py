@@ -1,4 +1,4 @@
-"""The command line: `tttc list | explain | check | verify | compile | doctor | demo`.
+"""The command line: `tttc list | explain | check | verify | compile | tune | doctor | demo`.
 
 Each command is a few lines over a function that Python code can call as well. Errors of class `TTTCError` are
 the user's to mend: they are printed without a traceback, and the exit code is 2. A declaration that was
@@ -12,17 +12,21 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import typer.core
 from rich.text import Text
 
+from tttc.api import DTYPES
 from tttc.api import compile as compile_layer
+from tttc.database import database_path, export_to, import_from
 from tttc.declare import check as check_declaration
 from tttc.doctor import Diagnosis, diagnose, version
-from tttc.errors import TTTCError
+from tttc.errors import TTTCError, TuningError
 from tttc.layer import Layer
 from tttc.loading import full_dims, library_variants, load_variant
 from tttc.terminal import console, error_table, print_program, table
+from tttc.tune import tune as tune_variant
 from tttc.variant import Variant, read_declaration
 from tttc.verify import verify as verify_variant
 
@@ -146,9 +150,9 @@ def _compiled(name: str, dim: list[str] | None, **settings: Any) -> Layer:
 
 
 def _sizes(dim: list[str] | None) -> dict[str, int]:
-    """["D=64"] as {"D": 64}."""
+    """["D=64"], or ["D=64,F=256"], as {"D": 64}."""
     sizes = {}
-    for text in dim or []:
+    for text in (part for given in dim or [] for part in given.split(",")):
         name, _, size = text.partition("=")
         if not (name.isidentifier() and size.isdecimal() and int(size) > 0):
             raise typer.BadParameter(f"{text!r} is not a dim and its size, such as D=64.", param_hint="--dim")
@@ -248,6 +252,88 @@ def compile_variant(
         print_program(source)
     else:
         _write(source, str(output))
+
+
+@app.command()
+def tune(
+    variant: Annotated[
+        str | None,
+        typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="What to tune for; in this version cpu.")] = "cpu",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="How long it may take: 60s, 2m, 1h.")] = "60s",
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dim",
+            "--dims",
+            metavar="NAME=SIZE",
+            help="Size of a dim, may be repeated; or D=64,F=256. Otherwise D=64, F=4*D, the rest D.",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    backend: Annotated[str, typer.Option(help="Whose kernels: tvm, torch, or auto, native ones if they run.")] = "auto",
+    forward_only: Annotated[
+        bool, typer.Option("--forward-only", help="Time the forward alone, not forward and backward.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence that is timed.", min=1)] = 2048,
+    batch: Annotated[int, typer.Option(help="Its batch.", min=1)] = 1,
+    heads: Annotated[int, typer.Option(help="Its heads.", min=1)] = 12,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Write everything tuned so far to a file.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="Merge such a file; the faster result stays.")
+    ] = None,
+) -> None:
+    """Find the fastest chunk, checkpoints and kernels for this machine, and keep them for every later compilation.
+
+    Each candidate is compared with the declaration in float64 before it is timed. What is kept holds for any batch and
+    any number of tokens. Ctrl-C ends it with the best so far. TTTC_TUNING=0 ignores all results.
+
+        tttc tune ttt_linear --budget 60s
+        tttc tune mine.py:Mine --dims D=128 --dtype bfloat16 --forward-only
+        tttc tune --export tuned.json
+    """
+    if variant is None and export is None and source is None:
+        raise TuningError("there is nothing to tune.\n  Give a variant, or a file with --import or --export.")
+    if source is not None:
+        _say(f"merged {_results(import_from(source))} of {source} into {database_path()}")
+    if variant is not None:
+        found = load_variant(variant)
+        result = tune_variant(
+            found,
+            full_dims(found, _sizes(dim)),
+            _dtype(dtype),
+            device,
+            budget,
+            backend=backend,
+            batch=batch,
+            tokens=tokens,
+            heads=heads,
+            forward_only=forward_only,
+        )
+        console().print(result.table())
+        console().print(Text(f"\n{result.summary()}"), soft_wrap=True)
+    if export is not None:
+        _say(f"wrote {_results(export_to(export))} to {export}")
+
+
+def _say(text: str) -> None:
+    console(stderr=True).print(text, soft_wrap=True)
+
+
+def _results(count: int) -> str:
+    return f"{count} result{'' if count == 1 else 's'}"
+
+
+def _dtype(name: str) -> torch.dtype:
+    """float32 or torch.float32 as the dtype."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    found = known.get(name.removeprefix("torch."))
+    if found is None:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}.", param_hint="--dtype")
+    return found
 
 
 @app.command()

@@ -39,6 +39,11 @@ class Options:
     dtype: str = "f32"
     chunk: int | None = None
     telemetry: bool = False
+    tuned: Callable[[Program], int | None] | None = None
+    """What tuning has found for the chunk of a program, asked before it is scheduled; it has the last word."""
+
+    def chunk_for(self, program: Program) -> int | None:
+        return self.chunk if self.tuned is None else self.tuned(program)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage("simplify", lambda p, o: replace(simplify_program(p), stage="simplify")),
     Stage("primal", lambda p, o: token_loop(p)),  # the definition: a loop over tokens
     Stage("dualize", lambda p, o: dualize(p)),  # a mini-batch at once, no weights of a single token
-    Stage("schedule", lambda p, o: schedule(p, o.chunk)),  # chunks, open mini-batches, what is carried
+    Stage("schedule", lambda p, o: schedule(p, o.chunk_for(p))),  # chunks, open mini-batches, what is carried
     Stage("adjoint", lambda p, o: adjoint(p), COMPOSITES),  # the derivative of every chunk
 )
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 
 from tttc.backends.cache import cache_dir
+from tttc.database import database_path, own_entries
+from tttc.tuning import is_off
 
 INSTRUCTION_SETS = ("avx", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "sve", "sve2")
 
@@ -56,7 +59,15 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at everything once."""
     return Diagnosis(
-        machine=[Finding("tttc", "ok", version()), _python(), _processor(), *_devices(), _compiler(), _cache()],
+        machine=[
+            Finding("tttc", "ok", version()),
+            _python(),
+            _processor(),
+            *_devices(),
+            _compiler(),
+            _cache(),
+            _tuned(),
+        ],
         packages=[
             _torch(),
             _triton(),
@@ -173,6 +184,21 @@ def _cache() -> Finding:
     if existing.is_dir() and os.access(existing, os.W_OK):
         return Finding("cache", "ok", str(folder))
     return Finding("cache", "problem", f"{folder} is not writable", "set TTTC_CACHE_DIR to a folder that is")
+
+
+def _tuned() -> Finding:
+    """The results of `tttc tune`, and whether they are used."""
+    path = database_path()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        count = len(own_entries(path))
+    if said:
+        return Finding("tuning", "problem", "; ".join(str(w.message) for w in said), "run `tttc tune` again")
+    found = f"{count} result{'' if count == 1 else 's'} in {path}"
+    if is_off():
+        said_so = f"{found}, not used: TTTC_TUNING is {os.environ.get('TTTC_TUNING')}"
+        return Finding("tuning", "absent", said_so, "unset TTTC_TUNING")
+    return Finding("tuning", "ok", found)
 
 
 def _torch() -> Finding:

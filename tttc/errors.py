@@ -49,6 +49,10 @@ class NonFinite(TTTCError, ValueError):
     """A NaN or an infinity in an input, found with `check=True`."""
 
 
+class TuningError(TTTCError):
+    """A device, a budget or a file that cannot be tuned for, with or to; or nothing that computes what it should."""
+
+
 class PassChangedMeaning(TTTCError):
     """Internal: a stage whose program no longer computes what the stage before it computed."""
 

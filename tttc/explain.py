@@ -98,6 +98,8 @@ def _header(layer: Layer) -> list[str]:
     lines += _class_lines(layer, kind)
     lines += _paragraph("form", form_lines(update, kind, plan, _unknown_text(layer, kind)))
     lines += _item("chunk", f"{_length_text(plan.chunk)}; {plan.reason}")
+    if layer.tuning.how != "off":
+        lines += _item("tuning", str(layer.tuning))
     if program.telemetry:
         measured = ", ".join(str(a.leaf.name) for a in program.scans[0].outputs[1:])
         lines += _item("telemetry", f"{measured} of each mini-batch; the costs have them in")

@@ -16,6 +16,7 @@ from tttc.ir.update import memories, openings
 from tttc.packing import Arguments, packed, ungrouped
 from tttc.stability import warn_of_growth
 from tttc.state import PackedState, State, Tensors
+from tttc.tuning import UNTUNED, Tuning
 from tttc.variant import Signature
 
 __all__ = ["Layer", "PackedState", "State"]
@@ -45,7 +46,7 @@ class Layer:
     """A compiled variant: `z, state = layer(q, k, v, gates=..., params=..., state=...)`.
 
     Attributes: `signature` (the declaration), `stages` (the history of the compiler), `source` (the generated code),
-    `backend`, `dims`, `dtype`, `device`.
+    `backend`, `dims`, `dtype`, `device`, `tuning` (what was taken from `tttc tune`, and why).
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Layer:
         why: str,
         checkpoint: int | str | None,
         decode: str = "auto",
+        tuning: Tuning = UNTUNED,
     ) -> None:
         self.signature, self.stages, self.source = signature, stages, source
         self.dims, self.dtype, self.device = dict(dims), dtype, device
-        self.backend, self.why, self.checkpoint = backend, why, checkpoint
+        self.backend, self.why, self.checkpoint, self.tuning = backend, why, checkpoint, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._scans = scans
         program = stages.program
@@ -301,6 +303,9 @@ class Layer:
             return 0
         if self.checkpoint != "auto":
             return int(self.checkpoint)
+        entry = self.tuning.entry
+        if entry is not None and entry.choice.checkpoint is not None and tokens <= entry.tokens:
+            return entry.choice.checkpoint  # for longer calls it would keep more than was tuned with
         chunk = tokens if self._plan.chunk == "T" else int(self._plan.chunk)
         return max(1, math.isqrt(math.ceil(tokens / chunk)))
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -58,3 +62,37 @@ def error_table(rows: Iterable[MeasuredError]) -> Table:
         verdict = Text("ok", style="green") if row.error <= row.tolerance else Text("differs", style="bold red")
         made.add_row(row.name, f"{row.error:.1e}", f"{row.tolerance:.1e}", verdict)
     return made
+
+
+@contextmanager
+def budget_bar(seconds: float) -> Iterator[Progress]:
+    """A bar that fills while a budget of time runs out; its one task is described by `update(0, description=...)`.
+
+    It is drawn on stderr, and only if that is a terminal.
+    """
+    began = time.perf_counter()
+
+    class Left(ProgressColumn):
+        max_refresh = None
+
+        def render(self, task: Task) -> RenderableType:
+            left = max(0.0, seconds - (time.perf_counter() - began))
+            return Text(f"{left:.0f} s left", style="cyan")
+
+    class Spent(BarColumn):
+        def render(self, task: Task) -> ProgressBar:
+            spent = min(seconds, time.perf_counter() - began)
+            return ProgressBar(total=seconds, completed=spent, width=30)
+
+    columns = (Spent(), Left(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        bar.add_task("")
+        yield bar
+
+
+def plain(*parts: RenderableType) -> str:
+    """What the parts look like without colours, as text."""
+    with (made := Console(width=_UNWRAPPED, color_system=None, highlight=False, markup=False)).capture() as captured:
+        for part in parts:
+            made.print(part)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -1,0 +1,51 @@
+"""What a program computes as one short text: equal for programs that differ in their name, or in the sizes of dims."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from tttc.ir.expr import Expr, postorder
+from tttc.ir.program import Program
+
+
+def structure(program: Program) -> str:
+    """A checksum of the functions of one token and of the update rule: nothing that a schedule chooses is in it.
+
+    The program is that of any stage from the primal on. Names of states, gates and params count, the order of their
+    declaration does too; that of the variant, its dims and its dtype do not.
+    """
+    written = _Written()
+    parts = [written.of(program.update)]
+    parts += [written.of((f.params, f.body, f.returns)) for f in program.per_token]
+    return hashlib.sha256("\n".join([*written.lines, *parts]).encode()).hexdigest()[:24]
+
+
+class _Written:
+    """Nodes as numbered lines, each once; everything else as it is printed."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Expr, int] = {}
+        self.lines: list[str] = []
+
+    def of(self, x: Any) -> str:
+        if isinstance(x, Expr):
+            return self._node(x)
+        if isinstance(x, Mapping):
+            return f"{{{', '.join(f'{self.of(k)}: {self.of(v)}' for k, v in x.items())}}}"
+        if isinstance(x, (tuple, list)):
+            return f"({', '.join(map(self.of, x))})"
+        if is_dataclass(x):
+            return f"{type(x).__name__}({', '.join(self.of(getattr(x, f.name)) for f in fields(x))})"
+        return repr(x)
+
+    def _node(self, e: Expr) -> str:
+        for node in postorder([e]):
+            if node not in self.numbers:
+                operands = ", ".join(f"#{self.numbers[s]}" for s in node.src)
+                line = f"{node.op} {self.of(node.arg)} ({operands})"
+                self.numbers[node] = len(self.lines)
+                self.lines.append(line)
+        return f"#{self.numbers[e]}"

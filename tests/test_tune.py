@@ -1,0 +1,666 @@
+"""Tuning: the search on a clock of its own, the database, what compile takes from it, and all of it on real layers.
+
+No time that was really measured is ever compared with anything.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tttc
+from tests.helpers import differences, inputs_for, layer_result, oracle_result
+from tttc import database, doctor
+from tttc import search as search_module
+from tttc import tuning as tuning_module
+from tttc.api import BACKENDS
+from tttc.backends import torch as torch_backend
+from tttc.cli import app
+from tttc.errors import BackendRefusal, ShapeError, TuningError
+from tttc.ir.structure import structure
+from tttc.library import GatedDeltaNet, LinearAttention, RetNet, TTTLinear
+from tttc.search import Wrong
+from tttc.tune import chunk_choices
+from tttc.tuning import Choice, Entry, Key, found_for
+
+needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
+SMALL = {"batch": 1, "tokens": 48, "heads": 1, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def own_database(monkeypatch, tmp_path):
+    """An empty one, and lookups, which all other tests have switched off."""
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TTTC_TUNING", "1")
+    monkeypatch.setattr(database, "_shipped", lambda: ())
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+class Fake:
+    """A subject and its clock: compiling takes `compiling` seconds, a call what `seconds` says of a candidate."""
+
+    def __init__(self, seconds, compiling=1.0, prepare=lambda candidate: None, identity=None):
+        self.seconds, self.compiling, self.checked, self.own = seconds, compiling, prepare, identity
+        self.now, self.prepared, self.called = 0.0, [], []
+
+    def clock(self):
+        return self.now
+
+    def identity(self, candidate):
+        return self.own(candidate) if self.own else (tuple(candidate.items()), ())
+
+    def prepare(self, candidate):
+        self.prepared.append(dict(candidate))
+        self.now += self.compiling
+        self.checked(candidate)
+
+        def call():
+            self.called.append(dict(candidate))
+            self.now += self.seconds(candidate)
+
+        return call
+
+    def search(self, choices, budget=1000.0, **settings):
+        return search_module.search(self, choices, budget, clock=self.clock, **settings)
+
+
+def test_the_fastest_combination_is_found_coordinate_by_coordinate():
+    fake = Fake(lambda c: 0.1 + 0.01 * abs(c["a"] - 3) + 0.01 * abs(c["b"] - 20))
+    found = fake.search({"a": (1, 2, 3, 4), "b": (10, 20, 30)})
+    assert found.best.candidate == {"a": 3, "b": 20}
+    assert found.stopped == "exhausted"
+    assert found.best.verdict == "confirmed"
+    assert found.speedup == pytest.approx(0.22 / 0.1)
+
+
+def test_the_default_stays_where_nothing_is_faster():
+    found = Fake(lambda c: 0.1 if c["a"] == 1 else 0.0985).search({"a": (1, 2, 3)})  # by less than can be told
+    assert found.best is found.default
+    assert {t.verdict for t in found.trials[1:]} == {"no faster"}
+
+
+@pytest.mark.parametrize("budget", [5.0, 20.0, 61.0])
+def test_the_budget_is_kept_compilation_included(budget):
+    fake = Fake(lambda c: 0.2, compiling=2.0)
+    found = fake.search({"a": tuple(range(1, 100))}, budget)
+    assert found.stopped == "budget"
+    assert found.elapsed == fake.now <= budget
+    assert fake.now > budget - 8  # and it was used
+
+
+def test_the_default_is_measured_whatever_it_takes():
+    found = Fake(lambda c: 1.0, compiling=50.0).search({"a": (1, 2)}, budget=1.0)
+    assert [t.verdict for t in found.trials] == ["default"]
+    assert found.best.seconds == pytest.approx(1.0)
+
+
+def test_what_needs_no_compilation_is_still_tried_when_little_time_is_left():
+    fake = Fake(lambda c: 0.01, compiling=0.0, identity=lambda c: (c["a"], c["b"]))
+    fake.checked = lambda c: setattr(fake, "now", fake.now + (10.0 if c["b"] == 1 else 0.0))
+    found = fake.search({"a": (1, 2), "b": (1, 2, 3)}, budget=16.0)
+    assert [t.candidate for t in found.trials] == [{"a": 1, "b": n} for n in (1, 2, 3)]
+
+
+def test_a_wrong_candidate_is_never_called_and_said():
+    def check(candidate):
+        if candidate["a"] == 2:
+            raise Wrong("grad k 3.1e-02, more than 1e-05")
+        if candidate["a"] == 3:
+            raise RuntimeError("LLVM ERROR:\n  out of registers")
+
+    fake = Fake(lambda c: 1.0 / c["a"], prepare=check)
+    found = fake.search({"a": (1, 2, 3, 4)})
+    assert [(t.candidate["a"], t.verdict, t.reason) for t in found.rejected] == [
+        (2, "wrong", "grad k 3.1e-02, more than 1e-05"),
+        (3, "failed", "LLVM ERROR: out of registers"),
+    ]
+    assert {c["a"] for c in fake.called} == {1, 4}
+    assert found.best.candidate == {"a": 4}
+
+
+def test_a_default_that_is_wrong_is_replaced():
+    def check(candidate):
+        if candidate["a"] < wrong:
+            raise Wrong("z")
+
+    wrong = 2
+    found = Fake(lambda c: 0.1, prepare=check).search({"a": (1, 2, 3)})
+    assert found.default is None
+    assert found.best.candidate == {"a": 2}
+    wrong = 9
+    assert Fake(lambda c: 0.1, prepare=check).search({"a": (1, 2, 3)}).best is None
+
+
+def test_what_compiles_to_the_same_is_tried_once():
+    fake = Fake(lambda c: 0.1, identity=lambda c: (c["a"] // 2, ()))
+    fake.search({"a": (1, 2, 3, 4, 5)})
+    assert [c["a"] for c in fake.prepared] == [1, 2, 4]
+
+
+def test_beyond_what_is_slower_nothing_is_tried_along_an_ordered_coordinate():
+    times = {64: 0.1, 32: 0.2, 16: 0.3, 128: 0.08, 256: 0.07, 512: 0.2}
+    fake = Fake(lambda c: times[c["a"]])
+    found = fake.search({"a": (64, 32, 128, 16, 256, 512)}, ordered=("a",))
+    assert found.best.candidate == {"a": 256}
+    assert 16 not in [c["a"] for c in fake.prepared]
+
+
+def test_what_is_known_from_elsewhere_is_tried_right_after_the_default():
+    fake = Fake(lambda c: 0.1)
+    fake.search({"a": (1, 2, 3), "b": (1, 2)}, first=[{"a": 3, "b": 2}, {"a": 1}, {"c": 1}])
+    assert fake.prepared[:2] == [{"a": 1, "b": 1}, {"a": 3, "b": 2}]
+
+
+def test_one_that_was_lucky_is_not_confirmed():
+    """Fast until the other coordinate is searched, and then as slow as the default."""
+    fake = Fake(lambda c: 0.05 if c["a"] == 2 and len(fake.prepared) < 3 else 0.1)
+    found = fake.search({"a": (1, 2), "b": (1, 2)})
+    assert [t.verdict for t in found.trials] == ["default", "faster", "no faster", "not confirmed"]
+    assert found.best is found.default
+    assert found.speedup == 1
+
+
+def test_an_interrupt_keeps_what_was_found():
+    def check(candidate):
+        if candidate["a"] == stop:
+            raise KeyboardInterrupt
+
+    stop = 3
+    found = Fake(lambda c: 1.0 / c["a"], prepare=check).search({"a": (1, 2, 3, 4)})
+    assert found.stopped == "interrupted"
+    assert found.best.candidate == {"a": 2}
+    stop = 1
+    with pytest.raises(KeyboardInterrupt):
+        Fake(lambda c: 1.0, prepare=check).search({"a": (1, 2)})
+
+
+def test_a_hopeless_candidate_is_called_once():
+    fake = Fake(lambda c: 0.1 if c["a"] == 1 else 60.0)
+    fake.search({"a": (1, 2)}, budget=100.0)
+    assert sum(c["a"] == 2 for c in fake.called) == 1
+
+
+# -- keys and the nearest entry ----------------------------------------------------------------------------------------
+
+KEY = Key("s", "torch", "cpu: Ours", "float32", {"D": 64}, {"torch": "2"})
+
+
+def entry(key=KEY, choice=None, seconds=1.0, **settings):
+    known = dict(default_seconds=2.0, batch=1, tokens=100, heads=2, threads=1, variant="V", tuned="2026-01-01T00:00:00")
+    return Entry(key, choice or Choice(chunk=8), seconds, **{**known, **settings})
+
+
+def dualized(variant, dims):
+    return tttc.compile(variant, dims, torch.float64).stages["dualize"].program
+
+
+def test_a_key_has_neither_tokens_nor_batch():
+    assert {f.name for f in fields(Key)} == {"structure", "backend", "device", "dtype", "dims", "toolchain", "work"}
+    one, other = (
+        tttc.tune(LinearAttention, {"D": 3}, budget=0.1, backend="torch", save=False, progress=False, **size).key
+        for size in (dict(batch=1, tokens=20, heads=1), dict(batch=2, tokens=33, heads=3))
+    )
+    assert one == other
+
+
+def test_the_structure_is_that_of_the_rule_alone():
+    renamed = type("SomethingElse", (TTTLinear,), {})
+    wanted = structure(dualized(TTTLinear, {"D": 4}))
+    assert structure(dualized(renamed, {"D": 4})) == wanted
+    assert structure(dualized(TTTLinear, {"D": 8})) == wanted
+    assert structure(tttc.compile(TTTLinear, {"D": 4}, chunk=1).stages["schedule"].program) == wanted
+    assert structure(dualized(TTTLinear.replace(mini_batch=4), {"D": 4})) != wanted
+    assert structure(dualized(RetNet, {"D": 4})) != structure(dualized(LinearAttention, {"D": 4}))
+
+
+def test_the_exact_entry_is_the_one_tuned_last():
+    old, new = (entry(tuned=f"202{n}", choice=Choice(chunk=n)) for n in (1, 2))
+    forward = entry(replace(KEY, work="forward"), tuned="2023", choice=Choice(chunk=3))
+    assert found_for(KEY, [new, old]).entry is new
+    found = found_for(KEY, [new, forward, old])
+    assert (found.how, found.entry) == ("exact", forward)
+
+
+def test_the_nearest_entry_has_the_same_structure_and_says_what_differs():
+    entries = [
+        entry(replace(KEY, dims={"D": 256})),
+        entry(replace(KEY, dims={"D": 128})),
+        entry(replace(KEY, dims={"D": 64}, dtype="bfloat16")),
+        entry(replace(KEY, device="cpu: Theirs")),
+        entry(replace(KEY, structure="another")),
+        entry(replace(KEY, backend="tvm")),
+        entry(replace(KEY, device="cuda: Theirs")),
+    ]
+    found = found_for(KEY, entries)
+    assert (found.how, found.entry) == ("nearest", entries[1])
+    assert "tuned for D=128" in str(found)
+    assert "tuned in bfloat16" in str(found_for(KEY, entries[2:]))
+    assert "tuned on Theirs" in str(found_for(KEY, entries[3:]))
+    assert found_for(KEY, entries[4:]).how == "default"
+    other = found_for(replace(KEY, toolchain={"torch": "3"}), [entry()])
+    assert (other.how, "tuned with torch 2" in str(other)) == ("nearest", True)
+
+
+# -- the database ------------------------------------------------------------------------------------------------------
+
+
+def keyed(n):
+    return replace(KEY, dims={"D": n})
+
+
+def test_what_is_written_is_read():
+    found = [entry(choice=Choice(32, 2, {"tile_rows": 4})), entry(keyed(8))]
+    path = database.add(found)
+    assert database.own_entries() == tuple(found)
+    assert path.parent.name == "cache"
+    assert json.loads(path.read_text())["format"] == database.FORMAT
+
+
+def test_the_faster_entry_of_a_key_stays_and_a_new_run_replaces():
+    slow, fast = entry(seconds=3.0), entry(seconds=4.0, tokens=1000)  # faster for each token
+    database.add([slow])
+    database.add([fast])
+    assert database.own_entries() == (fast,)
+    database.add([slow, entry(keyed(8))])
+    assert database.own_entries() == (fast, entry(keyed(8)))
+    database.add([slow], replace=True)
+    assert database.own_entries()[0] == slow
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "[]",
+        '{"format": 1}',
+        '{"format": "1", "entries": []}',
+        '{"format": 1, "entries": [{}]}',
+        '{"format": 1, "entries": [3]}',
+        database.written([replace(entry(), seconds=-1.0)]),
+        database.written([entry(choice=Choice(chunk="8"))]),
+        database.written([entry(choice=Choice(config={"tile_rows": 0}))]),
+        database.written([entry(replace(KEY, work="sleep"))]),
+    ],
+)
+def test_a_corrupt_database_is_set_aside_with_a_warning(text):
+    path = database.database_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=r"cannot be read .* is now .*tuned\.json\.corrupt"):
+        layer = tttc.compile(LinearAttention, {"D": 2})
+    assert layer.tuning.how == "default"
+    assert path.with_name("tuned.json.corrupt").read_text() == text
+    database.add([entry()])
+    assert database.own_entries() == (entry(),)
+
+
+def test_a_corrupt_database_is_no_obstacle_to_writing():
+    path = database.add([entry()])
+    path.write_bytes(b"\xff\xfe")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        database.add([entry(keyed(8))])
+    assert database.own_entries() == (entry(keyed(8)),)
+
+
+def test_the_database_of_a_later_version_is_left_alone():
+    path = database.database_path()
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 2, "entries": []}')
+    with pytest.warns(UserWarning, match="are not used: its format is 2"):
+        assert database.own_entries() == ()
+    with pytest.raises(TuningError, match="later version"):
+        database.add([entry()])
+    assert path.read_text() == '{"format": 2, "entries": []}'
+
+
+def test_a_database_that_cannot_be_written_is_an_error_that_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path / "file"))
+    assert database.own_entries() == ()
+    with pytest.raises(TuningError, match="TTTC_CACHE_DIR"):
+        database.add([entry()])
+
+
+def test_writers_in_threads_lose_nothing():
+    def write(n):
+        for i in range(5):
+            database.add([entry(keyed(10 * n + i + 1))])
+
+    workers = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert {e.key.dims["D"] for e in database.own_entries()} == {10 * n + i + 1 for n in range(8) for i in range(5)}
+    assert not list(database.database_path().parent.glob("*unfinished*"))
+
+
+WRITE = """
+import sys
+from tests.test_tune import database, entry, keyed
+for i in range(20):
+    database.add([entry(keyed(int(sys.argv[1]) + i))])
+"""
+
+
+def test_writers_in_processes_lose_nothing():
+    command = dict(cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, "-c", WRITE, str(n)], **command) for n in (100, 200)]
+    errors = [p.communicate()[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], errors
+    assert len(database.own_entries()) == 40
+
+
+def test_files_are_exported_and_merged(tmp_path, monkeypatch):
+    file = tmp_path / "shared.json"
+    database.add([entry(), entry(keyed(8))])
+    assert database.export_to(file) == 2
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path / "another"))
+    database.add([entry(seconds=0.5)])
+    assert database.import_from(file) == 2
+    assert database.own_entries() == (entry(seconds=0.5), entry(keyed(8)))
+    file.write_text("{}")
+    with pytest.raises(TuningError, match="holds no results"):
+        database.import_from(file)
+    with pytest.raises(TuningError, match="cannot read"):
+        database.import_from(tmp_path / "missing.json")
+
+
+def test_what_comes_with_the_package_is_readable():
+    assert all(database.parsed(path.read_text()) for path in database.SHIPPED.glob("*.json"))
+
+
+# -- compile -----------------------------------------------------------------------------------------------------------
+
+
+def tuned_for(variant, dims, choice, dtype=torch.float64, backend="torch", **settings):
+    """Write an entry for a program, and return it."""
+    program = dualized(variant, dims)
+    key = tuning_module.key_of(program, backend, BACKENDS[backend], torch.device("cpu"), dtype)
+    found = entry(key, choice, **settings)
+    database.add([found], replace=True)
+    return found
+
+
+def test_compile_takes_an_entry_and_computes_the_same():
+    plain = tttc.compile(GatedDeltaNet, {"D": 3}, torch.float64)
+    assert (plain.tuning.how, plain.stages.program.plan.chunk) == ("default", 64)
+    found = tuned_for(GatedDeltaNet, {"D": 3}, Choice(chunk=8, checkpoint=2))
+    layer = tttc.compile(GatedDeltaNet, {"D": 3}, torch.float64)
+    assert (layer.tuning.how, layer.tuning.entry) == ("exact", found)
+    assert layer.stages.program.plan.chunk == 8
+    inputs = inputs_for(layer, 37)
+    assert not differences(layer_result(layer, inputs), oracle_result(GatedDeltaNet, inputs))
+    assert "chunk=8, checkpoint=2: tuned for this program" in " ".join(layer.explain().replace("#", " ").split())
+
+
+def test_what_is_given_wins():
+    tuned_for(LinearAttention, {"D": 3}, Choice(chunk=8, checkpoint=2))
+
+    def chosen(**settings):
+        layer = tttc.compile(LinearAttention, {"D": 3}, torch.float64, **settings)
+        return layer.stages.program.plan.chunk, layer._checkpoint(64)
+
+    assert chosen() == (8, 2)
+    assert chosen(chunk=16) == (16, 2)  # of four chunks; the checkpoint of another chunk is not taken
+    assert chosen(chunk=8) == (8, 2)
+    assert chosen(checkpoint=5) == (8, 5)
+    assert chosen(checkpoint=None) == (8, 0)
+    layer = tttc.compile(LinearAttention, {"D": 3}, torch.float64, chunk=16)
+    assert layer.tuning.how == "default"
+    assert "chunk=8" in str(layer.tuning)
+
+
+def test_a_tuned_checkpoint_is_for_calls_no_longer_than_the_one_that_was_timed():
+    tuned_for(LinearAttention, {"D": 3}, Choice(chunk=8, checkpoint=1), tokens=800)
+    layer = tttc.compile(LinearAttention, {"D": 3}, torch.float64)
+    assert layer._checkpoint(800) == 1
+    assert layer._checkpoint(8 * 400) == 20
+
+
+def test_nothing_is_looked_up_where_that_is_switched_off(monkeypatch):
+    tuned_for(LinearAttention, {"D": 3}, Choice(chunk=8))
+    monkeypatch.setenv("TTTC_TUNING", "0")
+    layer = tttc.compile(LinearAttention, {"D": 3}, torch.float64)
+    assert (layer.tuning.how, layer.stages.program.plan.chunk) == ("off", 64)
+    assert "tuning" not in layer.explain()
+
+
+def test_the_nearest_entry_is_taken_for_other_dims():
+    tuned_for(LinearAttention, {"D": 3}, Choice(chunk=8, config={"gone": 3}))
+    layer = tttc.compile(LinearAttention, {"D": 4}, torch.float64)
+    assert (layer.tuning.how, layer.stages.program.plan.chunk) == ("nearest", 8)
+    assert "tuned for D=3" in str(layer.tuning)
+
+
+def test_where_nothing_was_tuned_nothing_is_computed(monkeypatch):
+    monkeypatch.setattr(tuning_module, "structure", None)
+    assert tttc.compile(LinearAttention, {"D": 3}).tuning.how == "default"
+
+
+def test_settings_that_do_not_exist_are_refused():
+    with pytest.raises(ShapeError, match=r"config has tile_rows=4; backend 'torch' has no settings"):
+        tttc.compile(LinearAttention, {"D": 3}, config={"tile_rows": 4})
+
+
+@needs_tvm
+@pytest.mark.parametrize("config", [{"tile_rows": 0}, {"rows": 4}, {"unrolled": True}])
+def test_settings_of_kernels_are_checked(config):
+    with pytest.raises(ShapeError, match="has tile_rows, tile_vectors, unrolled, each a positive int"):
+        tttc.compile(LinearAttention, {"D": 3}, backend="tvm", config=config)
+
+
+@needs_tvm
+@pytest.mark.parametrize(
+    ("variant", "D", "config"),
+    [
+        (LinearAttention, 17, {"tile_rows": 1, "tile_vectors": 1, "unrolled": 1}),
+        (LinearAttention, 40, {"tile_rows": 3, "tile_vectors": 2}),
+        pytest.param(TTTLinear, 17, {"tile_rows": 5, "tile_vectors": 3, "unrolled": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_of_any_settings_equal_the_oracle(variant, D, config):
+    tuned_for(variant, {"D": D}, Choice(config=config), backend="tvm")
+    layer = tttc.compile(variant, {"D": D}, torch.float64, backend="tvm")
+    scan = next(iter(layer._scans.values()))
+    assert {n: getattr(scan.config, n) for n in config} == config
+    plain = tttc.compile(variant, {"D": D}, torch.float64, backend="tvm", config={})
+    assert next(iter(plain._scans.values()))._key(False) != scan._key(False)
+    inputs = inputs_for(layer, 37)
+    assert not differences(layer_result(layer, inputs), oracle_result(variant, inputs))
+
+
+@needs_tvm
+def test_settings_that_make_the_same_tiles_are_the_same():
+    from tttc.backends.tvm import choices, identity
+
+    program = tttc.compile(LinearAttention, {"D": 16}, chunk=16).stages.program
+    assert identity(program, {}) == identity(program, {n: values[0] for n, values in choices(program).items()})
+    assert identity(program, {"unrolled": 100}) == identity(program, {})
+    assert identity(program, {"tile_rows": 1}) != identity(program, {})
+
+
+# -- tune --------------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_are_a_choice_only_where_the_schedule_leaves_them_free():
+    assert chunk_choices(dualized(LinearAttention, {"D": 3}), 2048)[0] == 64
+    assert set(chunk_choices(dualized(LinearAttention, {"D": 3}), 100)) == {1, 8, 16, 32, 64}
+    assert chunk_choices(dualized(TTTLinear, {"D": 3}), 2048) == ()
+    assert chunk_choices(dualized(TTTLinear.replace(mini_batch=64), {"D": 3}), 2048) == (64, 32, 16)
+
+
+def test_what_was_tuned_is_taken_from_then_on():
+    result = tttc.tune(LinearAttention, {"D": 3}, torch.float64, budget=3, backend="torch", **SMALL)
+    assert not result.search.rejected
+    assert result.path == database.database_path()
+    layer = tttc.compile(LinearAttention, {"D": 3}, torch.float64, backend="torch")
+    assert (layer.tuning.how, layer.tuning.choice) == ("exact", result.choice)
+    assert layer.stages.program.plan.chunk == (result.choice.chunk or 64)
+    assert "LinearAttention on cpu" in str(result)
+    assert "default (" in str(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_only_checks_and_times_the_forward(dtype):
+    result = tttc.tune(TTTLinear, {"D": 8}, dtype, budget=0.1, backend="torch", forward_only=True, save=False, **SMALL)
+    assert [t.verdict for t in result.search.trials] == ["default"]
+    assert result.key.work == "forward"
+    assert not database.database_path().exists()
+
+
+def faulty(fault):
+    """The torch backend with a setting; where that is 2 its first output is not what it should be."""
+
+    def load(source, program, settings=None):
+        scans = torch_backend.load(source, program)
+        return {n: Faulty(s, fault) for n, s in scans.items()} if (settings or {}).get("fault") == 2 else scans
+
+    return SimpleNamespace(
+        refusals=torch_backend.refusals,
+        emit=torch_backend.emit,
+        load=load,
+        choices=lambda program: {"fault": (1, 2)},
+        identity=lambda program, settings: tuple(settings.items()),
+        toolchain=lambda: {},
+    )
+
+
+class Faulty:
+    """A scan whose forward or backward is off by a thousandth, or fails."""
+
+    def __init__(self, scan, fault):
+        self.scan, self.fault, self.recorded = scan, fault, scan
+
+    def forward(self, inputs, checkpoint):
+        if self.fault == "raises":
+            raise RuntimeError("no such instruction")
+        (z, *others), kept = self.scan.forward(inputs, checkpoint)
+        return (z * 1.001 if self.fault == "forward" else z, *others), kept
+
+    def backward(self, *arguments):
+        found, *others = self.scan.backward(*arguments)
+        return (found * 1.001 if self.fault == "backward" else found, *others)
+
+
+@pytest.mark.parametrize("fault", ["forward", "backward", "raises"])
+def test_a_wrong_kernel_is_rejected_and_reported(monkeypatch, fault):
+    monkeypatch.setitem(BACKENDS, "faulty", faulty(fault))
+    monkeypatch.setattr(search_module, "TIMED_SECONDS", 0.1)
+    result = tttc.tune(TTTLinear, {"D": 4}, budget=60, backend="faulty", **SMALL)
+    (rejected,) = result.search.rejected
+    assert rejected.candidate["fault"] == 2
+    said = {"forward": "z 1.0e-03, more than", "backward": "grad ", "raises": "no such instruction"}
+    assert said[fault] in rejected.reason
+    assert result.choice.config == {}
+    assert "1 rejected" in str(result)
+
+
+def test_where_every_candidate_is_wrong_nothing_is_kept(monkeypatch):
+    broken = faulty("forward")
+    broken.choices = lambda program: {"fault": (2,)}
+    broken.load = lambda source, program, settings=None: {
+        n: Faulty(s, "forward") for n, s in torch_backend.load(source, program).items()
+    }
+    monkeypatch.setitem(BACKENDS, "faulty", broken)
+    with pytest.raises(TuningError, match=r"no candidate could be taken: wrong: z 1\.0e-03"):
+        tttc.tune(TTTLinear, {"D": 4}, budget=0.1, backend="faulty", **SMALL)
+    assert not database.database_path().exists()
+
+
+def test_what_a_backend_refuses_is_not_tuned():
+    with pytest.raises(BackendRefusal, match="found one after the other"):
+        tttc.tune(tttc.library.TTTMLP.replace(mini_batch=1), {"D": 4, "F": 8}, backend="tvm", **SMALL)
+
+
+REFUSED = {
+    "device": dict(device="cuda"),
+    "architecture": dict(device="sm_90"),
+    "budget": dict(budget="soon"),
+    "budget_zero": dict(budget=0),
+    "budget_negative": dict(budget="-3s"),
+    "backend": dict(backend="triton"),
+    "dtype": dict(dtype=torch.int32),
+    "tokens": dict(tokens=0),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_tuned_is_refused(name, golden):
+    with pytest.raises(TuningError) as caught:
+        tttc.tune(TTTLinear, {"D": 4}, **REFUSED[name])
+    golden(f"tune/{name}", f"{type(caught.value).__name__}: {caught.value}")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("1.5m", 90), ("1h", 3600), (7, 7), (" 2 min ", 120)])
+def test_budgets_are_times(text, seconds):
+    from tttc.tune import _budget_seconds
+
+    assert _budget_seconds(text) == seconds
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_command_prints_what_it_tried_and_keeps_it(tmp_path):
+    size = ("--dims", "D=3", "--tokens", 48, "--heads", 1, "--backend", "torch", "--budget", "1s", "--dtype", "float64")
+    result = run("tune", "linear_attention", *size, "--export", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert "default (" in result.stdout
+    assert "taken: " in result.stdout
+    assert "wrote 1 result to" in result.stderr
+    assert tttc.compile(LinearAttention, {"D": 3}, torch.float64, backend="torch").tuning.how == "exact"
+    database.database_path().unlink()
+    result = run("tune", "--import", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert "merged 1 result" in result.stderr
+    assert len(database.own_entries()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("ttt_linear", "--device", "cuda"), "this version tunes for the CPU"),
+        (("ttt_linear", "--budget", "soon"), "it must be a time"),
+        (("ttt_linear", "--dtype", "int8"), "is none of float64"),
+        (("ttt_linear", "--dims", "D=4,Q=3"), "has no dim Q"),
+        (("ttt_linear", "--dims", "D=4,"), "is not a dim and its size"),
+        (("--import", "missing.json"), "cannot read missing.json"),
+        ((), "there is nothing to tune"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, said):
+    result = run("tune", *arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_doctor_says_where_the_results_are(monkeypatch):
+    def finding():
+        return next(f for f in doctor.diagnose().machine if f.name == "tuning")
+
+    assert finding().found == f"0 results in {database.database_path()}"
+    path = database.add([entry()])
+    assert finding() == doctor.Finding("tuning", "ok", f"1 result in {path}")
+    monkeypatch.setenv("TTTC_TUNING", "0")
+    assert (finding().status, finding().remedy) == ("absent", "unset TTTC_TUNING")
+    path.write_text("{")
+    assert finding().status == "problem"

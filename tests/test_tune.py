@@ -503,6 +503,16 @@ def test_chunks_are_a_choice_only_where_the_schedule_leaves_them_free():
     assert chunk_choices(dualized(TTTLinear.replace(mini_batch=64), {"D": 3}), 2048) == (64, 32, 16)
 
 
+def test_a_short_run_does_not_forget_what_a_longer_one_found():
+    found = tuned_for(LinearAttention, {"D": 3}, Choice(chunk=8), seconds=1e-9, default_seconds=1e-8)
+    result = tttc.tune(LinearAttention, {"D": 3}, torch.float64, budget=1e-3, backend="torch", **SMALL)
+    assert database.own_entries() == (found,)
+    assert "an earlier result stays, which was not tried again: chunk=8" in str(result)
+    result = tttc.tune(LinearAttention, {"D": 3}, torch.float64, budget=5, backend="torch", **SMALL)
+    assert result.search.trials[1].candidate["chunk"] == 8
+    assert database.own_entries()[0].tuned != found.tuned
+
+
 def test_what_was_tuned_is_taken_from_then_on():
     result = tttc.tune(LinearAttention, {"D": 3}, torch.float64, budget=3, backend="torch", **SMALL)
     assert not result.search.rejected

@@ -17,9 +17,9 @@ Candidate: TypeAlias = Mapping[str, Value]
 Call: TypeAlias = Callable[[], None]
 
 MARGIN = 0.03  # a candidate that is faster by less may be so by chance
-HOPELESS = 3.0  # one whose first call takes so many times as long is given up at once
-SLOWER = 1.15  # after a few pairs, one that is slower by this much is given up
-FEWEST, MOST = 3, 15  # pairs of calls
+SLOWER = 1.15  # after enough pairs, one that is slower by this much is given up
+HOPELESS = 3.0  # one whose calls are long, and the first takes so many times as long, is given up at once
+FEWEST, ENOUGH, MOST = 3, 5, 15  # pairs of calls
 TIMED_SECONDS = 2.0  # for the pairs of one candidate, once there are a few
 SHORTEST = 0.005  # seconds of one measurement; a shorter call is repeated
 
@@ -258,7 +258,7 @@ class _Searching:
         others: list[float] = []
         started = self.clock()
         once, its = self._timed(one), self._timed(other)
-        if once > HOPELESS * its:
+        if once > max(HOPELESS * its, TIMED_SECONDS / 2):
             return _Pairs([once], [its])
         repeats = self._repeats(other)
         while len(times) < MOST:
@@ -266,8 +266,9 @@ class _Searching:
             mine, its = pair if len(times) % 2 else pair[::-1]
             times.append(mine)
             others.append(its)
-            late = self.clock() - started > TIMED_SECONDS
-            if len(times) >= FEWEST and (late or _Pairs(times, others).ratio > SLOWER):
+            if len(times) >= FEWEST and self.clock() - started > TIMED_SECONDS:
+                break
+            if len(times) >= ENOUGH and _Pairs(times, others).ratio > SLOWER:
                 break
         return _Pairs(times, others)
 

@@ -53,14 +53,16 @@ class TuningResult:
     """What tuning found; printed, it is a table of all candidates and what was taken."""
 
     variant: str
+    settings: str
+    """What was timed, in words."""
     key: Key
     choice: Choice
     search: Search
     defaults: Candidate
-    settings: str
-    """What was timed, in words."""
     path: Path | None = None
-    """Where the result was written."""
+    """The database, where the result was to be kept."""
+    earlier: Entry | None = None
+    """What the database keeps instead: the result of an earlier run that this one had no time to try again."""
 
     @property
     def speedup(self) -> float:
@@ -100,8 +102,13 @@ class TuningResult:
             f"{tried} candidates in {found.elapsed:.0f} s of {found.budget:.0f}{wrong}: {ends[found.stopped]}",
         ]
         if self.path is not None:
-            lines.append(f'kept in {self.path}; tttc.compile(..., backend="{self.key.backend}") takes it from now on')
+            lines.append(self._kept())
         return "\n".join(lines)
+
+    def _kept(self) -> str:
+        if self.earlier is not None:
+            return f"in {self.path} an earlier result stays, which was not tried again: {self.earlier.choice}"
+        return f'kept in {self.path}; tttc.compile(..., backend="{self.key.backend}") takes it from now on'
 
     @property
     def _better(self) -> bool:
@@ -153,9 +160,10 @@ def tune(
     subject = _Subject(variant, dims, dtype, backend, (batch, tokens, heads), forward_only)
     choices = subject.choices()
     defaults = {n: values[0] for n, values in choices.items()}
-    known = database.entries() if save else ()
-    before = found_for(subject.key, known).entry
-    first = [_candidate(before.choice, choices)] if before is not None else []
+    mine = next((e for e in database.own_entries() if e.key == subject.key), None)
+    before = mine or found_for(subject.key, database.entries()).entry
+    again = None if before is None else _candidate(before.choice, choices)
+    first = [] if again is None else [again]
     with budget_bar(seconds) if progress else nullcontext() as bar:
 
         def report(found: Search) -> None:
@@ -169,8 +177,12 @@ def tune(
         said = "; ".join(f"{t.verdict}: {t.reason}" for t in found.trials[:3])
         raise TuningError(f"variant `{subject.signature.name}`: no candidate could be taken: {said}")
     choice = _choice(found.best.candidate, defaults)
-    path = database.add([subject.entry(found, choice)], replace=True) if save else None
-    return TuningResult(subject.signature.name, subject.key, choice, found, defaults, subject.settings, path)
+    stays = mine is not None and again not in [t.candidate for t in found.trials if t.seconds is not None]
+    if save and not stays:
+        database.add([subject.entry(found, choice)], replace=True)
+    path, left_alone = database.database_path() if save else None, mine if stays else None
+    named = subject.signature.name, subject.settings
+    return TuningResult(*named, subject.key, choice, found, defaults, path, left_alone)
 
 
 def _cpu(device: str | torch.device) -> str:
@@ -206,10 +218,13 @@ def _choice(candidate: Candidate, defaults: Candidate) -> Choice:
     return Choice(left.pop("chunk", None), left.pop("checkpoint", None), left)
 
 
-def _candidate(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[str, Value]:
-    """A choice of an earlier run, as far as it is one of this."""
-    wanted = {"chunk": choice.chunk, "checkpoint": choice.checkpoint, **choice.config}
-    return {n: wanted[n] if wanted.get(n) in values and wanted.get(n) else values[0] for n, values in choices.items()}
+def _candidate(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[str, Value] | None:
+    """A choice of an earlier run; None where this one does not have it."""
+    wanted: dict[str, Value] = {"chunk": choice.chunk, "checkpoint": choice.checkpoint, **choice.config}
+    wanted = {n: v for n, v in wanted.items() if v is not None}
+    if any(v not in choices.get(n, ()) for n, v in wanted.items()):
+        return None
+    return {n: wanted.get(n, values[0]) for n, values in choices.items()}
 
 
 def chunk_choices(program: Program, tokens: int) -> tuple[int, ...]:
@@ -311,7 +326,9 @@ class _Subject:
         widths = [s.dims for s in declared.tokens.values()] + [s.dims for s in declared.gates.values()]
         row = sum(math.prod(self.dims[d] for d in w) for w in widths)
         chunks = -(-self.tokens // plan.chunk)
-        return tuple(n for n in CHECKPOINTS if n < chunks and chunks / n * carry <= KEPT * row * self.tokens)
+        automatic = max(1, math.isqrt(chunks))
+        fit = (n for n in CHECKPOINTS if n < chunks and chunks / n * carry <= KEPT * row * self.tokens)
+        return tuple(n for n in fit if n != automatic)
 
     def identity(self, candidate: Candidate) -> tuple[Hashable, Hashable]:
         chunk = candidate.get("chunk")

@@ -23,6 +23,7 @@ from tests.helpers import differences, inputs_for, layer_result, oracle_result
 from tttc import database, doctor
 from tttc import search as search_module
 from tttc import tuning as tuning_module
+from tttc.accuracy import Accuracy
 from tttc.api import BACKENDS
 from tttc.backends import torch as torch_backend
 from tttc.cli import app
@@ -34,6 +35,7 @@ from tttc.tune import chunk_choices
 from tttc.tuning import Choice, Entry, Key, found_for
 
 needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
+READ_SHIPPED = database._shipped
 SMALL = {"batch": 1, "tokens": 48, "heads": 1, "progress": False}
 
 
@@ -253,6 +255,18 @@ def test_the_nearest_entry_has_the_same_structure_and_says_what_differs():
     assert (other.how, "tuned with torch 2" in str(other)) == ("nearest", True)
 
 
+def test_entries_that_come_with_the_package_are_asked_after_the_users(tmp_path, monkeypatch):
+    shipped, own = entry(choice=Choice(chunk=3), tuned="2027"), entry(choice=Choice(chunk=5))
+    (tmp_path / "machine.json").write_text(database.written([shipped]))
+    monkeypatch.setattr(database, "SHIPPED", tmp_path)
+    monkeypatch.setattr(database, "_shipped", READ_SHIPPED.__wrapped__)
+    assert found_for(KEY, *database.entries()).entry == shipped
+    database.add([entry(keyed(8))])
+    assert found_for(KEY, *database.entries()).entry == shipped
+    database.add([own])
+    assert found_for(KEY, *database.entries()).entry == own
+
+
 # -- the database ------------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +418,9 @@ def test_compile_takes_an_entry_and_computes_the_same():
     assert layer.stages.program.plan.chunk == 8
     inputs = inputs_for(layer, 37)
     assert not differences(layer_result(layer, inputs), oracle_result(GatedDeltaNet, inputs))
-    assert "chunk=8, checkpoint=2: tuned for this program" in " ".join(layer.explain().replace("#", " ").split())
+    said = " ".join(layer.explain(stages=[]).replace("#", " ").split())
+    assert "chunk=8, checkpoint=2: tuned for this program" in said
+    assert "n here: 2 as tuned, for calls of at most 100 tokens, otherwise about sqrt(T/C)" in said
 
 
 def test_what_is_given_wins():
@@ -577,6 +593,23 @@ def test_a_wrong_kernel_is_rejected_and_reported(monkeypatch, fault):
     assert said[fault] in rejected.reason
     assert result.choice.config == {}
     assert "1 rejected" in str(result)
+
+
+def test_where_torch_itself_rounds_more_a_candidate_may_be_twice_as_far_off(monkeypatch):
+    errors = {"good": 9e-6, "torch": 2e-5, "close": 3.9e-5, "far": 4.1e-5, "nan": float("nan")}
+    monkeypatch.setattr(Accuracy, "errors", lambda self, layer: {"grad k": errors[layer]})
+
+    def said(layer):
+        try:
+            Accuracy(None, torch.float32, 1, lambda: "torch", forward_only=False).check(layer)
+        except Wrong as wrong:
+            return str(wrong)
+
+    assert [said(layer) for layer in ("good", "torch", "close")] == [None, None, None]
+    assert said("far") == "grad k 4.1e-05, more than 4.0e-05"
+    assert said("nan") == "grad k nan, more than 4.0e-05"
+    errors |= {"torch": 1.0, "far": 1.1e-4}  # no excuse for what is plainly wrong
+    assert said("far") == "grad k 1.1e-04, more than 1.0e-04"
 
 
 def test_where_every_candidate_is_wrong_nothing_is_kept(monkeypatch):

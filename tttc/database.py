@@ -38,9 +38,9 @@ def database_path() -> Path:
     return folder / "tuned.json"
 
 
-def entries() -> tuple[Entry, ...]:
-    """The user's entries, then those that come with the package; a file is read again only when it has changed."""
-    return (*own_entries(), *_shipped())
+def entries() -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """The user's entries, and those that come with the package; a file is read again only when it has changed."""
+    return own_entries(), _shipped()
 
 
 def own_entries(path: Path | None = None) -> tuple[Entry, ...]:

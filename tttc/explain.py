@@ -309,6 +309,9 @@ def _memory_lines(layer: Layer, scan: Scan, c: LayerCost) -> list[str]:
     """What the backward keeps: by formula, and for a sequence of a length that is often trained on."""
     kept = {"auto": "about sqrt(T/C)", None: "0: every value is kept", 0: "0: every value is kept"}
     setting = kept.get(layer.checkpoint, str(layer.checkpoint))
+    if layer.checkpoint == "auto" and layer.tuning.choice.checkpoint is not None and layer.tuning.entry is not None:
+        tuned = f"{layer.tuning.choice.checkpoint} as tuned, for calls of at most {layer.tuning.entry.tokens} tokens"
+        setting = f"{tuned}, otherwise {setting}"
     tile = cost.adjoint_cost(next(a for a in layer.stages.program.adjoints if a.scan is scan))
     lines = _item("kept", f"for the backward, with a state every n chunks (n here: {setting}), in elements:")
     lines += _comment(f"T/(C*n) * ({_formula(tile.carry)}) + n * ({_formula(tile.residuals)})", indent=15, hang=2)

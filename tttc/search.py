@@ -171,8 +171,7 @@ class _Searching:
         try:
             call = self.subject.prepare(default)
             self.calls = {"default": call, "best": call}
-            times = [self._timed(call) for _ in range(FEWEST + 1)]
-            trial = Trial(default, "default", median(times[1:]), 1.0)
+            trial = Trial(default, "default", self._alone(call), 1.0)
             self.found.best = self.found.default = trial
         except Exception as error:
             trial = _rejected(default, error)
@@ -213,8 +212,9 @@ class _Searching:
         if identity in self.seen:
             return False
         compiles = identity[0] not in self.compiled
-        last = 0.0 if self.found.best is self.found.default else TIMED_SECONDS  # for the confirmation
-        if self._left() < self._expected(compiles) + last:
+        pairs = 0.0 if self.found.best is None else 2 * (FEWEST + 1) * (self.found.best.seconds or 0.0)
+        confirmation = 0.0 if self.found.best is self.found.default else max(TIMED_SECONDS, pairs)
+        if self._left() < max(self._expected(compiles), pairs) + confirmation:
             return None
         self.seen.add(identity)
         self.compiled.add(identity[0])
@@ -234,8 +234,7 @@ class _Searching:
     def _measured(self, candidate: Candidate) -> tuple[Trial, Call]:
         call = self.subject.prepare(candidate)
         if self.found.best is None:  # the default was refused
-            seconds = median([self._timed(call) for _ in range(FEWEST + 1)][1:])
-            return Trial(candidate, "faster", seconds, 1.0), call
+            return Trial(candidate, "faster", self._alone(call), 1.0), call
         times = self._pairs(call, self.calls["best"])
         return Trial(candidate, "faster" if times.faster else "no faster", times.seconds, times.ratio), call
 
@@ -271,6 +270,11 @@ class _Searching:
             if len(times) >= ENOUGH and _Pairs(times, others).ratio > SLOWER:
                 break
         return _Pairs(times, others)
+
+    def _alone(self, call: Call) -> float:
+        """The median of a few calls; where a call is long, the first, which is slower than others by little."""
+        first = self._timed(call)
+        return first if first > TIMED_SECONDS else median(self._timed(call) for _ in range(FEWEST))
 
     def _repeats(self, call: Call) -> int:
         return max(1, min(1000, int(SHORTEST / max(self._timed(call), 1e-9))))

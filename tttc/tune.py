@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -22,30 +22,24 @@ from rich.table import Table
 from rich.text import Text
 
 from tttc import database
+from tttc.accuracy import Accuracy, in_dtype
 from tttc.api import BACKENDS, DTYPES, compile
 from tttc.declare import checked_signature
 from tttc.errors import TuningError
 from tttc.ir.program import Plan, Program
 from tttc.ir.schedule import choose_plan, schedule
 from tttc.layer import Layer
-from tttc.search import Call, Candidate, Search, Trial, Value, Wrong, search
+from tttc.search import Call, Candidate, Search, Trial, Value, search
 from tttc.terminal import budget_bar, plain, table
 from tttc.tuning import Choice, Entry, Key, found_for, key_of, untuned
 from tttc.variant import Variant
-from tttc.verify import Inputs, gradient_errors, gradients, random_inputs, relative_error
+from tttc.verify import Inputs, random_inputs
 
 CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
 SMALLEST_TILE = 16  # of a mini-batch: smaller ones read and write its weights too often
 CHECKPOINTS = (4, 2, 1, 8, 16)  # chunks between two carries that are kept
 KEPT = 2  # times the tensors of the call that carries kept for the backward may take
-TOLERANCES = {  # of outputs and of gradients, against float64: rounding of the dtype over some hundred operations
-    torch.float64: (1e-12, 1e-11),
-    torch.float32: (5e-6, 1e-5),
-    torch.float16: (2e-3, 4e-3),
-    torch.bfloat16: (1.5e-2, 3e-2),
-}
 SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-CHECKED_HEADS = 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,8 @@ class TuningResult:
         lines = [
             f"{self.variant} on {self.key.device}, backend {self.key.backend}, {self.settings}",
             f"taken: {self.choice}" + (f", {self.speedup:.2f} times as fast as the default" if self._better else ""),
-            f"{tried} candidates in {found.elapsed:.0f} s of {found.budget:.0f}{wrong}: {ends[found.stopped]}",
+            f"{tried} candidate{'' if tried == 1 else 's'} in {found.elapsed:.0f} s of {found.budget:g}{wrong}: "
+            f"{ends[found.stopped]}",
         ]
         if self.path is not None:
             lines.append(self._kept())
@@ -161,7 +156,7 @@ def tune(
     choices = subject.choices()
     defaults = {n: values[0] for n, values in choices.items()}
     mine = next((e for e in database.own_entries() if e.key == subject.key), None)
-    before = mine or found_for(subject.key, database.entries()).entry
+    before = mine or found_for(subject.key, *database.entries()).entry
     again = None if before is None else _candidate(before.choice, choices)
     first = [] if again is None else [again]
     with budget_bar(seconds) if progress else nullcontext() as bar:
@@ -284,7 +279,7 @@ class _Subject:
         self.key = key_of(dualized, self.name, self.backend, torch.device("cpu"), dtype, work)
         self._layers: dict[Hashable, Layer] = {}
         self._programs: dict[Value, Program] = {}
-        self._reference: tuple[Inputs, Any, dict[str, Any], dict[str, Any]] | None = None
+        self.accuracy = Accuracy(self.exact, dtype, self._checked_tokens(), self._by_torch, forward_only=forward_only)
         self._timed: Inputs | None = None
 
     @property
@@ -354,35 +349,14 @@ class _Subject:
 
     def prepare(self, candidate: Candidate) -> Call:
         layer = self.layer(candidate)
-        self._check(layer)
+        self.accuracy.check(layer)
         return self._call(layer)
 
     # -- checked
 
-    def _check(self, layer: Layer) -> None:
-        """Outputs, final weights and gradients against those of the torch backend in float64; raises `Wrong`."""
-        if self._reference is None:
-            self._reference = self._exact_results()
-        inputs, z_true, final_true, wanted = self._reference
-        own = self._in_dtype(inputs, not self.forward_only)
-        z, final = layer(own.q, own.k, own.v, **own.keywords())
-        output, gradient = TOLERANCES[self.dtype]
-        errors = {"z": (relative_error(z.double(), z_true), output)}
-        errors |= {f"state {n}": (relative_error(final[n].double(), w), output) for n, w in final_true.items()}
-        if not self.forward_only:
-            found = {n: g.double() for n, g in gradients(z, dict(final), own.named(), 0).items()}
-            errors |= {f"grad {n}": (e, gradient) for n, e in gradient_errors(found, wanted).items()}
-        wrong = [f"{n} {error:.1e}, more than {most:.0e}" for n, (error, most) in errors.items() if not error <= most]
-        if wrong:
-            raise Wrong(", ".join(wrong))
-
-    def _exact_results(self) -> tuple[Inputs, Any, dict[str, Any], dict[str, Any]]:
-        raw = random_inputs(self.signature, self.dims, 1, self._checked_tokens(), CHECKED_HEADS)
-        rounded = self._in_dtype(raw, False)  # the reference is given what the dtype holds of the inputs
-        inputs = _converted(rounded, lambda x, token: x.double().requires_grad_())
-        z, final = self.exact(inputs.q, inputs.k, inputs.v, **inputs.keywords())
-        wanted = {} if self.forward_only else gradients(z, dict(final), inputs.named(), 0)
-        return inputs, z.detach(), {n: w.detach() for n, w in final.items()}, wanted
+    def _by_torch(self) -> Layer:
+        with untuned():
+            return compile(self.variant, self.dims, self.dtype, backend="torch")
 
     def _checked_tokens(self) -> int:
         """Three chunks and, where that takes no further kernels, a tail; at most what is timed."""
@@ -394,17 +368,13 @@ class _Subject:
             return min(self.tokens, plan.mini_batch * -(-48 // plan.mini_batch))
         return min(self.tokens, 300)
 
-    def _in_dtype(self, inputs: Inputs, grad: bool) -> Inputs:
-        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return _converted(inputs, lambda x, token: x.detach().to(self.dtype if token else compute).requires_grad_(grad))
-
     # -- timed
 
     def _call(self, layer: Layer) -> Call:
         """One forward, with its backward unless only the forward is tuned."""
         if self._timed is None:
             raw = random_inputs(self.signature, self.dims, self.batch, self.tokens, self.heads)
-            self._timed = self._in_dtype(raw, not self.forward_only)
+            self._timed = in_dtype(raw, self.dtype, grad=not self.forward_only)
         inputs = self._timed
         leaves = list(inputs.named().values())
 
@@ -417,10 +387,3 @@ class _Subject:
             torch.autograd.grad(z, leaves, torch.ones_like(z), allow_unused=True)
 
         return forward if self.forward_only else training
-
-
-def _converted(inputs: Inputs, to: Callable[[torch.Tensor, bool], torch.Tensor]) -> Inputs:
-    """Every tensor by a function that is also told whether it is a token."""
-    groups = (inputs.gates, inputs.params, inputs.state, inputs.tokens)
-    gates, params, state, tokens = ({n: to(x, g is inputs.tokens) for n, x in g.items()} for g in groups)
-    return Inputs(to(inputs.q, True), to(inputs.k, True), to(inputs.v, True), gates, params, state, tokens)

@@ -148,15 +148,19 @@ OFF = Tuning("off", "nothing was looked up")
 UNTUNED = Tuning("default", "default: nothing was tuned for this program; `tttc tune` does it")
 
 
-def found_for(key: Key, entries: Iterable[Entry]) -> Tuning:
-    """The entry of this key, whichever work was tuned last; otherwise the nearest one of the same program."""
-    alike = [e for e in entries if key.same_program(e.key)]
+def found_for(key: Key, own: Iterable[Entry], shipped: Iterable[Entry] = ()) -> Tuning:
+    """The entry of this key, whichever work was tuned last; the user's own before one that came with the package.
+    Otherwise the nearest one of the same program.
+    """
+    groups = [[e for e in entries if key.same_program(e.key)] for entries in (own, shipped)]
+    for group in groups:
+        exact = [e for e in group if not key.differences(e.key)]
+        if exact:
+            entry = max(exact, key=lambda e: e.tuned)
+            return Tuning("exact", f"{entry.choice}: tuned for this program on this device{_measured(entry)}", entry)
+    alike = [*groups[0], *groups[1]]
     if not alike:
         return UNTUNED
-    exact = [e for e in alike if not key.differences(e.key)]
-    if exact:
-        entry = max(exact, key=lambda e: e.tuned)
-        return Tuning("exact", f"{entry.choice}: tuned for this program on this device{_measured(entry)}", entry)
     entry = min(alike, key=lambda e: (key.distance(e.key), WORKS.index(e.key.work)))
     differs = "; ".join(key.differences(entry.key))
     return Tuning("nearest", f"{entry.choice}: the nearest entry of the same structure, {differs}", entry)
@@ -208,8 +212,8 @@ class Lookup:
         """Look up the program, which is not scheduled yet: the chunk to schedule it with, None for the default."""
         from tttc.database import entries
 
-        if self.tuning is not OFF and (known := entries()):
-            self.tuning = self._without_given(found_for(self.key(program), known))
+        if self.tuning is not OFF and any(known := entries()):
+            self.tuning = self._without_given(found_for(self.key(program), *known))
         return self.chunk if self.chunk is not None else self.tuning.choice.chunk
 
     def key(self, program: Program) -> Key:

@@ -145,7 +145,8 @@ def tune(
         DeclarationError, ShapeError, BackendRefusal: as `tttc.compile`.
     """
     seconds = _budget_seconds(budget)
-    if torch.device(_cpu(device)).type != "cpu" or dtype not in DTYPES:
+    _refuse_other_devices(device)
+    if dtype not in DTYPES:
         raise TuningError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     counts = {"batch": batch, "tokens": tokens, "heads": heads}
     bad = [f"{n}={v!r}" for n, v in counts.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
@@ -180,14 +181,13 @@ def tune(
     return TuningResult(*named, subject.key, choice, found, defaults, path, left_alone)
 
 
-def _cpu(device: str | torch.device) -> str:
-    """The device, if it is a CPU."""
+def _refuse_other_devices(device: str | torch.device) -> None:
+    """Only a CPU has a backend with something to tune, and only this one can be timed."""
     name = str(device)
     if name.split(":")[0] != "cpu":
         raise TuningError(
             f'cannot tune for device "{name}": this version tunes for the CPU that it runs on.\n  Use device="cpu".'
         )
-    return name
 
 
 def _budget_seconds(budget: str | float) -> float:

@@ -107,7 +107,7 @@ class TuningResult:
 
     @property
     def _better(self) -> bool:
-        return self.search.best is not self.search.default
+        return self.search.default is not None and self.search.best is not self.search.default
 
     def __str__(self) -> str:
         return plain(self.table(), "", self.summary())

@@ -26,7 +26,6 @@ from tttc.backends.tvm.walks import WALKS
 from tttc.ir.expr import Axes, Axis
 
 
-
 class Emitter:
     """Writes the statements of a chunk into the function that is being built."""
 

@@ -27,6 +27,11 @@ class CompiledScan(Protocol):
     """
 
     @property
+    def halves(self) -> bool:
+        """Whether sequences may be float16 or bfloat16: read and written as they are, arithmetic is float32."""
+        ...
+
+    @property
     def recorded(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives; often itself."""
         ...

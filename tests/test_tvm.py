@@ -245,14 +245,35 @@ def test_empty_and_single_calls(batch, tokens, heads):
     assert torch.isfinite(z).all()
 
 
-def test_half_precision_is_storage():
-    layer = compiled(TTTLinear, {"D": 16}, torch.bfloat16)
-    other = tttc.compile(TTTLinear, {"D": 16}, torch.bfloat16)
-    q, k, v = torch.randn(3, 1, 20, 2, 16, dtype=torch.bfloat16).unbind()
-    gates = {n: torch.rand(1, 20, 2) for n in ("lr", "tau")}
-    z, wanted = (x(q, k, v, gates=gates)[0] for x in (layer, other))
-    assert z.dtype == torch.bfloat16
-    assert relative_error(z.float(), wanted.float()) <= 1e-2  # the last bit of bfloat16 is 4e-3
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])
+def test_half_precision_is_storage(dtype, unit):
+    """Inputs are read as they are, arithmetic is float32, and each result is rounded once: half a unit at most."""
+    layer = compiled(LinearAttention, {"D": 17}, dtype)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 20, 3, 17, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    gates = {n: torch.rand(2, 20, 3, generator=generator).to(dtype) for n in layer.signature.gates}
+    other = tttc.compile(LinearAttention, {"D": 17}, torch.float64, backend="torch")
+    z, _ = layer(*inputs, gates=gates)
+    wanted, _ = other(*exact, gates={n: x.double() for n, x in gates.items()})
+    cotangent = torch.randn(z.shape, generator=generator).to(dtype)
+    z.backward(cotangent)
+    wanted.backward(cotangent.double())
+    found = [z, *(x.grad for x in inputs)]
+    assert {x.dtype for x in found} == {dtype}
+    assert z.is_contiguous()
+    errors = [relative_error(x.double(), y) for x, y in zip(found, [wanted, *(x.grad for x in exact)], strict=True)]
+    assert max(errors) <= unit
+
+
+def test_second_derivatives_of_half_precision():
+    layer = compiled(LinearAttention, {"D": 3}, torch.bfloat16)
+    q, k, v = (torch.ones(1, 4, 1, 3, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    z, _ = layer(q, k, v, gates={n: torch.ones(1, 4, 1) for n in layer.signature.gates})
+    (g,) = torch.autograd.grad(z.square().sum(), k, create_graph=True)
+    (h,) = torch.autograd.grad(g.square().sum(), v)
+    assert h.dtype == torch.bfloat16
+    assert h.abs().max() > 0
 
 
 def test_what_it_cannot_run_is_refused_with_the_reason():

@@ -79,8 +79,8 @@ class Call:
             axes = {n: tuple(a.size for a in variables[n].axes) for n in group if n in variables}
             return {n: self._flat(n, group[n], len(dims), self._dims(dims), batched=True) for n, dims in axes.items()}
 
-        rows = {n: x.to(self.layer.compute_dtype) for n, x in state.rows.items()}
-        taps = {n: x.to(self.layer.compute_dtype) for n, x in state.taps.items()}
+        rows = {n: self._stored(x) for n, x in state.rows.items()}
+        taps = {n: self._stored(x) for n, x in state.taps.items()}
         carry = carried(state.summed), carried(state.memory)
         return State(flat(state.weights), state.position, start, *carry, rows, taps)
 
@@ -138,7 +138,12 @@ class Call:
 
     def _flat_sequence(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, H, ...] -> [B, H, T, ...], where it lies."""
-        return x.to(self.layer.compute_dtype).transpose(1, 2)
+        return self._stored(x).transpose(1, 2)
+
+    def _stored(self, x: torch.Tensor) -> torch.Tensor:
+        """A sequence in the dtype of arithmetic, or as it is where the kernels read 16 bits."""
+        as_it_is = self.layer.halves and x.dtype in (torch.float16, torch.bfloat16)
+        return x if as_it_is else x.to(self.layer.compute_dtype)
 
     def _flat(self, name: str, x: torch.Tensor, rank: int, dims: tuple[int, ...], *, batched: bool) -> torch.Tensor:
         """[*dims], [H, *dims] or, for states, [B, H, *dims] -> [B, H, *dims], where it lies."""

@@ -36,9 +36,10 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         inputs, scan, checkpoint = ctx.saved_tensors, ctx.scan, ctx.checkpoint
         if torch.is_grad_enabled():
-            scan = scan.recorded
-            _, saved = scan.forward(inputs, 0)  # what the first forward kept has no history
-            return None, None, *scan.backward(inputs, saved, 0, cotangents)
+            scan, wide = scan.recorded, [_widened(x) for x in inputs]
+            _, saved = scan.forward(wide, 0)  # what the first forward kept has no history
+            found = scan.backward(wide, saved, 0, [_widened(x) for x in cotangents])
+            return None, None, *(g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
         return None, None, *scan.backward(inputs, ctx.saved, checkpoint, cotangents)
 
 
@@ -70,6 +71,7 @@ class Layer:
         self.backend, self.why, self.checkpoint, self.tuning = backend, why, checkpoint, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._scans = scans
+        self.halves = self.compute_dtype == torch.float32 and all(s.halves for s in scans.values())
         program = stages.program
         assert program.plan is not None
         self._name, self._plan = program.name, program.plan
@@ -310,14 +312,20 @@ class Layer:
         return max(1, math.isqrt(math.ceil(tokens / chunk)))
 
 
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _updated(values: Tensors, new: Tensors) -> Tensors:
     """The same variables, with the values of those that are new."""
     return {n: new.get(n, x) for n, x in values.items()}
 
 
 def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One after the other along the tokens."""
-    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 2)
+    """One after the other along the tokens, laid out as the caller has them: [B, T, H, ...]."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat([z.transpose(1, 2) for z in outputs], 1).transpose(1, 2)
 
 
 def _attached(z: torch.Tensor, call: Call) -> torch.Tensor:

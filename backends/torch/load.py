@@ -30,6 +30,10 @@ class TorchScan:
     module: ModuleType
 
     @property
+    def halves(self) -> bool:
+        return False
+
+    @property
     def recorded(self) -> TorchScan:
         return self
 

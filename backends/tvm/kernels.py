@@ -13,7 +13,7 @@ function, padded to whole vectors, as does everything else whose last axis is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +24,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, read_last, statements
-from tttc.backends.tvm.machine import Machine
+from tttc.backends.tvm.machine import BYTES, Machine
 from tttc.backends.tvm.ops import Functions
 from tttc.backends.tvm.points import Place, Store
 from tttc.backends.tvm.scratch import LINE, Scratch
@@ -45,9 +45,12 @@ class Kernel:
     machine: Machine
 
 
-def forward_kernel(scan: Scan, program: Program, machine: Machine) -> Kernel:
-    """carry, fixed, sequences -> outputs, new carry; and, with a loop, the carry at every `every` chunks."""
-    b = _Builder(scan.name, scan, program, machine)
+def forward_kernel(scan: Scan, program: Program, machine: Machine, stored: Mapping[str, str]) -> Kernel:
+    """carry, fixed, sequences -> outputs, new carry; and, with a loop, the carry at every `every` chunks.
+
+    `stored` are the dtypes of sequences that have another one than arithmetic, by name.
+    """
+    b = _Builder(scan.name, scan, program, machine, stored)
     made = [a.target for a in scan.updates]
     with b.function():
         for p in scan.params:
@@ -80,10 +83,12 @@ def forward_kernel(scan: Scan, program: Program, machine: Machine) -> Kernel:
     return Kernel(b.name, b.built, machine)
 
 
-def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine) -> Kernel:
-    """Inputs, kept carries, cotangents -> cotangents of the inputs."""
+def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: Mapping[str, str]) -> Kernel:
+    """Inputs, kept carries, cotangents -> cotangents of the inputs, each in the dtype of what it belongs to."""
     scan = a.scan
-    b = _Builder(f"{scan.name}_adjoint", scan, program, machine)
+    of = (*scan.params, *(x.target for x in scan.outputs))
+    stored = {**stored, **{_name(cotangent(p)): stored[_name(p)] for p in of if _name(p) in stored}}
+    b = _Builder(f"{scan.name}_adjoint", scan, program, machine, stored)
     d_outputs = [cotangent(x.target) for x in scan.outputs]
     d_made = [cotangent(x.target) for x in scan.updates]
     d_carry = [cotangent(p) for p in scan.carry]
@@ -128,8 +133,8 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine) -> Kerne
 class _Builder:
     """One function: its tensors, its memory, its loops."""
 
-    def __init__(self, name: str, scan: Scan, program: Program, machine: Machine) -> None:
-        self.name, self.scan, self.program, self.machine = name, scan, program, machine
+    def __init__(self, name: str, scan: Scan, program: Program, machine: Machine, stored: Mapping[str, str]) -> None:
+        self.name, self.scan, self.program, self.machine, self.stored = name, scan, program, machine, stored
         self.vectors = Functions(machine.dtype, machine.lanes, lambda x: x)
         self.buffers: dict[str, Any] = {}
         self.built: Any = None
@@ -149,12 +154,11 @@ class _Builder:
 
     # -- tensors
 
-    def _buffer(self, name: str, shape: Sequence[Any], strides: Sequence[Any] | None = None) -> None:
+    def _buffer(self, name: str, shape: Sequence[Any], strides: Sequence[Any] | None = None, dtype: str = "") -> None:
         handle = T.arg(f"{name}_handle", T.handle())
         settings = {} if strides is None else {"strides": list(strides)}
-        buffer = T.match_buffer(
-            handle, tuple(shape), self.machine.dtype, align=8 if self.machine.dtype == "float64" else 4, **settings
-        )
+        dtype = dtype or self.machine.dtype
+        buffer = T.match_buffer(handle, tuple(shape), dtype, align=BYTES[dtype], **settings)
         self.buffers[name] = IRBuilder.name(name, buffer)
 
     def _own(self, p: Expr) -> list[int]:
@@ -173,7 +177,7 @@ class _Builder:
         shape = [self.B, self.H, *([self.T] if p.arg[0].at else []), *own]
         inner = [prod(own[i + 1 :]) for i in range(len(own))]
         strides = [T.int32() for _ in range(len(shape) - len(inner))] + inner
-        self._buffer(name, shape, strides)
+        self._buffer(name, shape, strides, self.stored.get(_name(p), ""))
 
     def keep(self, p: Expr) -> None:
         """The carry where groups of chunks begin: [B, H, groups, ...]."""

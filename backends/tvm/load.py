@@ -10,7 +10,7 @@ import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tttc.backends.tvm.kernels import Kernel
 
 Tensors = Sequence[torch.Tensor]
+Stored = tuple[tuple[str, str], ...]  # names of tensors that are kept in another dtype than arithmetic has
 SETTINGS = {"tirx.disable_storage_rewrite": True}  # it would merge the accumulators and drop their annotation
 # Passes that find nothing in these functions, whose memory, loops and shared values are where they should be, and that
 # would take as long as LLVM.
@@ -58,6 +59,11 @@ class TVMScan:
         self.adjoint, self.program, self.config = adjoint, program, config or Config()
         self.scan: Scan = adjoint.scan
         self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
+        self._compiled: dict[tuple[bool, Stored], Callable[..., None]] = {}
+
+    @property
+    def halves(self) -> bool:
+        return True
 
     @cached_property
     def recorded(self) -> CompiledScan:
@@ -66,11 +72,13 @@ class TVMScan:
 
     def script(self) -> str:
         """The TensorIR of both kernels."""
-        return "\n\n".join(str(k.function.script()) for k in (self._kernel(False), self._kernel(True)))
+        return "\n\n".join(str(self._kernel(backward, ()).function.script()) for backward in (False, True))
 
     def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
         scan, carried = self.scan, len(self.scan.carry)
-        outputs = [self._empty(a.target, inputs) for a in (*scan.outputs, *scan.updates)]
+        stored = self._stored(inputs)
+        dtypes = {n: getattr(torch, d) for n, d in stored}
+        outputs = [self._empty(a.target, inputs, dtypes) for a in (*scan.outputs, *scan.updates)]
         kept: list[torch.Tensor] = []
         settings: tuple[int, ...] = ()
         if scan.loops:
@@ -78,18 +86,19 @@ class TVMScan:
             groups = -(-self._chunks(inputs) // every)
             kept = [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[:carried]]
             settings = (every,)
-        self._call(self._forward, [*inputs, *outputs, *kept], settings)
+        self._call(self._kernel_for(False, stored), [*inputs, *outputs, *kept], settings)
         return tuple(outputs), kept
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
         carried = len(self.scan.carry)
-        results = [_like(p, x.shape, x) for p, x in zip(self.scan.params, inputs, strict=True)]
+        results = [_like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+        kernel = self._kernel_for(True, self._stored(inputs))
         if not self.scan.loops:
-            self._call(self._backward, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
+            self._call(kernel, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
             return tuple(results)
         every = checkpoint or 1
         work = [x.new_empty(*x.shape[:2], every, *x.shape[2:]) for x in inputs[:carried]]
-        self._call(self._backward, [*inputs[carried:], *saved, *cotangents, *results, *work], (every,))
+        self._call(kernel, [*inputs[carried:], *saved, *cotangents, *results, *work], (every,))
         return tuple(results)
 
     def _call(self, kernel: Callable[..., None], tensors: Tensors, settings: tuple[int, ...]) -> None:
@@ -99,14 +108,22 @@ class TVMScan:
         for part in _addressable([_laid_out(x.detach()) for x in tensors]):
             kernel(*part, *settings)
 
-    def _empty(self, target: Any, inputs: Tensors) -> torch.Tensor:
+    def _stored(self, inputs: Tensors) -> Stored:
+        """What has another dtype than arithmetic, by name: inputs as they come, and the output as the tokens do."""
+        half = {_name(p): x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if x.dtype != self.dtype}
+        tokens = {half[_name(p)] for p in self.scan.sequence if p.arg[0].role == "token" and _name(p) in half}
+        if len(tokens) == 1:
+            half |= {_name(a.target): next(iter(tokens)) for a in self.scan.outputs[:1]}
+        return tuple(sorted((n, str(d).removeprefix("torch.")) for n, d in half.items()))
+
+    def _empty(self, target: Expr, inputs: Tensors, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
         sizes = {
             a.size: n
             for p, x in zip(self.scan.params, inputs, strict=True)
             for a, n in zip(p.axes, x.shape[2:], strict=True)
         }
         own = [sizes.get(a.size) or self.program.dims[a.size] for a in target.axes]
-        return _like(target, [*inputs[0].shape[:2], *own], inputs[0])
+        return _like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
 
     def _chunks(self, inputs: Tensors) -> int:
         tokens = next(x.shape[2] for p, x in zip(self.scan.params, inputs, strict=True) if p.arg[0].at)
@@ -114,55 +131,53 @@ class TVMScan:
 
     # -- compiled when first called
 
-    @cached_property
-    def _forward(self) -> Callable[..., None]:
-        return self._compiled(backward=False)
+    def _kernel_for(self, backward: bool, stored: Stored) -> Callable[..., None]:
+        if (backward, stored) not in self._compiled:
+            with _lock:
+                self._compiled[backward, stored] = self._made(backward, stored)
+        return self._compiled[backward, stored]
 
-    @cached_property
-    def _backward(self) -> Callable[..., None]:
-        return self._compiled(backward=True)
-
-    def _kernel(self, backward: bool) -> Kernel:
+    def _kernel(self, backward: bool, stored: Stored) -> Kernel:
         imported_tvm()
         from tttc.backends.tvm.kernels import backward_kernel, forward_kernel
 
-        machine = self._machine
-        return (
-            backward_kernel(self.adjoint, self.program, machine)
-            if backward
-            else forward_kernel(self.scan, self.program, machine)
-        )
+        if backward:
+            return backward_kernel(self.adjoint, self.program, self._machine, dict(stored))
+        return forward_kernel(self.scan, self.program, self._machine, dict(stored))
 
     @property
     def _machine(self) -> Machine:
         return host("float64" if self.dtype == torch.float64 else "float32", self.config)
 
-    def _compiled(self, *, backward: bool) -> Callable[..., None]:
-        name = f"{self.scan.name}_adjoint" if backward else self.scan.name
-        with _lock:
-            built: list[Any] = []
+    def _made(self, backward: bool, stored: Stored) -> Callable[..., None]:
+        """A kernel from the disk, or compiled and left there."""
+        built: list[Any] = []
 
-            def make(path: Path) -> None:
-                built.append(_build(self._kernel(backward)))
-                _link(built[0], path)
+        def make(path: Path) -> None:
+            built.append(_build(self._kernel(backward, stored)))
+            _link(built[0], path)
 
-            path = cached("tvm", self._key(backward), ".so", make)
-            library = built[0] if built else _runtime()(str(path)) if path else _build(self._kernel(backward))
-            return library[name]
+        path = cached("tvm", self._key(backward, stored), ".so", make)
+        library = built[0] if built else _runtime()(str(path)) if path else _build(self._kernel(backward, stored))
+        return library[f"{self.scan.name}_adjoint" if backward else self.scan.name]
 
-    def _key(self, backward: bool) -> str:
+    def _key(self, backward: bool, stored: Stored) -> str:
         """All that a kernel depends on: the program, the machine, and the versions of what makes it."""
-        made_of = pickle.dumps((self.adjoint, sorted(self.program.dims.items()), backward), protocol=4)
+        made_of = pickle.dumps((self.adjoint, sorted(self.program.dims.items()), backward, stored), protocol=4)
         versions = (version("apache-tvm"), _own_source())
         return "\n".join([hashlib.sha256(made_of).hexdigest(), str(self._machine), platform.machine(), *versions])
 
 
-def _like(target: Expr, shape: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+def _name(p: Expr) -> str:
+    return str(p.arg[0].name)
+
+
+def _like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a value [B, H, ...]; a sequence lies as its users have it, [B, T, H, ...]."""
     if target.arg[0].at is None:
-        return x.new_empty(shape)
+        return x.new_empty(shape, dtype=dtype)
     batch, heads, tokens, *own = shape
-    return x.new_empty(batch, tokens, heads, *own).transpose(1, 2)
+    return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
 
 
 def _addressable(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

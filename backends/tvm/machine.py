@@ -10,7 +10,7 @@ from typing import Any
 # bytes of a vector register, and how many there are, by the instruction set that has them, the widest first
 VECTORS = {"avx512f": (64, 32), "avx2": (32, 16), "asimd": (16, 32), "neon": (16, 32), "sse2": (16, 16)}
 HIGHEST = 12  # rows of a tile
-BYTES = {"float32": 4, "float64": 8}
+BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)

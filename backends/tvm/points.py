@@ -61,6 +61,11 @@ class Store:
         """Where it lies in the scratch memory, if it does."""
 
     @property
+    def dtype(self) -> str:
+        """Of what is in memory; 16 bits become 32 on the way."""
+        return str(self.buffer.dtype)
+
+    @property
     def shared(self) -> bool:
         """Whether this is a sequence of the caller, `tokens` of which, from `first` on, are the chunk."""
         return self.first is not None
@@ -77,11 +82,16 @@ class Store:
         if self.shared and places[0].beyond:
             places = [Place(T.min(places[0].index, self.tokens - 1), places[0].key), *places[1:]]
         at = self._at(places)
-        return Value(self.buffer.vload(at, self.machine.vector) if wide else self.buffer[tuple(at)], wide)
+        lanes = f"x{self.machine.lanes}" if wide else ""
+        found = self.buffer.vload(at, f"{self.dtype}{lanes}") if wide else self.buffer[tuple(at)]
+        return Value(found if self.dtype == self.machine.dtype else T.Cast(f"{self.machine.dtype}{lanes}", found), wide)
 
     def save(self, places: Sequence[Place], value: Any) -> None:
         at = self._at(places)
-        if places and places[-1].lanes:
+        wide = bool(places) and places[-1].lanes
+        if self.dtype != self.machine.dtype:
+            value = T.Cast(f"{self.dtype}x{self.machine.lanes}" if wide else self.dtype, value)
+        if wide:
             T.add_to_parent(self.buffer.vstore(at, value))
         else:
             T.buffer_store(self.buffer, value, at)

@@ -1,8 +1,8 @@
 """Where compiled things are kept between processes: whole and as they were written, or not at all.
 
-An entry is a file and, beside it, what it was made from and its checksum. Both are written under another name first, so
-that a process that is killed, or two that write the same entry, leave nothing half done. What does not fit its checksum
-is made again.
+An entry is a note, which says what it was made from, and the file that the note names, with its checksum. Both are
+written under another name first, the note last, so that a process that is killed, or two that write the same entry,
+leave nothing half done. What does not fit its checksum is made again.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
 
 Make = Callable[[Path], None]
+UNFINISHED = "unfinished-"
+DAY = 24 * 3600.0
 
 
 def cache_dir() -> Path:
@@ -33,15 +38,18 @@ def cached(kind: str, key: str, suffix: str, make: Make) -> Path | None:
     """
     folder = cache_dir() / kind
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    path, note = folder / f"{name}{suffix}", folder / f"{name}.json"
-    if _is_whole(path, note, key):
+    note = folder / f"{name}.json"
+    if path := _whole(note, key):
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
-            made = Path(unfinished) / path.name
+        _sweep(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
+            made = Path(unfinished) / f"{name}{suffix}"
             make(made)
-            text = json.dumps({"key": key, "sha256": _checksum(made)})
+            checksum = _checksum(made)
+            path = folder / f"{name}-{checksum[:8]}{suffix}"
+            text = json.dumps({"key": key, "file": path.name, "sha256": checksum})
             (Path(unfinished) / note.name).write_text(text, encoding="utf-8")
             os.replace(made, path)
             os.replace(Path(unfinished) / note.name, note)
@@ -51,12 +59,22 @@ def cached(kind: str, key: str, suffix: str, make: Make) -> Path | None:
     return path
 
 
-def _is_whole(path: Path, note: Path, key: str) -> bool:
+def _whole(note: Path, key: str) -> Path | None:
+    """The file of an entry, if it is as it was written, and for this key."""
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        return bool(known == {"key": key, "sha256": _checksum(path)})
-    except (OSError, ValueError):
-        return False
+        path = note.parent / known["file"]
+        return path if known["key"] == key and known["sha256"] == _checksum(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed a day ago and before have left."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left)
 
 
 def _checksum(path: Path) -> str:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +25,7 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, VARIANTS, differences, dims_of, inputs_for, layer_result, oracle_result
 from tttc.backends import cache
-from tttc.errors import BackendRefusal
+from tttc.errors import BackendRefusal, ShapeError
 from tttc.library import LinearAttention, TTTLinear
 from tttc.verify import random_inputs, relative_error
 
@@ -321,6 +324,56 @@ def test_several_threads_compile_and_call_one_layer():
     assert all(torch.equal(z, found[0]) for z in found)
 
 
+def linear_attention(q, k, v, dtype=torch.float32):
+    layer = compiled(LinearAttention, {"D": 16}, dtype)
+    return layer(q, k, v, gates={n: torch.ones(*q.shape[:3]) for n in layer.signature.gates})[0]
+
+
+@pytest.mark.parametrize("case", ["expanded", "overlapping", "transposed", "read-only", "one tensor three times"])
+def test_inputs_that_share_their_memory_or_may_not_be_written(case):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 20, 3, 16, generator=generator)
+    if case == "expanded":
+        q = whole[:, :, :1].expand(-1, -1, 3, -1)
+    elif case == "overlapping":
+        q = whole.as_strided((2, 20, 3, 16), (7, 16, 3, 1))
+    elif case == "transposed":
+        q = torch.randn(2, 20, 16, 3, generator=generator).transpose(2, 3)
+    elif case == "read-only":
+        kept = whole.numpy()
+        kept.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that it cannot keep anybody from writing
+            q = torch.from_numpy(kept)
+    else:
+        q = whole
+    inputs = (q, q, q) if case == "one tensor three times" else (q, whole, whole.flip(1))
+    before = [x.clone() for x in inputs]
+    z = linear_attention(*inputs)
+    assert torch.equal(z, linear_attention(*before))
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+    assert z.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr() for x in inputs}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x.double(), "dtype torch.float64"),
+        (lambda x: x.half(), "dtype torch.float16"),
+        (lambda x: x.long(), "dtype torch.int64"),
+        (lambda x: x.to("meta"), "is on meta"),
+        (lambda x: x[..., :15], r"expected \[B, T, H, D\]"),
+        (lambda x: x[:, :5], r"expected \[B, T, H, D\]"),
+        (lambda x: x.numpy(), "is a ndarray"),
+        (lambda x: None, "is a NoneType"),
+    ],
+)
+def test_input_that_is_wrong_is_an_error(change, said):
+    x = torch.randn(1, 6, 2, 16)
+    with pytest.raises(ShapeError, match=said):
+        linear_attention(x, change(x), x)
+
+
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +416,7 @@ def test_a_corrupt_or_foreign_entry_is_made_again(tmp_path, monkeypatch, fault):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
     make, calls = made("kernel")
     path = cache.cached("tvm", "a", ".so", make)
-    note = path.with_suffix(".json")
+    (note,) = path.parent.glob("*.json")
     if fault == "truncated":
         path.write_text("ker")
     elif fault == "another key":
@@ -396,15 +449,50 @@ print("tvm" in sys.modules)
 """
 
 
+COMMAND = dict(cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_processes_share_the_cache(tmp_path, monkeypatch):
     """Two that compile at once both succeed; a third finds the kernel and does not even import TVM."""
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
-    command = dict(cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    both = [subprocess.Popen([sys.executable, "-c", CALL], **command) for _ in range(2)]
+    both = [subprocess.Popen([sys.executable, "-c", CALL], **COMMAND) for _ in range(2)]
     outputs = [p.communicate() for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
-    third = subprocess.run([sys.executable, "-c", CALL], **command)
+    third = subprocess.run([sys.executable, "-c", CALL], **COMMAND)
     assert third.returncode == 0, third.stderr
     sums = {out.split()[0] for out in (*(o for o, _ in outputs), third.stdout)}
     assert len(sums) == 1
     assert third.stdout.split()[1] == "False"
+
+
+KILLED = """
+import importlib, os, signal
+load = importlib.import_module("tttc.backends.tvm.load")
+def link(library, path):
+    path.write_bytes(b"half of it")
+    os.kill(os.getpid(), signal.SIGKILL)
+load._link = link
+"""
+
+
+def test_a_process_that_is_killed_while_it_compiles_leaves_a_usable_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    killed = subprocess.run([sys.executable, "-c", KILLED + CALL], **COMMAND)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("tvm/unfinished-*/*"))
+    after = [subprocess.run([sys.executable, "-c", CALL], **COMMAND) for _ in range(2)]
+    assert [p.returncode for p in after] == [0, 0], after[0].stderr
+    assert [p.stdout.split()[1] for p in after] == ["True", "False"]
+    assert after[0].stdout.split()[0] == after[1].stdout.split()[0]
+
+
+def test_what_was_left_half_done_is_removed_a_day_later(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    old, new = (tmp_path / "tvm" / f"unfinished-{n}" for n in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "kernel").write_text("half")
+    os.utime(old, (0, 0))
+    cache.cached("tvm", "a", ".so", made("kernel")[0])
+    assert not old.exists()
+    assert new.exists()

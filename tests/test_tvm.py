@@ -24,6 +24,8 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, VARIANTS, differences, dims_of, inputs_for, layer_result, oracle_result
+from tests.test_random_variants import outcomes
+from tttc import api
 from tttc.backends import cache
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.library import LinearAttention, TTTLinear
@@ -125,6 +127,14 @@ def test_second_derivatives_are_those_of_the_torch_backend():
         found.append(torch.autograd.grad(g.square().sum(), inputs.v)[0])
     assert relative_error(*found) <= 1e-12
     assert found[0].abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4))
+def test_random_declarations_as_native_kernels(monkeypatch, number):
+    """What nobody wrote by hand, by native kernels wherever they can run it; no library variant is among these."""
+    monkeypatch.setenv("TTTC_BACKEND", "auto")
+    assert outcomes(6, 700 + number)["compiled"] >= 1
 
 
 # -- elementwise functions ---------------------------------------------------------------------------------------------
@@ -284,6 +294,31 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
         tttc.compile(TTTLinear, {"D": 4}, device="cuda", backend="tvm")
     with pytest.raises(BackendRefusal, match="found one after the other"):
         tttc.compile(VARIANTS["TTTMLP"].replace(mini_batch=1), {"D": 4, "F": 8}, backend="tvm")
+
+
+def test_auto_is_native_where_it_can_be(monkeypatch):
+    monkeypatch.setenv("TTTC_BACKEND", "auto")
+    layer = tttc.compile(LinearAttention, {"D": 4})
+    assert layer.backend == "tvm"
+    assert "tvm: native kernels for this CPU" in layer.explain()
+    assert not any(s._compiled for s in layer._scans.values())  # at its first call, not before
+    online = tttc.compile(VARIANTS["TTTMLP"].replace(mini_batch=1), {"D": 4, "F": 8})
+    assert online.backend == "torch"
+    assert "not tvm: the rows of a chunk are found one after the other" in online.why
+    assert tttc.compile(LinearAttention, {"D": 4}, device="cuda").backend == "torch"
+    monkeypatch.setattr(api, "find_spec", lambda name: None)
+    assert tttc.compile(LinearAttention, {"D": 4}).backend == "torch"
+
+
+def test_auto_is_what_the_environment_names(monkeypatch):
+    for name in ("torch", "tvm"):
+        monkeypatch.setenv("TTTC_BACKEND", name)
+        layer = tttc.compile(LinearAttention, {"D": 4})
+        assert layer.backend == name
+        assert "TTTC_BACKEND" in layer.why
+    monkeypatch.setenv("TTTC_BACKEND", "nonsense")
+    with pytest.raises(BackendRefusal, match="TTTC_BACKEND names no backend; there are auto, torch, tvm"):
+        tttc.compile(LinearAttention, {"D": 4})
 
 
 def test_the_process_is_left_as_it_was():

@@ -103,7 +103,7 @@ class TuningResult:
     def _kept(self) -> str:
         if self.earlier is not None:
             return f"in {self.path} an earlier result stays, which was not tried again: {self.earlier.choice}"
-        return f'kept in {self.path}; tttc.compile(..., backend="{self.key.backend}") takes it from now on'
+        return f'kept in {self.path}; tttc.compile takes it from now on (backend="{self.key.backend}")'
 
     @property
     def _better(self) -> bool:

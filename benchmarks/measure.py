@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from tttc.backends.processor import processor
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 GEMM = 1024  # the matrices that the machine's own rate is read from
@@ -84,15 +86,6 @@ def forget_peak() -> None:
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
-
-
-def processor() -> str:
-    """The model name of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def about(command: str) -> dict[str, Any]:

@@ -17,10 +17,15 @@ def structure(program: Program) -> str:
     The program is that of any stage from the primal on. Names of states, gates and params count, the order of their
     declaration does too; that of the variant, its dims and its dtype do not.
     """
-    written = _Written()
-    parts = [written.of(program.update)]
-    parts += [written.of((f.params, f.body, f.returns)) for f in program.per_token]
-    return hashlib.sha256("\n".join([*written.lines, *parts]).encode()).hexdigest()[:24]
+    functions = [(f.params, f.body, f.returns) for f in program.per_token]
+    return hashlib.sha256(written((program.update, functions)).encode()).hexdigest()[:24]
+
+
+def written(x: Any) -> str:
+    """Any part of a program as text, the same for equal parts in every process."""
+    lines = _Written()
+    last = lines.of(x)
+    return "\n".join([*lines.lines, last])
 
 
 class _Written:

@@ -79,7 +79,7 @@ def flat(name: str) -> str:
         ("linear", "dW1, db1: nonlinear in W1, b1, made so by x ** 2"),
         ("linear", "the chunk is the mini-batch"),
         ("linear", "2 dependent contractions per chunk, T/8 in a call"),
-        ("linear", "torch: runs every program"),
+        ("linear", "torch: TTTC_BACKEND asks for it"),
         ("linear", "U_t = U_(t-1) + lr_t * g_t W_t = W_start - tau_t * U_t"),
         ("linear", "A[t, s] = lr_s where s <= t, else 0"),
         ("linear", "of a mini-batch of 16 tokens, W being each of W1, b1:"),

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from tttc.backends.cache import cache_dir
+from tttc.backends.processor import instruction_sets, processor
 from tttc.database import database_path, own_entries
 from tttc.tuning import is_off
 
@@ -101,28 +101,10 @@ def _python() -> Finding:
 
 
 def _processor() -> Finding:
-    known = [flag for flag in INSTRUCTION_SETS if flag in _cpu_flags()]
+    known = [flag for flag in INSTRUCTION_SETS if flag in instruction_sets()]
     used = torch.backends.cpu.get_cpu_capability()
     instructions = f"; has {', '.join(known)}" if known else ""
-    return Finding("cpu", "ok", f"{_cpu_name()}, {_usable_cores()} cores{instructions}; torch uses {used}")
-
-
-def _cpu_name() -> str:
-    return next(_cpu_lines("model name"), platform.processor() or platform.machine())
-
-
-def _cpu_flags() -> set[str]:
-    """x86 calls them flags, ARM features."""
-    return set(next(_cpu_lines("flags"), "").split()) | set(next(_cpu_lines("Features"), "").split())
-
-
-def _cpu_lines(key: str) -> Iterator[str]:
-    """The values of `key` in /proc/cpuinfo, one per core; none on systems without that file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return
-    yield from (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key)
+    return Finding("cpu", "ok", f"{processor()}, {_usable_cores()} cores{instructions}; torch uses {used}")
 
 
 def _usable_cores() -> int:

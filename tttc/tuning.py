@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tttc.backends.interface import Backend
+from tttc.backends.processor import processor
 from tttc.ir.program import Program
 from tttc.ir.structure import structure
 
@@ -264,15 +262,4 @@ def device_name(device: torch.device) -> str:
     """The kind of a device and its name: "cpu: Intel(R) Xeon(R) Processor @ 2.50GHz"."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {_processor() if device.type == 'cpu' else ''}".rstrip(": ")
-
-
-@cache
-def _processor() -> str:
-    """The name of this processor, from /proc/cpuinfo where there is such a file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return f"{device.type}: {processor() if device.type == 'cpu' else ''}".rstrip(": ")

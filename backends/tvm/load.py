@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import inspect
 import os
-import pickle
 import platform
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from tttc.backends.interface import CompiledScan, Settings, Source
 from tttc.backends.tvm.machine import Config, Machine, host
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan, ScanAdjoint
+from tttc.ir.structure import written
 
 if TYPE_CHECKING:
     from tttc.backends.tvm.kernels import Kernel
@@ -163,7 +163,7 @@ class TVMScan:
 
     def _key(self, backward: bool, stored: Stored) -> str:
         """All that a kernel depends on: the program, the machine, and the versions of what makes it."""
-        made_of = pickle.dumps((self.adjoint, sorted(self.program.dims.items()), backward, stored), protocol=4)
+        made_of = written((self.adjoint, sorted(self.program.dims.items()), backward, stored)).encode()
         versions = (version("apache-tvm"), _own_source())
         return "\n".join([hashlib.sha256(made_of).hexdigest(), str(self._machine), platform.machine(), *versions])
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
+
+from tttc.backends.processor import instruction_sets, processor
 
 # bytes of a vector register, and how many there are, by the instruction set that has them, the widest first
 VECTORS = {"avx512f": (64, 32), "avx2": (32, 16), "asimd": (16, 32), "neon": (16, 32), "sse2": (16, 16)}
@@ -65,18 +65,7 @@ class Machine:
 
 def host(dtype: str, config: Config | None = None) -> Machine:
     """This machine."""
-    flags, name = _processor()
+    flags = instruction_sets()
     size, registers = next((v for flag, v in VECTORS.items() if flag in flags), (16, 16))
+    name = f"{processor()} {' '.join(sorted(flags))}"
     return Machine(dtype, size // BYTES[dtype], registers, name, config or Config())
-
-
-@cache
-def _processor() -> tuple[frozenset[str], str]:
-    """The instruction sets of this processor, and its name with all of them, as the kernel tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset(), ""
-    flags = next((x.partition(":")[2].split() for x in lines if x.lower().startswith(("flags", "features"))), [])
-    name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
-    return frozenset(flags), f"{name} {' '.join(sorted(flags))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Case:
 
     @property
     def declared(self) -> Signature:
-        return signature(self.variant)
+        return _declared(self.variant)
 
     @property
     def mini_batch(self) -> int:
@@ -145,6 +146,12 @@ def parts(c: Case, x: Tensors) -> tuple[Tensors, Tensors, Tensors]:
     groups = ([*declared.tokens, *declared.gates], declared.params, declared.states)
     sequences, params, state = ({n: x[n] for n in names} for names in groups)
     return sequences, params, state
+
+
+@cache
+def _declared(variant: type[Variant]) -> Signature:
+    """Traced once: that takes milliseconds, which are no contender's."""
+    return signature(variant)
 
 
 def call(layer: Layer, c: Case, x: Tensors) -> tuple[torch.Tensor, Tensors]:

@@ -240,9 +240,12 @@ def test_strided_and_offset_views_are_read_where_they_lie():
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 20, 3, 17, generator=generator)[..., 1:].unbind()  # misaligned by 4 bytes
     gates = {n: torch.rand(2, 20, 6, generator=generator)[:, :, ::2] for n in ("lr", "tau")}
-    z, _ = layer(q, k, v, gates=gates)
-    wanted, _ = layer(*(x.contiguous() for x in (q, k, v)), gates={n: x.contiguous() for n, x in gates.items()})
-    assert torch.equal(z, wanted)
+    W1 = torch.randn(2, 3, 16, 20, generator=generator)
+    for state in (W1[..., :16], W1.transpose(2, 3)[:, :, :16, :16]):
+        z, _ = layer(q, k, v, gates=gates, state={"W1": state})
+        whole = [x.contiguous() for x in (q, k, v)], {n: x.contiguous() for n, x in gates.items()}
+        wanted, _ = layer(*whole[0], gates=whole[1], state={"W1": state.contiguous()})
+        assert torch.equal(z, wanted)
 
 
 @pytest.mark.parametrize(("batch", "tokens", "heads"), [(0, 5, 2), (2, 0, 2), (2, 5, 0), (1, 1, 1)])

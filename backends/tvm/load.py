@@ -76,6 +76,7 @@ class TVMScan:
 
     def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
         scan, carried = self.scan, len(self.scan.carry)
+        inputs = _laid_out(scan.params, inputs)
         stored = self._stored(inputs)
         dtypes = {n: getattr(torch, d) for n, d in stored}
         outputs = [self._empty(a.target, inputs, dtypes) for a in (*scan.outputs, *scan.updates)]
@@ -91,6 +92,8 @@ class TVMScan:
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
         carried = len(self.scan.carry)
+        inputs = _laid_out(self.scan.params, inputs)
+        cotangents = _laid_out([a.target for a in (*self.scan.outputs, *self.scan.updates)], cotangents)
         results = [_like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
         kernel = self._kernel_for(True, self._stored(inputs))
         if not self.scan.loops:
@@ -105,7 +108,7 @@ class TVMScan:
         if 0 in tensors[0].shape[:2]:
             return
         _use_threads(torch.get_num_threads())
-        for part in _addressable([_laid_out(x.detach()) for x in tensors]):
+        for part in _addressable(tensors):
             kernel(*part, *settings)
 
     def _stored(self, inputs: Tensors) -> Stored:
@@ -180,7 +183,7 @@ def _like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtyp
     return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
 
 
-def _addressable(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _addressable(tensors: Tensors) -> Iterator[Tensors]:
     """The tensors in parts of their batch, or of their heads, whose entries an int32 can count."""
     batch, heads = tensors[0].shape[:2]
     reach = max(sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors)
@@ -192,10 +195,15 @@ def _addressable(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield from _addressable([x.narrow(axis, first, count) for x in tensors])
 
 
-def _laid_out(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous but for its three leading axes, which may lie at any distance."""
+def _laid_out(of: Sequence[Expr], tensors: Tensors) -> list[torch.Tensor]:
+    """Contiguous but for batch, heads and the tokens of a sequence, which may lie at any distance."""
+    leading = [2 if p.arg[0].at is None else 3 for p in of]
+    return [_contiguous_from(n, x.detach()) for n, x in zip(leading, tensors, strict=True)]
+
+
+def _contiguous_from(axis: int, x: torch.Tensor) -> torch.Tensor:
     expected = 1
-    for size, stride in zip(reversed(x.shape[3:]), reversed(x.stride()[3:]), strict=True):
+    for size, stride in zip(reversed(x.shape[axis:]), reversed(x.stride()[axis:]), strict=True):
         if size != 1 and stride != expected:
             return x.contiguous()
         expected *= size

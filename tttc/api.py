@@ -14,6 +14,7 @@ from tttc.attention import AttentionLayer, NonParametric, compile_attention
 from tttc.backends import torch as torch_backend
 from tttc.backends import tvm as tvm_backend
 from tttc.backends.interface import Backend
+from tttc.backends.tvm.cuda_load import CudaBackend, unavailable
 from tttc.compile import Entry, Options, run_pipeline
 from tttc.declare import checked_signature
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
@@ -72,8 +73,9 @@ def compile(
         dims: the size of every dim that the declaration names, such as {"D": 64, "F": 256}.
         dtype: of q, k, v and z. States and arithmetic are float32, with float64 float64 all the way.
         device: where the tensors of a call are.
-        backend: "torch", which runs everywhere; "tvm", native kernels for a CPU (pip install 'tttc[tvm]'), compiled
-            when first called and kept on disk; or "auto", "tvm" where it can run the program, otherwise "torch".
+        backend: "torch", which runs everywhere; "tvm", native kernels for a CPU or an NVIDIA GPU (pip install
+            'tttc[tvm]'), compiled when first called and kept on disk; or "auto", on a CPU "tvm" where it can run the
+            program, otherwise "torch".
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
             square root of their number, None (or 0) keeps every value and recomputes nothing.
@@ -110,10 +112,11 @@ def compile(
     candidates, asked = _candidates(backend, place)
     refused: list[str] = []
     for taken in candidates:  # the last one runs, or is refused
-        lookup = Lookup(taken, BACKENDS[taken], place, dtype, chunk, checkpoint, config)
+        chosen = _backend(taken, place, dtype)
+        lookup = Lookup(taken, chosen, place, dtype, chunk, checkpoint, config)
         numbers = "f64" if dtype == torch.float64 else "f32"
         stages = run_pipeline(declared, Options(sizes, numbers, chunk, telemetry, lookup.chosen_chunk))
-        reasons = [*_misplaced(taken, place), *BACKENDS[taken].refusals(stages.program)]
+        reasons = [*_misplaced(taken, place), *chosen.refusals(stages.program)]
         if not reasons:
             break
         refused += [f"not {taken}: {reasons[0]}"]
@@ -121,7 +124,6 @@ def compile(
         raise _refused(taken, reasons)
     why = "; ".join([f"{taken}: {asked or REASONS[taken]}", *refused])
     began = time.perf_counter()
-    chosen = BACKENDS[taken]
     source = chosen.emit(stages.program)
     scans = chosen.load(source, stages.program, _checked_config(lookup, taken, chosen, stages.program))
     milliseconds = (time.perf_counter() - began) * 1e3
@@ -157,6 +159,11 @@ def _candidates(backend: str, device: torch.device) -> tuple[list[str], str]:
     return (["tvm", "torch"] if device.type == "cpu" and find_spec("tvm") else ["torch"]), ""
 
 
+def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """What makes the kernels for a device."""
+    return CudaBackend(dtype, device) if name == "tvm" and device.type == "cuda" else BACKENDS[name]
+
+
 def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Program) -> dict[str, int]:
     """The settings of kernels: given, or tuned; those that are given must exist."""
     known = backend.choices(program)
@@ -170,7 +177,7 @@ def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Progra
 
 def _misplaced(backend: str, device: torch.device) -> list[str]:
     """Why a backend cannot run on the device."""
-    return [f"it runs on a CPU, not on {device}"] if backend == "tvm" and device.type != "cpu" else []
+    return unavailable(device) if backend == "tvm" and device.type != "cpu" else []
 
 
 def _refused(backend: str, reasons: list[str]) -> BackendRefusal:

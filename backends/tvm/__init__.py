@@ -1,4 +1,4 @@
-"""Native kernels for the CPU: scans as loops over tiles and rows, these as TensorIR, compiled by LLVM for this machine.
+"""Native kernels: scans as loops over tiles and rows, these as TensorIR, compiled by LLVM for this CPU, or for a GPU.
 
     loops.py    the chunk as statements: what is stored, and what shares a loop
     emit.py     these as text
@@ -13,6 +13,18 @@
     machine.py  the processor: its vectors and registers
     load.py     kernels compiled, kept on disk, called on torch tensors
     tune.py     what may be tuned
+
+For a GPU the same statements are done by a block of threads:
+
+    steps.py        the statements as steps, and what each of them reads and writes
+    shared.py       which values lie in shared memory, and where
+    cuda.py         a scan as two kernels: a block for each batch element and head
+    threads.py      a statement done by all threads of a block
+    wmma.py         products on tensor cores
+    cuda_source.py  TensorIR as CUDA source that needs nothing else
+    cuda_text.py    that source, and what a launch needs to know
+    cuda_load.py    kernels kept on disk, compiled by NVRTC, launched on torch tensors
+    device.py       the GPU: its threads, its memory, its operands
 
 Nothing here imports TVM before the first kernel is compiled.
 """

@@ -86,9 +86,7 @@ def forward_kernel(scan: Scan, program: Program, machine: Machine, stored: Mappi
 def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: Mapping[str, str]) -> Kernel:
     """Inputs, kept carries, cotangents -> cotangents of the inputs, each in the dtype of what it belongs to."""
     scan = a.scan
-    of = (*scan.params, *(x.target for x in scan.outputs))
-    stored = {**stored, **{_name(cotangent(p)): stored[_name(p)] for p in of if _name(p) in stored}}
-    b = _Builder(f"{scan.name}_adjoint", scan, program, machine, stored)
+    b = _Builder(f"{scan.name}_adjoint", scan, program, machine, with_cotangents(scan, stored))
     d_outputs = [cotangent(x.target) for x in scan.outputs]
     d_made = [cotangent(x.target) for x in scan.updates]
     d_carry = [cotangent(p) for p in scan.carry]
@@ -128,6 +126,12 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
             for d in (*d_carry, *map(cotangent, scan.fixed)):
                 b.save_variable(d, b.buffers[f"{_name(d)}_out"])
     return Kernel(b.name, b.built, machine)
+
+
+def with_cotangents(scan: Scan, stored: Mapping[str, str]) -> dict[str, str]:
+    """What has another dtype in the backward: cotangents have that of what they belong to."""
+    of = (*scan.params, *(x.target for x in scan.outputs))
+    return {**stored, **{_name(cotangent(p)): stored[_name(p)] for p in of if _name(p) in stored}}
 
 
 class _Builder:

@@ -107,17 +107,18 @@ class TVMScan:
     def _call(self, kernel: Callable[..., None], tensors: Tensors, settings: tuple[int, ...]) -> None:
         if 0 in tensors[0].shape[:2]:
             return
-        _use_threads(torch.get_num_threads())
+        self._prepare()
         for part in _addressable(tensors):
             kernel(*part, *settings)
+
+    def _prepare(self) -> None:
+        """What a call needs beside its tensors."""
+        _use_threads(torch.get_num_threads())
 
     def _stored(self, inputs: Tensors) -> Stored:
         """What has another dtype than arithmetic, by name: inputs as they come, and the output as the tokens do."""
         half = {_name(p): x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if x.dtype != self.dtype}
-        tokens = {half[_name(p)] for p in self.scan.sequence if p.arg[0].role == "token" and _name(p) in half}
-        if len(tokens) == 1:
-            half |= {_name(a.target): next(iter(tokens)) for a in self.scan.outputs[:1]}
-        return tuple(sorted((n, str(d).removeprefix("torch.")) for n, d in half.items()))
+        return stored_as(self.scan, half)
 
     def _empty(self, target: Expr, inputs: Tensors, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
         sizes = {
@@ -166,9 +167,26 @@ class TVMScan:
 
     def _key(self, backward: bool, stored: Stored) -> str:
         """All that a kernel depends on: the program, the machine, and the versions of what makes it."""
+        machine = (str(self._machine), platform.machine(), version("apache-tvm"))
+        return "\n".join([self._content(backward, stored), *machine])
+
+    def _content(self, backward: bool, stored: Stored) -> str:
+        """A checksum of what is computed, and one of what writes it."""
         made_of = written((self.adjoint, sorted(self.program.dims.items()), backward, stored)).encode()
-        versions = (version("apache-tvm"), _own_source())
-        return "\n".join([hashlib.sha256(made_of).hexdigest(), str(self._machine), platform.machine(), *versions])
+        return "\n".join([hashlib.sha256(made_of).hexdigest(), _own_source()])
+
+
+def stored_as(scan: Scan, half: Mapping[str, torch.dtype]) -> Stored:
+    """What has another dtype than arithmetic, where these inputs do: the output has that of the tokens."""
+    tokens = {half[_name(p)] for p in scan.sequence if p.arg[0].role == "token" and _name(p) in half}
+    outputs = {_name(a.target): next(iter(tokens)) for a in scan.outputs[:1]} if len(tokens) == 1 else {}
+    return tuple(sorted((n, str(d).removeprefix("torch.")) for n, d in {**half, **outputs}.items()))
+
+
+def stored_tokens(scan: Scan, dtype: torch.dtype) -> Stored:
+    """The same, for tokens in this dtype and everything else in float32."""
+    tokens = [_name(p) for p in scan.sequence if p.arg[0].role == "token"]
+    return stored_as(scan, dict.fromkeys(tokens, dtype) if dtype in (torch.float16, torch.bfloat16) else {})
 
 
 def _name(p: Expr) -> str:

@@ -101,10 +101,13 @@ def read(value: Expr) -> Iterator[tuple[Expr, Axes]]:
 # -- which values are stored -------------------------------------------------------------------------------------------
 
 
-def statements(assigns: Sequence[Assign], program: Program, taken: Iterable[str] = ()) -> list[Statement]:
+def statements(
+    assigns: Sequence[Assign], program: Program, taken: Iterable[str] = (), *, turned: bool = True
+) -> list[Statement]:
     """The assignments of a block one by one, new values of variables last, when nothing reads the old ones.
 
-    `taken` are names that no stored value may have.
+    `taken` are names that no stored value may have. Without `turned` a value is read along any of its axes, and no copy
+    is made of it.
     """
     own = {str(e.arg[0].name) for a in assigns for e in leaves([a.value])} | {a.leaf.name for a in assigns}
     name = Namer({*own, *taken, *program.dims}, program.names)
@@ -122,7 +125,7 @@ def statements(assigns: Sequence[Assign], program: Program, taken: Iterable[str]
     pairs = [(a, stand_in[r]) for a, r in zip(assigns, roots, strict=True)]
     made += [Statement(a.target, v) for a, v in pairs if a.leaf.at is not None]
     made += _new_values([(a.target, v) for a, v in pairs if a.leaf.at is None], name)
-    return _transposed(made)
+    return _transposed(made) if turned else made
 
 
 def _plain(root: Expr) -> Expr:
@@ -244,8 +247,11 @@ class Group:
     local: frozenset[str] = frozenset()
 
 
-def grouped(made: Iterable[Statement]) -> list[Group]:
-    """Neighbours that keep the token in one loop; the order changes where that brings them together."""
+def grouped(made: Iterable[Statement], *, split: bool = True) -> list[Group]:
+    """Neighbours that keep the token in one loop; the order changes where that brings them together.
+
+    Without `split` a loop goes on after a reduction.
+    """
     waiting, groups = list(made), []
     outside = [s.target for s in waiting if s.target.arg[0].role != "scratch"]
     while waiting:
@@ -256,7 +262,8 @@ def grouped(made: Iterable[Statement]) -> list[Group]:
             groups.append(Group(tuple(taken)))
             continue
         kept = {str(e.arg[0].name) for e in outside}
-        groups += _loops(taken, kept | {str(e.arg[0].name) for s in waiting for e in leaves([s.value])})
+        kept |= {str(e.arg[0].name) for s in waiting for e in leaves([s.value])}
+        groups += _loops(taken, kept) if split else [Group(tuple(taken), True, frozenset(s.name for s in taken) - kept)]
     return groups
 
 

@@ -141,6 +141,17 @@ class Emitter:
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
 
+    def token_by_token(self, s: Statement, along: Axis, step: Callable[[Any, bool, Places], None]) -> None:
+        """Token after token; all other axes inside, the last of them as vectors."""
+        others = [a for a in s.target.axes if a != along]
+        with T.serial(self.tokens) as t:
+            here = {along: Place(t, ("token", id(t)))}
+            with self.loops(others[:-1], here) as places:
+                if others:
+                    self.each_vector(others[-1], lambda block: step(t, True, {**places, others[-1]: block}))
+                else:
+                    step(t, False, places)
+
     def each_vector(self, axis: Axis, body: Callable[[Place], None]) -> None:
         """Vector after vector along an axis."""
         n = self.blocks(axis)

@@ -22,18 +22,6 @@ ROWS = 4  # of a triangular system, solved together: what they all need is loade
 WIDE = 4  # vectors of these
 
 
-def _token_by_token(e: Emitter, s: Statement, along: Axis, step: Callable[[Any, bool, Places], None]) -> None:
-    """Token after token; all other axes inside, the last of them as vectors."""
-    others = [a for a in s.target.axes if a != along]
-    with T.serial(e.tokens) as t:
-        here = {along: Place(t, ("token", id(t)))}
-        with e.loops(others[:-1], here) as places:
-            if others:
-                e.each_vector(others[-1], lambda block: step(t, True, {**places, others[-1]: block}))
-            else:
-                step(t, False, places)
-
-
 def _saved(e: Emitter, s: Statement, places: Places, value: Any) -> None:
     e.stores[s.name].save([places[a] for a in s.target.axes], value)
 
@@ -58,7 +46,7 @@ def _cumprod(e: Emitter, s: Statement) -> None:
         x = _at(Point(e, places), s.value.src[0], wide)
         _saved(e, s, places, _previous(e, s, axis, places, t, e.functions(wide).const(1.0)) * x)
 
-    _token_by_token(e, s, axis, step)
+    e.token_by_token(s, axis, step)
 
 
 def _segprod(e: Emitter, s: Statement) -> None:
@@ -72,7 +60,7 @@ def _segprod(e: Emitter, s: Statement) -> None:
         on, below = point.compared(rows, columns, T.EQ), point.compared(rows, columns, lambda i, j: i > j)
         _saved(e, s, places, T.Select(on, functions.const(1.0), T.Select(below, grown, functions.const(0.0))))
 
-    _token_by_token(e, s, rows, step)
+    e.token_by_token(s, rows, step)
 
 
 def _shift(e: Emitter, s: Statement) -> None:
@@ -93,7 +81,7 @@ def _moved(
         condition = T.broadcast(inside(t), e.machine.lanes) if wide else inside(t)
         _saved(e, s, places, T.Select(condition, x, e.functions(wide).const(fill)))
 
-    _token_by_token(e, s, axis, step)
+    e.token_by_token(s, axis, step)
 
 
 def _solve(e: Emitter, s: Statement) -> None:

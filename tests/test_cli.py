@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import tttc
 from tttc import cli, demo, doctor
+from tttc.backends import nvidia
 from tttc.cli import app
 from tttc.errors import TTTCError
 from tttc.loading import LoadError, full_dims, library_variants, load_variant
@@ -121,6 +123,49 @@ def test_compile_prints_the_source_that_runs(tmp_path: Path) -> None:
     assert run("compile", "TTTLinear", "-o", target).exit_code == 0
     assert target.read_text() == output("compile", "TTTLinear")
     exec(compile(target.read_text(), "layer.py", "exec"), {})
+
+
+@pytest.mark.skipif(find_spec("tvm") is None or bool(nvidia.missing()), reason="needs apache-tvm, nvcc and ptxas")
+def test_compile_for_a_gpu_writes_kernels_and_says_what_they_take(tmp_path: Path) -> None:
+    lines = output("compile", "LinearAttention", "--target", "sm_90", "--dims", "D=16", "-o", tmp_path).splitlines()
+    assert lines[0].split() == [
+        "kernel",
+        "target",
+        "registers",
+        "spilled",
+        "bytes",
+        "shared",
+        "bytes",
+        "bytes",
+        "outside",
+        "per",
+        "head",
+    ]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert rows["linear_attention"][0] == "sm_90"
+    assert int(rows["linear_attention"][1]) >= 16
+    for suffix in (".cu", ".ptx", ".cubin", ".json"):
+        assert (tmp_path / f"linear_attention_adjoint{suffix}").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--target", "hopper"), "there is no target 'hopper'"),
+        (("--target", "sm_75", "--dtype", "bfloat16"), "sm_75 has no tensor cores for bfloat16"),
+        (("--target", "sm_90", "--dtype", "int8"), "there is no dtype 'int8'"),
+        (("--target", "sm_90", "--backend", "torch"), "backend 'torch' compiles for no GPU"),
+    ],
+)
+def test_compile_for_a_gpu_refuses(arguments: tuple[str, ...], said: str) -> None:
+    assert said in complaint("compile", "TTTLinear", *arguments)
+
+
+def test_compile_for_a_gpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "missing", lambda: ["there is no ptxas"])
+    assert "cannot compile for sm_80 here:\n  - there is no ptxas" in complaint(
+        "compile", "RetNet", "--target", "sm_80"
+    )
 
 
 def test_explain_diff_shows_both_stages() -> None:

@@ -25,6 +25,7 @@ from tttc.doctor import Diagnosis, diagnose, version
 from tttc.errors import TTTCError, TuningError
 from tttc.layer import Layer
 from tttc.loading import full_dims, library_variants, load_variant
+from tttc.offline import compile_for
 from tttc.terminal import console, error_table, print_program, table
 from tttc.tune import tune as tune_variant
 from tttc.variant import Variant, read_declaration
@@ -63,8 +64,9 @@ DimOption = Annotated[
     list[str] | None,
     typer.Option(
         "--dim",
+        "--dims",
         metavar="NAME=SIZE",
-        help="Size of a dim, may be repeated. Otherwise D=64, F=4*D, the rest D.",
+        help="Size of a dim, may be repeated; or D=64,F=256. Otherwise D=64, F=4*D, the rest D.",
     ),
 ]
 
@@ -235,23 +237,55 @@ def verify(
 def compile_variant(
     variant: VariantArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; else stdout.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="PATH", help="The file to write, else stdout; a folder with --target."),
     ] = None,
     dim: DimOption = None,
     backend: Annotated[
         str, typer.Option(help="Which backend writes it; auto takes the best that can run here.")
     ] = "auto",
+    target: Annotated[
+        str | None, typer.Option(metavar="sm_80|sm_90|...", help="Compile for this GPU, which need not be there.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of q, k, v and z, with --target: bfloat16 and float16 use tensor cores.")
+    ] = "float32",
 ) -> None:
-    """Write the source that is generated for a variant.
+    """Write the source that is generated for a variant, or compile it for a GPU and say what each kernel takes.
 
-    tttc compile ttt_mlp
-    tttc compile mine.py:Mine --dim D=128 -o mine_layer.py
+    With --target, -o is a folder for the source, the PTX, the machine code and how to launch it.
+
+        tttc compile ttt_mlp
+        tttc compile mine.py:Mine --dim D=128 -o mine_layer.py
+        tttc compile ttt_mlp --target sm_90 --dtype bfloat16 -o kernels
     """
+    if target is not None:
+        _compile_for(load_variant(variant), dim, target, dtype, "tvm" if backend == "auto" else backend, output)
+        return
     source = _compiled(variant, dim, backend=backend).source
     if output is None:
         print_program(source)
     else:
         _write(source, str(output))
+
+
+def _compile_for(
+    variant: type[Variant], dim: list[str] | None, target: str, dtype: str, backend: str, folder: Path | None
+) -> None:
+    numbers = ("registers", "spilled bytes", "shared bytes", "bytes outside per head")
+    found = table("kernel", "target", *numbers, numbers=numbers)
+    with console(stderr=True).status(f"compiling for {target} ..."):
+        for built in compile_for(variant, full_dims(variant, _sizes(dim)), target, dtype, backend):
+            r = built.resources
+            found.add_row(r.kernel, r.target, *(str(n) for n in (r.registers, r.spilled, r.shared, built.outside)))
+            if folder is not None:
+                try:
+                    built.write(folder)
+                except OSError as error:
+                    raise TTTCError(f"cannot write {folder}: {error.strerror}.") from error
+    console().print(found)
+    if folder is not None:
+        console(stderr=True).print(f"wrote {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -262,15 +296,7 @@ def tune(
     ] = None,
     device: Annotated[str, typer.Option(help="What to tune for; in this version cpu.")] = "cpu",
     budget: Annotated[str, typer.Option(metavar="TIME", help="How long it may take: 60s, 2m, 1h.")] = "60s",
-    dim: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dim",
-            "--dims",
-            metavar="NAME=SIZE",
-            help="Size of a dim, may be repeated; or D=64,F=256. Otherwise D=64, F=4*D, the rest D.",
-        ),
-    ] = None,
+    dim: DimOption = None,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str, typer.Option(help="Whose kernels: tvm, torch, or auto, native ones if they run.")] = "auto",
     forward_only: Annotated[

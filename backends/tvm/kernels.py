@@ -71,8 +71,7 @@ def forward_kernel(scan: Scan, program: Program, machine: Machine, stored: Mappi
                 if scan.loops:
                     b.save_kept(scan.carry, chunk)
                 b.sequences_ready(scan.sequence)
-                b.fetch(scan.sequence, b.first + b.chunk)
-                b.run(scan.block.assigns)
+                b.run(scan.block.assigns, fetched=(scan.sequence, b.first + b.chunk))
                 b.sequences_done([a.target for a in scan.outputs])
                 if not scan.loops:
                     for p in made:
@@ -114,8 +113,9 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
                 b.load_variable(d, None)
             if scan.loops:
                 with b.reversed_chunks(scan):
-                    b.sequences_ready((*scan.sequence, *d_outputs))
-                    b.run(backward_block(a), renamed=True)
+                    sequences = (*scan.sequence, *d_outputs)
+                    b.sequences_ready(sequences)
+                    b.run(backward_block(a), renamed=True, fetched=(sequences, b.first - b.chunk))
                     b.sequences_done([cotangent(p) for p in scan.sequence], "_out")
             else:
                 for p in scan.carry:
@@ -250,7 +250,7 @@ class _Builder:
                 with T.If(j + 1 < length), T.Then(), self._scope():
                     self._begin_chunk((first + j) * size, tirx.const(size, "int32") if isinstance(size, int) else size)
                     self.sequences_ready(scan.sequence)
-                    self.run(scan.updates)
+                    self.run(scan.updates, fetched=(scan.sequence, self.first + self.chunk))
             with T.serial(length) as back:
                 j = length - 1 - back
                 for p in scan.carry:
@@ -340,14 +340,19 @@ class _Builder:
                 source = _Slice(buffer, self.g)
                 self._copy_tokens(p, source, store, loading=True)
 
-    def fetch(self, sequence: Sequence[Expr], first: Any) -> None:
-        """Ask for the tokens of another chunk, into the second cache: rows that lie pages apart, nothing else does."""
+    def _fetch_part(self, sequence: Sequence[Expr], first: Any, part: int, parts: int) -> None:
+        """Ask for some of the tokens of another chunk: rows that lie pages apart, no processor guesses them. A few at
+        a time, between the statements of this chunk, for it waits for few at once.
+        """
         size = self.chunk
         row = sum(max(prod(self._own(p)), LINE) for p in sequence)
         if not self.scan.loops or not isinstance(size, int) or size * row > FETCHED:
             return
-        with T.serial(size) as i:
-            t = self.emitter.held(T.min(first + i, self.T - 1))
+        begin, end = size * part // parts, size * (part + 1) // parts
+        if begin == end:
+            return
+        with T.serial(begin, end) as i:
+            t = self.emitter.held(T.max(T.min(first + i, self.T - 1), 0))
             for p in sequence:
                 if not self._own(p):
                     self._fetch(self.buffers[_name(p)], [t])
@@ -376,8 +381,13 @@ class _Builder:
         source, target = (sequence, inside) if loading else (inside, sequence)
         self._copy(p, source, target, self.emitter.tokens)
 
-    def run(self, assigns: Sequence[Assign], renamed: bool = False) -> None:
-        """A block of the program, statement by statement."""
+    def run(
+        self,
+        assigns: Sequence[Assign],
+        renamed: bool = False,
+        fetched: tuple[Sequence[Expr], Any] | None = None,
+    ) -> None:
+        """A block of the program, statement by statement; meanwhile sequences are fetched from a token on."""
         suffix = "_out" if renamed else ""
         for a in assigns:
             if a.leaf.at is not None:
@@ -391,7 +401,9 @@ class _Builder:
             elif a.leaf.name not in self.emitter.stores:
                 self.emitter.reserve(a.leaf.name, a.target.axes)
         groups = grouped(statements(assigns, self.program, self.emitter.stores))
-        for group, over in zip(groups, read_last(groups), strict=True):
+        for i, (group, over) in enumerate(zip(groups, read_last(groups), strict=True)):
+            if fetched is not None:
+                self._fetch_part(*fetched, i, len(groups))
             self.emitter.group(group)
             self.emitter.release(over)
 

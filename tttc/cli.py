@@ -256,7 +256,7 @@ def compile_variant(
     With --target, -o is a folder for the source, the PTX, the machine code and how to launch it.
 
         tttc compile ttt_mlp
-        tttc compile mine.py:Mine --dim D=128 -o mine_layer.py
+        tttc compile mine.py:Mine --dim D=128 --backend torch -o mine_layer.py
         tttc compile ttt_mlp --target sm_90 --dtype bfloat16 -o kernels
     """
     if target is not None:

@@ -141,6 +141,9 @@ class CudaScan(TVMScan):
         """All that the text depends on. Not the version of TVM: the text does not need the TVM that wrote it."""
         return "\n".join([self._content(backward, stored), str(self.device)])
 
+    def _forward_settings(self, every: int, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        return (every,)  # a block has one head
+
     def _prepare(self) -> None:
         """Nothing: the threads are those of the GPU."""
 

@@ -23,7 +23,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, read_last, statements
+from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, heads_together, read_last, statements
 from tttc.backends.tvm.machine import BYTES, Machine
 from tttc.backends.tvm.ops import Functions
 from tttc.backends.tvm.points import Place, Store
@@ -62,24 +62,50 @@ def forward_kernel(scan: Scan, program: Program, machine: Machine, stored: Mappi
         if scan.loops:
             for p in scan.carry:
                 b.keep(p)
-            b.scalar("every")
-        with b.each_head():
-            b.fixed_ready(scan.fixed)
-            for p in scan.carry:
-                b.load_variable(p, b.buffers[_name(p)])
-            with b.chunks(scan.loops) as chunk:
-                if scan.loops:
-                    b.save_kept(scan.carry, chunk)
-                b.sequences_ready(scan.sequence)
-                b.run(scan.block.assigns, fetched=(scan.sequence, b.first + b.chunk))
-                b.sequences_done([a.target for a in scan.outputs])
-                if not scan.loops:
-                    for p in made:
-                        b.save_variable(p, b.buffers[f"{_name(p)}_out"])
+            b.every = T.arg("every", T.int32())
+        if heads_together(scan, program.dims, machine.lanes):
+            _heads_together(b, scan)
+        else:
+            _head_by_head(b, scan)
+    return Kernel(b.name, b.built, machine)
+
+
+def _head_by_head(b: _Builder, scan: Scan) -> None:
+    """All chunks of a head, with its weights in memory of the function."""
+    made = [a.target for a in scan.updates]
+    with b.each_head():
+        b.fixed_ready(scan.fixed)
+        for p in scan.carry:
+            b.load_variable(p, b.buffers[_name(p)])
+        with b.chunks(scan.loops) as chunk:
             if scan.loops:
+                b.save_kept(scan.carry, chunk)
+            b.sequences_ready(scan.sequence)
+            b.run(scan.block.assigns, fetched=(scan.sequence, b.first + b.chunk))
+            b.sequences_done([a.target for a in scan.outputs])
+            if not scan.loops:
                 for p in made:
                     b.save_variable(p, b.buffers[f"{_name(p)}_out"])
-    return Kernel(b.name, b.built, machine)
+        if scan.loops:
+            for p in made:
+                b.save_variable(p, b.buffers[f"{_name(p)}_out"])
+
+
+def _heads_together(b: _Builder, scan: Scan) -> None:
+    """Chunk by chunk, in each some heads: the rows of a token lie side by side, each page is visited once."""
+    b.together = T.arg("together", T.int32())
+    outs = {p: b.buffers[f"{_name(p)}_out"] for p in scan.carry}
+    with b.each_group():
+        with b.heads():
+            for p, out in outs.items():
+                b.copy(p, Slice(b.buffers[_name(p)], b.g), Slice(out, b.g))
+        with b.chunks(True) as chunk, b.heads():
+            b.fixed_ready(scan.fixed)
+            b.emitter.stores |= {_name(p): Store(out, b.machine, b.g) for p, out in outs.items()}
+            b.save_kept(scan.carry, chunk)
+            b.sequences_ready(scan.sequence)
+            b.run(scan.block.assigns, fetched=(scan.sequence, b.first + b.chunk))
+            b.sequences_done([a.target for a in scan.outputs])
 
 
 def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: Mapping[str, str]) -> Kernel:
@@ -101,7 +127,7 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
         if scan.loops:
             for p in scan.carry:
                 b.workspace(p)
-            b.scalar("every")
+            b.every = T.arg("every", T.int32())
         with b.each_head():
             b.fixed_ready(scan.fixed)
             for d in d_made:
@@ -151,6 +177,7 @@ class _Builder:
                 T.func_attr({"tirx.noalias": True, "global_symbol": self.name})
                 self.B, self.H, self.T, self.K, self.E = (T.int32() for _ in range(5))
                 self.every: Any = None
+                self.together: Any = None
                 self.scratch_size = T.arg("scratch_size", T.int32())
                 yield
             size = tirx.const(self.scratch.size, "int32")  # known when all is written
@@ -191,28 +218,44 @@ class _Builder:
         """The carry at each chunk of a group: [B, H, every, ...]."""
         self._buffer(f"{_name(p)}_work", [self.B, self.H, self.E, *self._own(p)])
 
-    def scalar(self, name: str) -> None:
-        self.every = T.arg(name, T.int32())
-
     # -- loops
 
     @contextmanager
     def each_head(self) -> Iterator[None]:
         with T.parallel(self.B * self.H) as i:
-            self.scratch = Scratch(T.alloc_buffer((self.scratch_size,), self.machine.dtype, scope="global"))
-            held = self._emitter(1, 1).held
-            self.g = held(T.truncdiv(i, self.H)), held(T.truncmod(i, self.H))
-            self._cleared()
+            self._begin()
+            self.g = self.emitter.held(T.truncdiv(i, self.H)), self.emitter.held(T.truncmod(i, self.H))
             yield
+
+    @contextmanager
+    def each_group(self) -> Iterator[None]:
+        """So many heads `together`, of one batch element."""
+        groups = T.truncdiv(self.H + self.together - 1, self.together)
+        with T.parallel(self.B * groups) as i:
+            self._begin()
+            self.batch = self.emitter.held(T.truncdiv(i, groups))
+            self.first_head = self.emitter.held(T.truncmod(i, groups) * self.together)
+            yield
+
+    @contextmanager
+    def heads(self) -> Iterator[None]:
+        """The heads of a group, one after the other."""
+        with T.serial(T.min(self.together, self.H - self.first_head)) as i:
+            self.g = self.batch, self.emitter.held(self.first_head + i)
+            yield
+
+    def _begin(self) -> None:
+        """The memory of a thread, and what writes its statements."""
+        self.scratch = Scratch(T.alloc_buffer((self.scratch_size,), self.machine.dtype, scope="global"))
+        chunk = self.chunk if self.scan.loops else 1
+        self.emitter = Emitter(self.machine, self.program.dims, _one(), chunk, self.scratch)
+        self._cleared()
 
     def _cleared(self) -> None:
         """Zeros, as far as it is no work: tiles reach beyond the last token, and denormal numbers there are slow."""
         zero, lanes = self.vectors.const(0.0), self.machine.lanes
         with T.serial(T.truncdiv(T.min(self.scratch_size, CLEARED), lanes)) as i:
             T.add_to_parent(self.scratch.block.vstore([i * lanes], zero))
-
-    def _emitter(self, tokens: Any, chunk: Any) -> Emitter:
-        return Emitter(self.machine, self.program.dims, tokens, chunk, self.scratch)
 
     @property
     def chunk(self) -> Any:
@@ -243,10 +286,10 @@ class _Builder:
             first = group * self.every
             length = T.min(count - first, self.every)
             for p in scan.carry:
-                self._copy(p, _Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, group)), self.emitter.stores[_name(p)])
+                self.copy(p, Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, group)), self.emitter.stores[_name(p)])
             with T.serial(length) as j:
                 for p in scan.carry:
-                    self._copy(p, self.emitter.stores[_name(p)], _Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)))
+                    self.copy(p, self.emitter.stores[_name(p)], Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)))
                 with T.If(j + 1 < length), T.Then(), self._scope():
                     self._begin_chunk((first + j) * size, tirx.const(size, "int32") if isinstance(size, int) else size)
                     self.sequences_ready(scan.sequence)
@@ -254,7 +297,7 @@ class _Builder:
             with T.serial(length) as back:
                 j = length - 1 - back
                 for p in scan.carry:
-                    self._copy(p, _Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)), self.emitter.stores[_name(p)])
+                    self.copy(p, Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)), self.emitter.stores[_name(p)])
                 self._begin_chunk((first + j) * size, T.min(self.T - (first + j) * size, size))
                 yield
 
@@ -269,8 +312,7 @@ class _Builder:
     # -- variables
 
     def fixed_ready(self, fixed: Sequence[Expr]) -> None:
-        """The emitter, with what stays: read in place where it is whole vectors."""
-        self.emitter = self._emitter(_one(), self.chunk if self.scan.loops else 1)
+        """What stays: read in place where it is whole vectors."""
         for p in fixed:
             self._ready(p, self.buffers[_name(p)])
         if not self.scan.loops:
@@ -294,21 +336,21 @@ class _Builder:
     def load_variable(self, p: Expr, buffer: Any) -> None:
         """A variable of the function, from a tensor or zero."""
         store = self.emitter.reserve(_name(p), p.axes)
-        self._copy(p, None if buffer is None else _Slice(buffer, self.g), store)
+        self.copy(p, None if buffer is None else Slice(buffer, self.g), store)
 
     def save_variable(self, p: Expr, buffer: Any) -> None:
-        self._copy(p, self.emitter.stores[_name(p)], _Slice(buffer, self.g))
+        self.copy(p, self.emitter.stores[_name(p)], Slice(buffer, self.g))
 
     def save_kept(self, carry: Sequence[Expr], chunk: Any) -> None:
         with T.If(T.EQ(T.truncmod(chunk, self.every), 0)), T.Then():
             for p in carry:
-                self._copy(
+                self.copy(
                     p,
                     self.emitter.stores[_name(p)],
-                    _Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, T.truncdiv(chunk, self.every))),
+                    Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, T.truncdiv(chunk, self.every))),
                 )
 
-    def _copy(self, p: Expr, source: Any, target: Any, tokens: Any = None) -> None:
+    def copy(self, p: Expr, source: Any, target: Any, tokens: Any = None) -> None:
         """Entry by entry, or vector by vector where both are laid out alike."""
         extents = [tokens if a.size == TOKENS else self.program.dims[a.size] for a in p.axes]
         whole = self._whole(p)
@@ -321,8 +363,8 @@ class _Builder:
             v = frame.__enter__()
             places.append(Place(v * self.machine.lanes if last and whole else v, (), lanes=last and whole))
         zero = self.emitter.vectors.const(0.0) if whole else self.emitter.numbers.const(0.0)
-        target = Store(target.buffer, self.machine, target.prefix) if isinstance(target, _Slice) else target
-        source = Store(source.buffer, self.machine, source.prefix) if isinstance(source, _Slice) else source
+        target = Store(target.buffer, self.machine, target.prefix) if isinstance(target, Slice) else target
+        source = Store(source.buffer, self.machine, source.prefix) if isinstance(source, Slice) else source
         target.save(places, zero if source is None else source.load(places).it)
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
@@ -337,7 +379,7 @@ class _Builder:
                 self.emitter.stores[_name(p)] = Store(buffer, self.machine, self.g, self.first, self.emitter.tokens)
             else:
                 store = self.emitter.reserve(_name(p), p.axes)
-                source = _Slice(buffer, self.g)
+                source = Slice(buffer, self.g)
                 self._copy_tokens(p, source, store, loading=True)
 
     def _fetch_part(self, sequence: Sequence[Expr], first: Any, part: int, parts: int) -> None:
@@ -369,7 +411,7 @@ class _Builder:
             if p.arg[0].at is not None and not self._whole(p):
                 self._copy_tokens(
                     p,
-                    _Slice(self.buffers[f"{_name(p)}{suffix}"], self.g),
+                    Slice(self.buffers[f"{_name(p)}{suffix}"], self.g),
                     self.emitter.stores[_name(p)],
                     loading=False,
                 )
@@ -379,7 +421,7 @@ class _Builder:
     def _copy_tokens(self, p: Expr, outside: Any, inside: Store, *, loading: bool) -> None:
         sequence = Store(outside.buffer, self.machine, outside.prefix, self.first, self.emitter.tokens)
         source, target = (sequence, inside) if loading else (inside, sequence)
-        self._copy(p, source, target, self.emitter.tokens)
+        self.copy(p, source, target, self.emitter.tokens)
 
     def run(
         self,
@@ -409,7 +451,7 @@ class _Builder:
 
 
 @dataclass(frozen=True)
-class _Slice:
+class Slice:
     """Part of a tensor of the caller."""
 
     buffer: Any

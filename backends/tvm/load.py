@@ -22,6 +22,7 @@ import torch
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Settings, Source
+from tttc.backends.tvm.loops import heads_together
 from tttc.backends.tvm.machine import Config, Machine, host
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan, ScanAdjoint
@@ -43,6 +44,9 @@ LEFT_OUT = (
     "tirx.CommonSubexprElim",
     "tirx.RemoveNoOp",
 )
+# Numbers that a first cache holds beside what a chunk works on: the weights of one head stay there all the time. Those
+# of several heads that a thread takes together are half of a second cache.
+NEAR, CACHED = 6144, 1 << 17
 _lock = RLock()
 
 
@@ -86,7 +90,7 @@ class TVMScan:
             every = checkpoint or 1  # every carry; the values of a chunk are always made again
             groups = -(-self._chunks(inputs) // every)
             kept = [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[:carried]]
-            settings = (every,)
+            settings = self._forward_settings(every, inputs)
         self._call(self._kernel_for(False, stored), [*inputs, *outputs, *kept], settings)
         return tuple(outputs), kept
 
@@ -110,6 +114,15 @@ class TVMScan:
         self._prepare()
         for part in _addressable(tensors):
             kernel(*part, *settings)
+
+    def _forward_settings(self, every: int, inputs: Tensors) -> tuple[int, ...]:
+        """Beside the distance of kept carries, how many heads a thread takes together."""
+        if not heads_together(self.scan, self.program.dims, self._machine.lanes):
+            return (every,)
+        batch, heads = inputs[0].shape[:2]
+        weights = sum(x[0, 0].numel() for x in inputs[: len(self.scan.carry)]) if batch * heads else 1
+        most = 1 if weights <= NEAR else CACHED // weights
+        return every, _together(batch, heads, torch.get_num_threads(), most)
 
     def _prepare(self) -> None:
         """What a call needs beside its tensors."""
@@ -187,6 +200,12 @@ def stored_tokens(scan: Scan, dtype: torch.dtype) -> Stored:
     """The same, for tokens in this dtype and everything else in float32."""
     tokens = [_name(p) for p in scan.sequence if p.arg[0].role == "token"]
     return stored_as(scan, dict.fromkeys(tokens, dtype) if dtype in (torch.float16, torch.bfloat16) else {})
+
+
+def _together(batch: int, heads: int, threads: int, most: int) -> int:
+    """As many heads as one thread may take, so that no thread has more to do than another must."""
+    counts = range(1, max(1, min(heads, most)) + 1)
+    return min(counts, key=lambda n: (-(-batch * -(-heads // n) // threads) * n, -n))
 
 
 def _name(p: Expr) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from tttc.ir import build as b
 from tttc.ir.differentiate import lower_composites
 from tttc.ir.expr import Axes, Axis, Expr, leaf, leaves, postorder, rebuild, substitute, transform
-from tttc.ir.program import Assign, Program, ScanAdjoint
+from tttc.ir.program import Assign, Program, Scan, ScanAdjoint
 from tttc.ir.text import Namer, Printer, core
 
 TOKENS = "C"  # the size of an axis that runs along the tokens of a chunk
@@ -336,6 +336,12 @@ def backward_block(a: ScanAdjoint) -> list[Assign]:
     return [Assign(x.target, v) for x, v in zip(a.backward.assigns, replaced, strict=True)]
 
 
+def heads_together(scan: Scan, dims: Mapping[str, int], lanes: int) -> bool:
+    """Whether a forward kernel does a chunk for some heads before the next: their weights stay in the new carry."""
+    whole = all(p.axes and dims[p.axes[-1].size] % lanes == 0 for p in scan.carry)
+    return scan.loops and whole and {a.target for a in scan.updates} == set(scan.carry)
+
+
 def listing(program: Program) -> str:
     """Every kernel as the statements that it is made of."""
     lines = [f"# Kernels of the variant `{program.name}`: for each batch element and head, in parallel, ..."]
@@ -355,4 +361,15 @@ def _listed(made: Iterable[Statement]) -> list[str]:
     return lines
 
 
-__all__ = ["TOKENS", "Group", "Statement", "backward_block", "grouped", "listing", "read", "read_last", "statements"]
+__all__ = [
+    "TOKENS",
+    "Group",
+    "Statement",
+    "backward_block",
+    "grouped",
+    "heads_together",
+    "listing",
+    "read",
+    "read_last",
+    "statements",
+]

@@ -48,7 +48,7 @@ def call(layer: Layer, tokens: int) -> Any:
 def compared(name: str, tokens: int, rounds: int) -> dict[str, Any]:
     """The chosen chunk against chunk=1: equal results first, then medians of interleaved rounds."""
     variant = getattr(tttc.library, name)
-    chosen, single = (tttc.compile(variant, {"D": SIZES["D"]}, chunk=c) for c in (None, 1))
+    chosen, single = (tttc.compile(variant, {"D": SIZES["D"]}, backend="torch", chunk=c) for c in (None, 1))
     runs = {"chosen": call(chosen, tokens), "single": call(single, tokens)}
     (z, state), (z1, state1) = (run() for run in runs.values())
     error = max(relative_error(z, z1), *(relative_error(state[n], state1[n]) for n in state))
@@ -76,7 +76,7 @@ def compared(name: str, tokens: int, rounds: int) -> dict[str, Any]:
 def lact_memory(tokens: int) -> float:
     """GiB that one forward and backward of LaCT needs above its inputs."""
     dims = {n: LACT[n] for n in ("D", "F")}
-    layer = tttc.compile(tttc.library.LaCT, dims)
+    layer = tttc.compile(tttc.library.LaCT, dims, backend="torch")
     generator = torch.Generator().manual_seed(0)
     shape = (LACT["B"], tokens, LACT["H"])
     tensors = [torch.randn(*shape, LACT["D"], generator=generator).requires_grad_() for _ in range(3)]

@@ -252,6 +252,8 @@ def faulty(fault):
 class Faulty:
     """A scan whose forward or backward is off by a thousandth, or fails."""
 
+    halves = False
+
     def __init__(self, scan, fault):
         self.scan, self.fault, self.recorded = scan, fault, scan
 

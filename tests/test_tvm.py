@@ -72,7 +72,7 @@ def test_every_library_variant_equals_the_oracle(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("D", [3, 17, 64])
+@pytest.mark.parametrize("D", [3, 17, 64, 96])
 @pytest.mark.parametrize("name", LIBRARY)
 def test_every_library_variant_at_other_widths(name, D):
     assert not compared(name, D)

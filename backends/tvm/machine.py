@@ -38,13 +38,14 @@ class Machine:
 
     def tile(self, rows: int | None, vectors: int) -> tuple[int, int]:
         """Rows and vectors of a tile of accumulators: what leaves the least over, then what loads the least for its
-        products. A quarter of the registers is for what is multiplied.
+        products. Beside the accumulators there must be a register for each vector of a row, and one for the number
+        that they are multiplied by: one register short, and an accumulator goes through memory in every pass.
         """
-        budget = self.registers * 3 // 4
         candidates = [
             (high, wide)
             for wide in range(1, min(vectors, self.config.tile_vectors) + 1)
-            for high in range(1, min(rows or 8, budget // wide, self.config.tile_rows, HIGHEST) + 1)
+            for high in range(1, min(rows or 8, self.config.tile_rows, HIGHEST) + 1)
+            if high * wide + wide + 1 <= self.registers
         ]
 
         def worth(tile: tuple[int, int]) -> tuple[float, int]:

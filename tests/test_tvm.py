@@ -351,8 +351,8 @@ def test_heads_may_be_taken_together(monkeypatch):
     layer = compiled(TTTLinear, {"D": 16}, torch.float32)
     inputs = converted(inputs_for(layer, 40, heads=5, batch=2), torch.float32)
     found = []
-    for near in (10**9, 0):
-        monkeypatch.setattr(load, "NEAR", near)
+    for cached in (0, 10**9):
+        monkeypatch.setattr(load, "CACHED", cached)
         found.append(layer_result(layer, inputs))
     assert torch.equal(found[0].z, found[1].z)
     assert all(torch.equal(found[0].final[n], w) for n, w in found[1].final.items())

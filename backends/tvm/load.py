@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,7 @@ LEFT_OUT = (
     "tirx.CommonSubexprElim",
     "tirx.RemoveNoOp",
 )
-# Numbers that a first cache holds beside what a chunk works on: the weights of one head stay there all the time. Those
-# of several heads that a thread takes together are half of a second cache.
-NEAR, CACHED = 6144, 1 << 17
+CACHED = 1 << 17  # numbers that a second cache holds: the weights of the heads that a thread takes together
 _lock = RLock()
 
 
@@ -117,12 +116,15 @@ class TVMScan:
 
     def _forward_settings(self, every: int, inputs: Tensors) -> tuple[int, ...]:
         """Beside the distance of kept carries, how many heads a thread takes together."""
-        if not heads_together(self.scan, self.program.dims, self._machine.lanes):
+        if not self._heads_together:
             return (every,)
         batch, heads = inputs[0].shape[:2]
-        weights = sum(x[0, 0].numel() for x in inputs[: len(self.scan.carry)]) if batch * heads else 1
-        most = 1 if weights <= NEAR else CACHED // weights
-        return every, _together(batch, heads, torch.get_num_threads(), most)
+        weights = sum(prod(x.shape[2:]) for x in inputs[: len(self.scan.carry)])
+        return every, _together(batch, heads, torch.get_num_threads(), CACHED // weights)
+
+    @cached_property
+    def _heads_together(self) -> bool:
+        return heads_together(self.scan, self.program.dims, self._machine.lanes)
 
     def _prepare(self) -> None:
         """What a call needs beside its tensors."""
@@ -134,17 +136,15 @@ class TVMScan:
         return stored_as(self.scan, half)
 
     def _empty(self, target: Expr, inputs: Tensors, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
-        sizes = {
-            a.size: n
-            for p, x in zip(self.scan.params, inputs, strict=True)
-            for a, n in zip(p.axes, x.shape[2:], strict=True)
-        }
-        own = [sizes.get(a.size) or self.program.dims[a.size] for a in target.axes]
+        own = [self.program.dims.get(a.size) or self._tokens(inputs) for a in target.axes]
         return _like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
 
+    def _tokens(self, inputs: Tensors) -> int:
+        """How many tokens the sequences have, the last of the inputs."""
+        return int(inputs[-1].shape[2])
+
     def _chunks(self, inputs: Tensors) -> int:
-        tokens = next(x.shape[2] for p, x in zip(self.scan.params, inputs, strict=True) if p.arg[0].at)
-        return 1 if self.scan.chunk == "T" else -(-tokens // int(self.scan.chunk))
+        return 1 if self.scan.chunk == "T" else -(-self._tokens(inputs) // int(self.scan.chunk))
 
     # -- compiled when first called
 
@@ -162,7 +162,7 @@ class TVMScan:
             return backward_kernel(self.adjoint, self.program, self._machine, dict(stored))
         return forward_kernel(self.scan, self.program, self._machine, dict(stored))
 
-    @property
+    @cached_property
     def _machine(self) -> Machine:
         return host("float64" if self.dtype == torch.float64 else "float32", self.config)
 
@@ -239,11 +239,11 @@ def _laid_out(of: Sequence[Expr], tensors: Tensors) -> list[torch.Tensor]:
 
 
 def _contiguous_from(axis: int, x: torch.Tensor) -> torch.Tensor:
-    expected = 1
-    for size, stride in zip(reversed(x.shape[axis:]), reversed(x.stride()[axis:]), strict=True):
-        if size != 1 and stride != expected:
+    expected, shape, strides = 1, x.shape, x.stride()
+    for i in range(len(shape) - 1, axis - 1, -1):
+        if shape[i] != 1 and strides[i] != expected:
             return x.contiguous()
-        expected *= size
+        expected *= shape[i]
     return x
 
 

@@ -10,6 +10,7 @@ from tttc.backends.processor import instruction_sets, processor
 # bytes of a vector register, and how many there are, by the instruction set that has them, the widest first
 VECTORS = {"avx512f": (64, 32), "avx2": (32, 16), "asimd": (16, 32), "neon": (16, 32), "sse2": (16, 16)}
 HIGHEST = 12  # rows of a tile
+IN_FLIGHT = 8  # products that two multipliers have begun and not ended
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
@@ -37,9 +38,11 @@ class Machine:
         return f"{self.dtype}x{self.lanes}"
 
     def tile(self, rows: int | None, vectors: int) -> tuple[int, int]:
-        """Rows and vectors of a tile of accumulators: what leaves the least over, then what loads the least for its
-        products. Beside the accumulators there must be a register for each vector of a row, and one for the number
-        that they are multiplied by: one register short, and an accumulator goes through memory in every pass.
+        """Rows and vectors of a tile of accumulators: what leaves the least over of those that keep both multipliers
+        busy, which need their results after four cycles and get two numbers a cycle; then what loads the least.
+
+        Beside the accumulators there must be a register for each vector of a row, and one for the number that they are
+        multiplied by: one register short, and an accumulator goes through memory in every pass.
         """
         candidates = [
             (high, wide)
@@ -48,11 +51,12 @@ class Machine:
             if high * wide + wide + 1 <= self.registers
         ]
 
-        def worth(tile: tuple[int, int]) -> tuple[float, int]:
+        def worth(tile: tuple[int, int]) -> tuple[float, float, int]:
             high, wide = tile
-            busy = vectors / (-(-vectors // wide) * wide)
+            busy = min(1.0, high * wide / max(high + wide, IN_FLIGHT))
+            busy *= vectors / (-(-vectors // wide) * wide)
             busy *= rows / (-(-rows // high) * high) if rows else 1.0
-            return busy * high * wide / (high * wide + high + wide), wide
+            return busy, high * wide / (high + wide), high
 
         return max(candidates, key=worth, default=(1, 1))
 

@@ -67,9 +67,9 @@ def products(e: Emitter, s: Statement) -> None:
     row = axes[-2] if len(axes) > 1 else None
     rows, vectors = 1 if row is None else e.capacity(row), e.blocks(lane)
     half = vectors != 1 and (len(axes) - 2, len(axes) - 1) in e.triangles[s.name]
-    high, wide = e.machine.tile(
-        rows if isinstance(rows, int) else None, vectors if isinstance(vectors, int) and not half else 1
-    )
+    known = vectors if isinstance(vectors, int) else 1
+    # what a tile reaches of the half beyond the diagonal is work for nothing
+    high, wide = e.machine.tile(rows if isinstance(rows, int) else None, 2 - known % 2 if half else known)
     high = max(1, high // len(accumulated(s.value)))
     with e.loops(axes[:-2], {}) as at:
         if row is None:
@@ -87,11 +87,13 @@ def _across(e: Emitter, s: Statement, tile: Tile, half: bool) -> None:
     """All vectors of some rows; of a lower triangular matrix up to the diagonal, and then the zeros."""
     n, wide = e.blocks(tile.lane), tile.wide
     if half:
-        filled = e.held(T.min(T.truncdiv(tile.last_row + tile.lanes, tile.lanes), n))
+        reach = tile.lanes * wide
+        end = n // wide if isinstance(n, int) else n
+        filled = e.held(T.min(T.truncdiv(tile.last_row + reach, reach), end))
         with T.serial(filled) as j:
-            _accumulate(e, s, tile._replace(block=j))
-        with T.serial(filled, n) as j, _unrolled(tile.high) as (m,):
-            here = {**tile.rows(m), **tile._replace(block=j).vectors(0), **tile.rows(m)}
+            _accumulate(e, s, tile._replace(block=j * wide))
+        with T.serial(filled, end) as j, _unrolled(tile.high, wide) as (m, i):
+            here = {**tile._replace(block=j * wide).vectors(i), **tile.rows(m)}
             e.stores[s.name].save([here[a] for a in s.target.axes], e.vectors.const(0.0))
         return
     if not isinstance(n, int) or n >= 2 * wide:

@@ -118,7 +118,9 @@ class Call:
         if role == "param":
             return self.params[name]
         whole = self.sequences[name]
-        return whole[:, :, now:stop] if at else whole[:, :, stop - 1]
+        if not at:
+            return whole[:, :, stop - 1]
+        return whole if (now, stop) == (0, whole.shape[2]) else whole[:, :, now:stop]
 
     def refuse_non_finite(self) -> None:
         groups = {"": self.sequences, "param ": self.params, "state ": self.state.weights}
@@ -143,21 +145,21 @@ class Call:
     def _stored(self, x: torch.Tensor) -> torch.Tensor:
         """A sequence in the dtype of arithmetic, or as it is where the kernels read 16 bits."""
         as_it_is = self.layer.halves and x.dtype in (torch.float16, torch.bfloat16)
-        return x if as_it_is else x.to(self.layer.compute_dtype)
+        return x if as_it_is else _cast(x, self.layer.compute_dtype)
 
     def _flat(self, name: str, x: torch.Tensor, rank: int, dims: tuple[int, ...], *, batched: bool) -> torch.Tensor:
         """[*dims], [H, *dims] or, for states, [B, H, *dims] -> [B, H, *dims], where it lies."""
         self._tensor(name, x)
+        whole = (self.batch, self.heads, *dims)
+        if batched and x.shape == whole:
+            return _cast(x, self.layer.compute_dtype)
         leading = x.shape[: x.dim() - rank]
         allowed = [(), (self.heads,), (1,)] + ([(self.batch, self.heads), (1, self.heads), (1, 1)] if batched else [])
         if x.dim() < rank or tuple(leading) not in allowed or tuple(x.shape[x.dim() - rank :]) != dims:
             leads = [(), (self.heads,), *([(self.batch, self.heads)] if batched else [])]
             shown = [[*lead, *dims] for lead in leads]
             raise self._error(f"{name} has shape {list(x.shape)}", f"It must be {' or '.join(map(str, shown))}.")
-        x = x.to(self.layer.compute_dtype)
-        while x.dim() < rank + 2:
-            x = x.unsqueeze(0)
-        return x.expand(self.batch, self.heads, *dims)
+        return _cast(x, self.layer.compute_dtype).expand(whole)
 
     def _dims(self, dims: Sequence[str]) -> tuple[int, ...]:
         return tuple(self.layer.dims[d] for d in dims)
@@ -201,3 +203,8 @@ class Call:
                 f"{name} has dtype {x.dtype}, the layer was compiled for {dtype}",
                 f"Convert it, {name}.to({dtype}), or compile with dtype={x.dtype}.",
             )
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In this dtype; where it is, no operation of torch is called, whose microseconds are those of a decode step."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -13,7 +13,7 @@ function, padded to whole vectors, as does everything else whose last axis is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +23,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, heads_together, read_last, statements
+from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, heads_together, read_last, read_often, statements
 from tttc.backends.tvm.machine import BYTES, Machine
 from tttc.backends.tvm.ops import Functions
 from tttc.backends.tvm.points import Place, Store
@@ -80,8 +80,7 @@ def _head_by_head(b: _Builder, scan: Scan) -> None:
         with b.chunks(scan.loops) as chunk:
             if scan.loops:
                 b.save_kept(scan.carry, chunk)
-            b.sequences_ready(scan.sequence)
-            b.run(scan.block.assigns, fetched=(scan.sequence, b.first + b.chunk))
+            b.run(scan.block.assigns, scan.sequence, b.first + b.chunk)
             b.sequences_done([a.target for a in scan.outputs])
             if not scan.loops:
                 for p in made:
@@ -103,8 +102,7 @@ def _heads_together(b: _Builder, scan: Scan) -> None:
             b.fixed_ready(scan.fixed)
             b.emitter.stores |= {_name(p): Store(out, b.machine, b.g) for p, out in outs.items()}
             b.save_kept(scan.carry, chunk)
-            b.sequences_ready(scan.sequence)
-            b.run(scan.block.assigns, fetched=(scan.sequence, b.first + b.chunk))
+            b.run(scan.block.assigns, scan.sequence, b.first + b.chunk)
             b.sequences_done([a.target for a in scan.outputs])
 
 
@@ -139,9 +137,7 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
                 b.load_variable(d, None)
             if scan.loops:
                 with b.reversed_chunks(scan):
-                    sequences = (*scan.sequence, *d_outputs)
-                    b.sequences_ready(sequences)
-                    b.run(backward_block(a), renamed=True, fetched=(sequences, b.first - b.chunk))
+                    b.run(backward_block(a), (*scan.sequence, *d_outputs), b.first - b.chunk, renamed=True)
                     b.sequences_done([cotangent(p) for p in scan.sequence], "_out")
             else:
                 for p in scan.carry:
@@ -292,8 +288,7 @@ class _Builder:
                     self.copy(p, self.emitter.stores[_name(p)], Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)))
                 with T.If(j + 1 < length), T.Then(), self._scope():
                     self._begin_chunk((first + j) * size, tirx.const(size, "int32") if isinstance(size, int) else size)
-                    self.sequences_ready(scan.sequence)
-                    self.run(scan.updates, fetched=(scan.sequence, self.first + self.chunk))
+                    self.run(scan.updates, scan.sequence, self.first + self.chunk)
             with T.serial(length) as back:
                 j = length - 1 - back
                 for p in scan.carry:
@@ -371,11 +366,11 @@ class _Builder:
 
     # -- sequences
 
-    def sequences_ready(self, sequence: Sequence[Expr]) -> None:
-        """The tokens of this chunk: read in place where they are whole vectors."""
+    def sequences_ready(self, sequence: Sequence[Expr], copied: Collection[str]) -> None:
+        """The tokens of this chunk: read in place where they are whole vectors, but for those that are to be copied."""
         for p in sequence:
             buffer = self.buffers[_name(p)]
-            if self._whole(p):
+            if self._whole(p) and _name(p) not in copied:
                 self.emitter.stores[_name(p)] = Store(buffer, self.machine, self.g, self.first, self.emitter.tokens)
             else:
                 store = self.emitter.reserve(_name(p), p.axes)
@@ -424,12 +419,12 @@ class _Builder:
         self.copy(p, source, target, self.emitter.tokens)
 
     def run(
-        self,
-        assigns: Sequence[Assign],
-        renamed: bool = False,
-        fetched: tuple[Sequence[Expr], Any] | None = None,
+        self, assigns: Sequence[Assign], sequence: Sequence[Expr] = (), ahead: Any = None, renamed: bool = False
     ) -> None:
-        """A block of the program, statement by statement; meanwhile sequences are fetched from a token on."""
+        """A block of the program on the tokens of a sequence, statement by statement; those from the token `ahead` on
+        are fetched meanwhile. What products read often is copied at first: rows at some large distance from each other
+        share few places of a cache.
+        """
         suffix = "_out" if renamed else ""
         for a in assigns:
             if a.leaf.at is not None:
@@ -442,10 +437,12 @@ class _Builder:
                     self.emitter.reserve(a.leaf.name, a.target.axes)
             elif a.leaf.name not in self.emitter.stores:
                 self.emitter.reserve(a.leaf.name, a.target.axes)
-        groups = grouped(statements(assigns, self.program, self.emitter.stores))
+        names = [_name(p) for p in sequence]
+        groups = grouped(statements(assigns, self.program, {*self.emitter.stores, *names}))
+        self.sequences_ready(sequence, [n for n in names if any(read_often(n, g) for g in groups)])
         for i, (group, over) in enumerate(zip(groups, read_last(groups), strict=True)):
-            if fetched is not None:
-                self._fetch_part(*fetched, i, len(groups))
+            if ahead is not None:
+                self._fetch_part(sequence, ahead, i, len(groups))
             self.emitter.group(group)
             self.emitter.release(over)
 

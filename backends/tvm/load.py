@@ -223,13 +223,18 @@ def _like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtyp
 def _addressable(tensors: Tensors) -> Iterator[Tensors]:
     """The tensors in parts of their batch, or of their heads, whose entries an int32 can count."""
     batch, heads = tensors[0].shape[:2]
-    reach = max(sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors)
-    if reach < 2**31 or batch * heads == 1:
+    if batch * heads == 1 or max(map(_reach, tensors)) < 2**31:
         yield tensors
         return
     axis, half = (0, batch // 2) if batch > 1 else (1, heads // 2)
     for first, count in ((0, half), (half, tensors[0].shape[axis] - half)):
         yield from _addressable([x.narrow(axis, first, count) for x in tensors])
+
+
+def _reach(x: torch.Tensor) -> int:
+    """How far the last entry lies from the first, or the length of the memory that they lie in, where that will do."""
+    whole = x.untyped_storage().nbytes() // x.element_size()
+    return whole if whole < 2**31 else sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True))
 
 
 def _laid_out(of: Sequence[Expr], tensors: Tensors) -> list[torch.Tensor]:

@@ -291,6 +291,14 @@ def read_last(groups: Sequence[Group]) -> list[list[str]]:
     return [[name for name, at in last.items() if at == i] for i in range(len(groups))]
 
 
+def read_often(name: str, group: Group) -> bool:
+    """Whether a product reads it: every entry once for each row or column of the result."""
+    return any(
+        s.products and any(e.arg[0].name == name and len(e.axes) > 1 for e, _ in read(s.value))
+        for s in group.statements
+    )
+
+
 def _ready(waiting: Sequence[Statement]) -> list[Statement]:
     """The first statement, and where it goes by rows all later ones that can join it."""
     first = waiting[0]
@@ -371,5 +379,6 @@ __all__ = [
     "listing",
     "read",
     "read_last",
+    "read_often",
     "statements",
 ]

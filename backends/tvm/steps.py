@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tttc.backends.tvm.device import WARP, Device
-from tttc.backends.tvm.loops import Group, Statement, read
+from tttc.backends.tvm.loops import Group, Statement, read, read_often
 from tttc.backends.tvm.sums import accumulated
 from tttc.ir.expr import Axes, Axis, Expr
 
@@ -74,7 +74,7 @@ def stepped(groups: Iterable[Group], sequences: Collection[str], device: Device,
     for group in groups:
         plain, operands = _read(group, device)
         for name, e in plain.items():
-            if name in sequences and name not in copied and _read_often(name, group):
+            if name in sequences and name not in copied and read_often(name, group):
                 copied.add(name)
                 found.made[staged(name)] = e.axes
                 found.steps.append(Step("stage", frozenset({staged(name)}), frozenset({name}), e))
@@ -117,13 +117,6 @@ def _outside(value: Expr, sums: set[Expr]) -> list[Expr]:
     if value.op == "leaf":
         return [value]
     return [e for s in value.src for e in _outside(s, sums)]
-
-
-def _read_often(name: str, group: Group) -> bool:
-    """Whether a product reads it: every entry once for each row or column of the result."""
-    return any(
-        s.products and any(_name(e) == name and len(e.axes) > 1 for e, _ in read(s.value)) for s in group.statements
-    )
 
 
 def matrix_products(s: Statement) -> dict[Expr, list[MatrixProduct]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from tttc.ir.program import Program
@@ -14,10 +15,14 @@ Settings = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Source:
-    """Generated code: a file that can be printed, saved and read."""
+    """Generated code: a file that can be printed, saved and read. It is written when it is first asked for."""
 
-    text: str
+    write: Callable[[], str]
     language: str
+
+    @cached_property
+    def text(self) -> str:
+        return self.write()
 
 
 class CompiledScan(Protocol):
@@ -34,6 +39,10 @@ class CompiledScan(Protocol):
     @property
     def recorded(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives; often itself."""
+        ...
+
+    def expect_backward(self, inputs: Sequence[Any]) -> None:
+        """Said before a forward that will be followed by a backward: what takes long to make may be begun."""
         ...
 
     def forward(self, inputs: Sequence[Any], checkpoint: int) -> tuple[tuple[Any, ...], Any]:

@@ -175,6 +175,9 @@ class Dropped:
     def __init__(self, scan):
         self.scan = scan
 
+    def expect_backward(self, inputs):
+        self.scan.expect_backward(inputs)
+
     def forward(self, inputs, checkpoint):
         (z, *carry), saved = self.scan.forward(inputs, checkpoint)
         return (z, *(torch.zeros_like(x) for x in carry)), saved

@@ -257,6 +257,9 @@ class Faulty:
     def __init__(self, scan, fault):
         self.scan, self.fault, self.recorded = scan, fault, scan
 
+    def expect_backward(self, inputs):
+        self.scan.expect_backward(inputs)
+
     def forward(self, inputs, checkpoint):
         if self.fault == "raises":
             raise RuntimeError("no such instruction")

@@ -127,12 +127,12 @@ def compile(
     source = chosen.emit(stages.program)
     scans = chosen.load(source, stages.program, _checked_config(lookup, taken, chosen, stages.program))
     milliseconds = (time.perf_counter() - began) * 1e3
-    stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source.text))
+    stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source))
     return Layer(
         declared,
         stages,
         scans,
-        source.text,
+        source,
         dims=sizes,
         dtype=dtype,
         device=torch.device(device),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tttc import declare
+from tttc.backends.interface import Source
 from tttc.errors import NotDifferentiable, SourceLine, problems_text, refusal
 from tttc.ir import differentiate
 from tttc.ir.adjoint import adjoint
@@ -64,13 +65,13 @@ class Entry:
     total: int
     program: Program | None
     milliseconds: float
-    text: str = ""
+    source: Source | None = None
     where: SourceLine | None = None
 
     def __str__(self) -> str:
         origin = f" - from {self.where}" if self.where else ""
         head = f"# stage {self.number} of {self.total}: {self.name} - {self.milliseconds:.1f} ms{origin}\n"
-        return head + (str(self.program) if self.program else self.text)
+        return head + (self.source.text if self.source else str(self.program))
 
 
 class History:

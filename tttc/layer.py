@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tttc.backends.interface import CompiledScan
+from tttc.backends.interface import CompiledScan, Source
 from tttc.call import Call
 from tttc.compile import History
 from tttc.explain import explain
@@ -27,6 +27,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scan: CompiledScan, checkpoint: int, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scan.expect_backward(inputs)
         outputs, saved = scan.forward(inputs, checkpoint)
         ctx.scan, ctx.checkpoint, ctx.saved = scan, checkpoint, saved
         ctx.save_for_backward(*inputs)
@@ -55,7 +56,7 @@ class Layer:
         signature: Signature,
         stages: History,
         scans: Mapping[str, CompiledScan],
-        source: str,
+        source: Source,
         *,
         dims: Mapping[str, int],
         dtype: torch.dtype,
@@ -66,7 +67,7 @@ class Layer:
         decode: str = "auto",
         tuning: Tuning = UNTUNED,
     ) -> None:
-        self.signature, self.stages, self.source = signature, stages, source
+        self.signature, self.stages, self._source = signature, stages, source
         self.dims, self.dtype, self.device = dict(dims), dtype, device
         self.backend, self.why, self.checkpoint, self.tuning = backend, why, checkpoint, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -89,6 +90,11 @@ class Layer:
         self._width: tuple[str, ...] = (
             tuple(a.size for a in output.axes if a.name not in ("t", "s")) if output is not None else ()
         )
+
+    @property
+    def source(self) -> str:
+        """The generated code, as text."""
+        return self._source.text
 
     def __repr__(self) -> str:
         dims = ", ".join(f"{d}={n}" for d, n in self.dims.items())

@@ -48,7 +48,7 @@ def emit(program: Program) -> Source:
         parts += [_step(a.scan, program), _step_saving(a, program), _step_adjoint(a, program)]
         if a.scan.loops:
             parts += [_loop(a), _adjoint_loop(a)]
-    return Source("\n".join(parts), "python")
+    return Source(lambda: "\n".join(parts), "python")
 
 
 # -- one chunk ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def refusals(program: Program) -> list[str]:
 
 def emit(program: Program) -> Source:
     """The statements of every kernel; `TVMScan.script()` has the TensorIR that they become."""
-    return Source(listing(program), "text")
+    return Source(lambda: listing(program), "text")
 
 
 __all__ = ["emit", "refusals"]

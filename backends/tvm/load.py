@@ -15,7 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from threading import RLock
+from threading import RLock, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +63,7 @@ class TVMScan:
         self.scan: Scan = adjoint.scan
         self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
         self._compiled: dict[tuple[bool, Stored], Callable[..., None]] = {}
+        self._locks = {False: RLock(), True: RLock()}
 
     @property
     def halves(self) -> bool:
@@ -148,26 +149,38 @@ class TVMScan:
 
     # -- compiled when first called
 
+    def expect_backward(self, inputs: Tensors) -> None:
+        """Compile the backward beside the forward: LLVM takes one core, and several times as long for a backward."""
+        key = True, self._stored(inputs)
+        if key not in self._compiled:
+            # no daemon: a process must not end while LLVM works in it
+            Thread(target=self._kernel_for, args=key, name=f"{self.scan.name}_adjoint").start()
+
     def _kernel_for(self, backward: bool, stored: Stored) -> Callable[..., None]:
-        if (backward, stored) not in self._compiled:
-            with _lock:
-                self._compiled[backward, stored] = self._made(backward, stored)
-        return self._compiled[backward, stored]
+        key = backward, stored
+        if key not in self._compiled:
+            with self._locks[backward]:
+                if key not in self._compiled:
+                    self._compiled[key] = self._made(backward, stored)
+        return self._compiled[key]
 
     def _kernel(self, backward: bool, stored: Stored) -> Kernel:
-        imported_tvm()
-        from tttc.backends.tvm.kernels import backward_kernel, forward_kernel
+        with _lock:
+            imported_tvm()
+            from tttc.backends.tvm.kernels import backward_kernel, forward_kernel
 
-        if backward:
-            return backward_kernel(self.adjoint, self.program, self._machine, dict(stored))
-        return forward_kernel(self.scan, self.program, self._machine, dict(stored))
+            if backward:
+                return backward_kernel(self.adjoint, self.program, self._machine, dict(stored))
+            return forward_kernel(self.scan, self.program, self._machine, dict(stored))
 
     @cached_property
     def _machine(self) -> Machine:
         return host("float64" if self.dtype == torch.float64 else "float32", self.config)
 
     def _made(self, backward: bool, stored: Stored) -> Callable[..., None]:
-        """A kernel from the disk, or compiled and left there."""
+        """A kernel from the disk, or compiled and left there. The file is loaded in either case: from what TVM has in
+        memory, LLVM would make the same code once more.
+        """
         built: list[Any] = []
 
         def make(path: Path) -> None:
@@ -175,7 +188,10 @@ class TVMScan:
             _link(built[0], path)
 
         path = cached("tvm", self._key(backward, stored), ".so", make)
-        library = built[0] if built else _runtime()(str(path)) if path else _build(self._kernel(backward, stored))
+        if path is not None:
+            library = _runtime()(str(path))
+        else:
+            library = built[0] if built else _build(self._kernel(backward, stored))
         return library[f"{self.scan.name}_adjoint" if backward else self.scan.name]
 
     def _key(self, backward: bool, stored: Stored) -> str:

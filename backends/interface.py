@@ -45,8 +45,10 @@ class CompiledScan(Protocol):
         """Said before a forward that will be followed by a backward: what takes long to make may be begun."""
         ...
 
-    def forward(self, inputs: Sequence[Any], checkpoint: int) -> tuple[tuple[Any, ...], Any]:
-        """Outputs and new carry, and what the backward needs: the carry of every `checkpoint` chunks, or all with 0."""
+    def forward(self, inputs: Sequence[Any], checkpoint: int | None) -> tuple[tuple[Any, ...], Any]:
+        """Outputs and new carry, and what the backward needs: the carry of every `checkpoint` chunks, or all with 0;
+        None where no backward will follow.
+        """
         ...
 
     def backward(

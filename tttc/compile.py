@@ -71,7 +71,12 @@ class Entry:
     def __str__(self) -> str:
         origin = f" - from {self.where}" if self.where else ""
         head = f"# stage {self.number} of {self.total}: {self.name} - {self.milliseconds:.1f} ms{origin}\n"
-        return head + (self.source.text if self.source else str(self.program))
+        return head + self.text
+
+    @property
+    def text(self) -> str:
+        """The program, or where it has become one, the source."""
+        return self.source.text if self.source else str(self.program)
 
 
 class History:

@@ -301,7 +301,7 @@ class Layer:
         sequence = [p for p in self._params[name] if p.arg[0].at]
         checkpoint = self._checkpoint(stop - now) if sequence else 0
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-            outputs, _ = self._scans[name].forward(inputs, stop - now)  # nothing but the first carry is kept
+            outputs, _ = self._scans[name].forward(inputs, None)
             return outputs
         return _Run.apply(self._scans[name], checkpoint, *inputs)
 

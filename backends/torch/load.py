@@ -40,10 +40,11 @@ class TorchScan:
     def expect_backward(self, inputs: Tensors) -> None:
         """Nothing: all is there."""
 
-    def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
         leading, inputs = _flat(inputs)
         if self.scan.loops:
-            outputs, saved = self._call("")(*inputs, self._chunk(inputs), checkpoint)
+            every = self._tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
+            outputs, saved = self._call("")(*inputs, self._chunk(inputs), every)
         else:
             *outputs, saved = self._call("_step_saving")(*inputs)
         return tuple(x.unflatten(0, leading) for x in outputs), saved
@@ -65,8 +66,10 @@ class TorchScan:
 
     def _chunk(self, inputs: Tensors) -> int:
         """The chunk in tokens; a mini-batch that is the whole sequence takes all of it."""
-        tokens = inputs[len(self.scan.carry) + len(self.scan.fixed)].shape[1]
-        return tokens if self.scan.chunk == "T" else int(self.scan.chunk)
+        return self._tokens(inputs) if self.scan.chunk == "T" else int(self.scan.chunk)
+
+    def _tokens(self, inputs: Tensors) -> int:
+        return int(inputs[len(self.scan.carry) + len(self.scan.fixed)].shape[1])
 
 
 def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, TorchScan]:

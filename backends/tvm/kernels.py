@@ -337,7 +337,8 @@ class _Builder:
         self.copy(p, self.emitter.stores[_name(p)], Slice(buffer, self.g))
 
     def save_kept(self, carry: Sequence[Expr], chunk: Any) -> None:
-        with T.If(T.EQ(T.truncmod(chunk, self.every), 0)), T.Then():
+        """The carry where a group begins; nothing, where there is no room for any."""
+        with T.If(T.And(self.K > 0, T.EQ(T.truncmod(chunk, self.every), 0))), T.Then():
             for p in carry:
                 self.copy(
                     p,

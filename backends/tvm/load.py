@@ -78,7 +78,7 @@ class TVMScan:
         """The TensorIR of both kernels."""
         return "\n\n".join(str(self._kernel(backward, ()).function.script()) for backward in (False, True))
 
-    def forward(self, inputs: Tensors, checkpoint: int) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
         scan, carried = self.scan, len(self.scan.carry)
         inputs = _laid_out(scan.params, inputs)
         stored = self._stored(inputs)
@@ -88,8 +88,8 @@ class TVMScan:
         settings: tuple[int, ...] = ()
         if scan.loops:
             every = checkpoint or 1  # every carry; the values of a chunk are always made again
-            groups = -(-self._chunks(inputs) // every)
-            kept = [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[:carried]]
+            groups = 0 if checkpoint is None else -(-self._chunks(inputs) // every)
+            kept = [_compact(x, (*x.shape[:2], groups, *x.shape[2:])) for x in inputs[:carried]]
             settings = self._forward_settings(every, inputs)
         self._call(self._kernel_for(False, stored), [*inputs, *outputs, *kept], settings)
         return tuple(outputs), kept
@@ -236,6 +236,11 @@ def _like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtyp
     return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
 
 
+def _compact(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory like that of `x`; where there is none of it, still with the strides that the kernel expects."""
+    return x.new_empty_strided(shape, [prod(shape[i + 1 :]) for i in range(len(shape))])
+
+
 def _addressable(tensors: Tensors) -> Iterator[Tensors]:
     """The tensors in parts of their batch, or of their heads, whose entries an int32 can count."""
     batch, heads = tensors[0].shape[:2]
@@ -256,14 +261,14 @@ def _reach(x: torch.Tensor) -> int:
 def _laid_out(of: Sequence[Expr], tensors: Tensors) -> list[torch.Tensor]:
     """Contiguous but for batch, heads and the tokens of a sequence, which may lie at any distance."""
     leading = [2 if p.arg[0].at is None else 3 for p in of]
-    return [_contiguous_from(n, x.detach()) for n, x in zip(leading, tensors, strict=True)]
+    return [_contiguous_from(n, x) for n, x in zip(leading, tensors, strict=True)]
 
 
 def _contiguous_from(axis: int, x: torch.Tensor) -> torch.Tensor:
     expected, shape, strides = 1, x.shape, x.stride()
     for i in range(len(shape) - 1, axis - 1, -1):
         if shape[i] != 1 and strides[i] != expected:
-            return x.contiguous()
+            return x.detach().contiguous()
         expected *= shape[i]
     return x
 

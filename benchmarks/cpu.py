@@ -1,6 +1,6 @@
 """Every ready variant, compiled for the CPU, against eager PyTorch, torch.compile and the machine's own matrix product.
 
-    python -m benchmarks.cpu                      # everything: about twelve minutes on two cores
+    python -m benchmarks.cpu                      # everything: about a quarter of an hour on two cores
     python -m benchmarks.cpu --quick              # four variants, three rounds, no torch.compile: a minute
     python -m benchmarks.cpu TTTLinear Titans --no-backward
     python -m benchmarks.cpu --markdown           # the README's table, from what is in benchmarks/results

@@ -27,7 +27,7 @@ def compiled(name: str) -> Layer:
 def test_stage_text(name: str, stage: str, golden: Callable[[str, str], None]) -> None:
     """`--update-golden` accepts the new text."""
     entry = compiled(name).stages[stage]
-    golden(f"{name}/{entry.number}_{stage}", str(entry.program) if entry.program else entry.text)
+    golden(f"{name}/{entry.number}_{stage}", entry.text)
 
 
 def test_no_text_without_a_variant(request: pytest.FixtureRequest) -> None:

@@ -1,4 +1,4 @@
-"""How the TVM backend makes its kernels: tiles that fit the registers, each kernel once, nothing before it is needed."""
+"""How the TVM backend makes its kernels: tiles that fit the registers, each kernel once, and none too early."""
 
 from __future__ import annotations
 

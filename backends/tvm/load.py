@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -64,6 +65,7 @@ class TVMScan:
         self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
         self._compiled: dict[tuple[bool, Stored], Callable[..., None]] = {}
         self._locks = {False: RLock(), True: RLock()}
+        self._expected: set[Stored] = set()
 
     @property
     def halves(self) -> bool:
@@ -151,10 +153,15 @@ class TVMScan:
 
     def expect_backward(self, inputs: Tensors) -> None:
         """Compile the backward beside the forward: LLVM takes one core, and several times as long for a backward."""
-        key = True, self._stored(inputs)
-        if key not in self._compiled:
+        stored = self._stored(inputs)
+        if stored not in self._expected:
+            self._expected.add(stored)
             # no daemon: a process must not end while LLVM works in it
-            Thread(target=self._kernel_for, args=key, name=f"{self.scan.name}_adjoint").start()
+            Thread(target=self._begin_backward, args=(stored,), name=f"{self.scan.name}_adjoint").start()
+
+    def _begin_backward(self, stored: Stored) -> None:
+        with suppress(Exception):  # the backward itself will say it
+            self._kernel_for(True, stored)
 
     def _kernel_for(self, backward: bool, stored: Stored) -> Callable[..., None]:
         key = backward, stored

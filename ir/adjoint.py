@@ -36,7 +36,7 @@ from tttc.ir.text import Namer, core
 def adjoint(program: Program) -> Program:
     """Differentiate every scan; the functions of the stage are the reverse sweeps."""
     names = dict(program.names)
-    adjoints = tuple(scan_adjoint(scan, program, names) for scan in program.scans)
+    adjoints = tuple(scan_adjoint(scan, program, names) for scan in program.scans if scan.differentiated)
     functions = tuple(adjoint_function(a) for a in adjoints)
     return replace(program, stage="adjoint", functions=functions, names=names, adjoints=adjoints)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, transform
+from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, substitute, transform
 from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
 from tttc.ir.simplify import renamed_hints, simplify_program
 from tttc.ir.update import (
@@ -117,28 +117,31 @@ class _Loop:
                 found[n] = b.sub(started, added if scale is None else b.mul(scale, added))
         return found
 
+    def token(self) -> list[Assign]:
+        """The block of one token: what it reads, where it comes before any end, and what is carried after it."""
+        update, read = self.update, self.update.read
+        value = self._placed(self.z.value, self._readable("before" if read == "end" else read))
+        at_once = read in ("after", "before") or (read == "start" and update.steps == 1)
+        assigns = [Assign(_at(self.z.target, "t"), value)] if at_once else []
+        assigns += [Assign(added_leaf(w), self.after[n].added) for n, w in self.states.items()]
+        for n in self.states:
+            a, c = self.after[n], self.before[n]
+            for variable, x in ((c.scale, a.scale), (c.momentum, a.momentum), (c.average, a.average)):
+                if variable is not None:
+                    assigns.append(Assign(variable, x))
+        means = averaged_gates(update)
+        assigns += [Assign(s, b.add(s, _at(g, "t"))) for g, s in means.items()]
+        return [*assigns, *([Assign(COUNT, b.add(COUNT, const(1)))] if means else [])]
+
     def function(self) -> Function:
         update, program = self.update, self.program
         kept, opened = memories(update), openings(update)
         read = update.read
-        z = Assign(
-            _at(self.z.target, "t"), self._placed(self.z.value, self._readable("before" if read == "end" else read))
-        )
-        assigns = [z] if read in ("after", "before") or (read == "start" and update.steps == 1) else []
-        assigns += [Assign(added_leaf(w), self.after[n].added) for n, w in self.states.items()]
-        for n in self.states:
-            a, c = self.after[n], self.before[n]
-            for variable, value in ((c.scale, a.scale), (c.momentum, a.momentum), (c.average, a.average)):
-                if variable is not None:
-                    assigns.append(Assign(variable, value))
+        assigns, target = self.token(), _at(self.z.target, "t")
         staged = is_staged(update) or update.steps > 1
         if not staged:
             tau_read = self._readable("after") if average_free(update) else self._plain()
             assigns += [Assign(w, tau_read[n]) for n, w in self.states.items()]
-        means = averaged_gates(update)
-        assigns += [Assign(s, b.add(s, _at(g, "t"))) for g, s in means.items()]
-        if means:
-            assigns.append(Assign(COUNT, b.add(COUNT, const(1))))
         opening = Block(
             tuple(Assign(self.start[n], w) for n, w in self.states.items())
             + tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in opened)
@@ -146,17 +149,17 @@ class _Loop:
         tokens = For("t", "m", None, (Block(tuple(assigns)),))
         inner: list[Statement] = []
         if staged and read == "start" and update.steps > 1:
-            inner.append(For("t", "m", None, (Block((Assign(z.target, self._placed(self.z.value, self.states)),)),)))
+            inner.append(For("t", "m", None, (Block((Assign(target, self._placed(self.z.value, self.states)),)),)))
         for _ in range(update.steps):
             inner += [opening, tokens, *((self._ending(),) if staged else ())]
         if read == "end":
             scaled = any(t is not None for t in update.tau.values())  # by each reading token, not by the last
             weights = self.states if is_staged(update) or (staged and not scaled) else self._readable("before")
-            reading = Assign(z.target, self._placed(self.z.value, weights))
+            reading = Assign(target, self._placed(self.z.value, weights))
             inner.append(For("t", "m", None, (Block((reading,)),)))
         step = "T" if update.mini_batch == "all" else update.mini_batch
         beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
-        body = (Allocate(z.target), *((beginning,) if kept else ()), For("m", "T", step, tuple(inner)))
+        body = (Allocate(target), *((beginning,) if kept else ()), For("m", "T", step, tuple(inner)))
         params = tuple(_at(p, "t") if p.arg[0].role in ("token", "gate") else p for p in loop_params(program))
         return Function(program.name, params, body, (self.z.target, *update.states))
 
@@ -178,6 +181,22 @@ class _Loop:
             ends[n] = Ending(start if c.scale is None else b.mul(c.scale, start), c.added, tau)
         means = {g: b.div(s, COUNT) for g, s in averaged_gates(update).items()}
         return Block(ended(update, ends, means))
+
+
+def token_block(program: Program) -> tuple[Assign, ...]:
+    """The block of one token inside an open mini-batch, by itself: it reads k and not k[t], and W for W_start."""
+    loop = _Loop(program)
+    assigns = loop.token()
+    values = [a.value for a in assigns]
+    begins = {start.arg[0]: loop.states[n].arg[0] for n, start in loop.start.items()}
+
+    def alone(e: Expr) -> Expr:
+        found, axes = e.arg
+        found = begins.get(found, found)
+        return Expr("leaf", (), (Leaf(found.name, found.role), axes))
+
+    done = substitute(values, {e: alone(e) for e in leaves(values)})
+    return tuple(Assign(alone(a.target), v) for a, v in zip(assigns, done, strict=True))
 
 
 def average_free(update: Update) -> bool:

@@ -185,6 +185,8 @@ class Scan:
     chunk: int | str
     loops: bool = True
     doc: str = ""
+    differentiated: bool = True
+    """Whether it has an adjoint; where it has not, other scans make the same result."""
 
     @property
     def params(self) -> tuple[Expr, ...]:
@@ -259,6 +261,10 @@ class Program:
     scans: tuple[Scan, ...] = ()
     plan: Plan | None = None
     adjoints: tuple[ScanAdjoint, ...] = ()
+
+    def adjoint_of(self, scan: Scan) -> ScanAdjoint:
+        """The adjoint of one of the scans that have one."""
+        return next(a for a in self.adjoints if a.scan is scan)
 
     def __getitem__(self, name: str) -> Function:
         return next(f for f in self.functions if f.name == name)

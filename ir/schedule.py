@@ -7,11 +7,12 @@ far, and so is a mini-batch that a call leaves open: scans cover every length an
     whole:  W, M -> W, M      a chunk that is one mini-batch, from its first token to its last
     open:   S, M -> S, M      a tile of a mini-batch that began at the weights W and has added S so far
     close:  W, S, M -> W, M   the weights that the mini-batch hands on
+    token:  W, S, M -> z, W, S, M   one token alone, as decoding has it: open and close of it at once
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tttc.ir import build as b
@@ -25,7 +26,7 @@ from tttc.ir.dualize import (
     whole_form,
 )
 from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, substitute
-from tttc.ir.primal import loop_params
+from tttc.ir.primal import loop_params, token_block
 from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan, Statement, Update
 from tttc.ir.reading import NoExactForm, at_chunk
 from tttc.ir.simplify import renamed_hints
@@ -62,6 +63,8 @@ def schedule(program: Program, chunk: int | None = None) -> Program:
         scans += [layout.open(), layout.close()]
     if plan.substitution:
         scans += layout.substitution()
+    if (decoding := layout.token()) is not None:
+        scans.append(decoding)
     beginning = layout.begin()
     if beginning is not None:
         scans.append(beginning)
@@ -224,6 +227,34 @@ class _Layout:
         doc = "The weights that a mini-batch hands on; gates are those of its last token."
         return Scan(f"{self.program.name}_close", fixed, carry, (), (), done, 1, loops=False, doc=doc)
 
+    def token(self) -> Scan | None:
+        """One token alone, by the definition. Where mini-batches are observed it is a token of an open one, and of what
+        changes at the end of it there are the weights; None where reading has to wait for that end.
+        """
+        update, program = self.update, self.program
+        if self.plan.rows or update.read == "end" or program.telemetry:
+            return None
+        opened = not self.plan.free and self.plan.mini_batch != 1
+        block = token_block(program)
+        carried = {o.variable: b.broadcast(const(o.begins), o.variable.axes) for o in openings(update)}
+        if not opened:
+            block = _substituted(block, carried)
+        after = {a.target: a.value for a in block}
+        closing = _substituted(self.close().updates, {v: after[v] for v in carried})
+        if opened:
+            closing = tuple(a for a in closing if a.target in update.states)
+        else:
+            block = tuple(a for a in block if a.target not in carried)
+        done, named, _ = finished([*block, *closing], program.names)
+        self.names.update(named)
+        read = {e.arg[0].name for e in leaves(a.value for a in done)}
+        made = {a.target for a in done}
+        given = [*loop_params(program), *carried, *self.memory]
+        carry = tuple(p for p in given if p in made)
+        fixed = tuple(p for p in given if p.arg[0].name in read and p not in made)
+        doc = "One token alone."
+        return Scan(f"{program.name}_token", fixed, carry, (), (), done, 1, False, doc, differentiated=False)
+
     def _beginning(self) -> tuple[Statement, ...]:
         kept = memories(self.update)
         return (Block(tuple(Assign(m.variable, m.begins) for m in kept)),) if kept else ()
@@ -258,6 +289,11 @@ class _Layout:
         allocate = tuple(Allocate(a.target) for a in tile.outputs)
         body: tuple[Statement, ...] = (*allocate, *self._beginning(), loop)
         return Function(self.program.name, self._params(), body, (tile.outputs[0].target, *self.update.states))
+
+
+def _substituted(assigns: Sequence[Assign], stand_in: Mapping[Expr, Expr]) -> tuple[Assign, ...]:
+    values = substitute([a.value for a in assigns], stand_in)
+    return tuple(Assign(a.target, v) for a, v in zip(assigns, values, strict=True))
 
 
 def _last_of_mini_batch(gate: Expr) -> Expr:

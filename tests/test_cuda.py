@@ -59,7 +59,7 @@ def emulated(variant, dims, device, launch, dtype=torch.float32, **settings):
     """A layer whose kernels are those for a GPU, run by `launch`."""
     layer = tttc.compile(variant, dims, dtype, **settings)
     program = layer.stages.program
-    layer._scans = {a.scan.name: CudaScan(a, program, device, launch) for a in program.adjoints}
+    layer._scans = {scan.name: CudaScan(scan, program, device, launch) for scan in program.scans}
     layer.halves = all(s.halves for s in layer._scans.values())
     return layer
 
@@ -348,7 +348,7 @@ def test_every_library_variant_compiles(name, dtype, target):
     """
     variant, capability = LIBRARY[name], int(target[3:])
     program = tttc.compile(variant, dims_of(variant, 64), torch.float32).stages.program
-    scan = CudaScan(program.adjoints[0], program, gpu(dtype, capability))
+    scan = CudaScan(program.scans[0], program, gpu(dtype, capability))
     found = resources(scan.source(stored=stored_tokens(scan.scan, getattr(torch, dtype))), target)
     assert 16 <= found.registers <= 255
     assert 0 < found.shared <= SHARED[capability] * 1024

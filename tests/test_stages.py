@@ -175,7 +175,10 @@ def swept_back(layer, arguments, cotangents):
         if part != order[-1]:
             values = values | called(forward, schedule[scans[part].name], values)
     found = {
-        f"d{a.leaf.name}": np.zeros_like(values[a.leaf.name]) for s in scans.values() for a in s.updates
+        f"d{a.leaf.name}": np.zeros_like(values[a.leaf.name])
+        for s in scans.values()
+        if s.differentiated
+        for a in s.updates
     } | cotangents
     for part, values in zip(reversed(order), reversed(met), strict=True):
         scan = scans[part]

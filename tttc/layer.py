@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class Layer:
         past = loop.carry if loop is not None and self._plan.substitution else ()
         self._past = {str(p.arg[0].name): [self.dims[a.size] for a in p.axes if a.size != "n"] for p in past}
         self.decode = "rows" if self._keeps_rows(decode) else "sums"
+        self._token = next((s for s in program.scans if s.name == f"{self._name}_token"), None)
         self._memory = tuple(m.variable for m in memories(program.update))
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
         self._width: tuple[str, ...] = (
@@ -178,11 +180,12 @@ class Layer:
         if T == 0:
             empty = call.sequences["q"].new_zeros(B, 0, H, *(self.dims[d] for d in self._width))
             return _attached(empty, call), call.state.map(torch.Tensor.contiguous)
-        if self._plan.substitution:
+        if T == 1 and self._has_kernel_of(call):
+            z, after = self._run_token(call)
+        elif self._plan.substitution:
             z, after = self._run_substituted(call)
-            after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
-            return z.transpose(1, 2), after
-        z, after = self._run_rows(call) if self.decode == "rows" else self._run_tokens(call)
+        else:
+            z, after = self._run_rows(call) if self.decode == "rows" else self._run_tokens(call)
         after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
         return z.transpose(1, 2), after
 
@@ -215,6 +218,38 @@ class Layer:
         z = _joined(outputs)
         opened = (position, start, summed) if position else (0, {}, {})
         return z, State(weights, *opened, memory)
+
+    def _has_kernel_of(self, call: Call) -> bool:
+        """Whether the one token of a call has a kernel of its own: as far as no gradient is asked for, unless its
+        mini-batch is kept as rows, or ends with it and changes more than the weights.
+        """
+        if self._token is None or self.decode == "rows":
+            return False
+        if call.state.position + 1 == self._plan.mini_batch and self._ends_more:
+            return False
+        groups = (call.sequences, call.params, call.state.weights, call.state.summed, call.state.memory)
+        return not (torch.is_grad_enabled() and any(x.requires_grad for group in groups for x in group.values()))
+
+    @cached_property
+    def _ends_more(self) -> bool:
+        """Whether the end of a mini-batch changes what is carried beside the weights."""
+        return bool(set(self._made.get(f"{self._name}_close", ())) - set(self.signature.states))
+
+    def _run_token(self, call: Call) -> tuple[torch.Tensor, State]:
+        """One token: a decode step."""
+        assert self._token is not None
+        weights, position = call.state.weights, call.state.position
+        memory = call.state.memory or self._begin(call, weights)
+        start, summed = (call.state.start, call.state.summed) if position else (weights, {})
+        b = None if self._plan.free else self._plan.mini_batch
+        if b not in (None, 1) and not position:
+            summed = call.opened(self._opened)
+        _, new = self._scan(self._token.name, call, start | memory | summed, 0, 1)
+        z = new.pop(str(self._token.updates[0].leaf.name)).unsqueeze(2)
+        after, memory = _updated(weights, new), _updated(memory, new)
+        if b in (None, 1, position + 1):
+            return z, State(after, memory=memory)
+        return z, State(after, position + 1, start, _updated(summed, new), memory)
 
     def _run_rows(self, call: Call) -> tuple[torch.Tensor, State]:
         """Whole mini-batches by the scan alone: an open one is run again from its first token."""

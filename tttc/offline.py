@@ -44,10 +44,10 @@ Builder = Callable[[Program, int, torch.dtype], Iterator[Built]]
 def with_tvm(program: Program, capability: int, dtype: torch.dtype) -> Iterator[Built]:
     """The forward and the backward of every scan, through TensorIR."""
     device = gpu(DTYPES[dtype], capability)
-    for a in program.adjoints:
-        stored = stored_tokens(a.scan, dtype)
-        for backward in (False, True):
-            source = CudaScan(a, program, device).source(backward, stored)
+    for scan in program.scans:
+        stored = stored_tokens(scan, dtype)
+        for backward in (False, True) if scan.differentiated else (False,):
+            source = CudaScan(scan, program, device).source(backward, stored)
             ptx, cubin, resources = compiled(source, f"sm_{capability}")
             texts = {".cu": source.text, ".ptx": ptx, ".json": source.to_json()}
             files = {suffix: text.encode() for suffix, text in texts.items()}

@@ -37,17 +37,19 @@ def refusals(program: Program) -> list[str]:
 
 def emit(program: Program) -> Source:
     """The whole program as one Python file."""
-    every_block = [b for a in program.adjoints for b in (a.scan.block, a.forward, a.backward)]
+    every_block = [s.block for s in program.scans] + [b for a in program.adjoints for b in (a.forward, a.backward)]
     roots = [x.value for b in every_block for x in b.assigns]
     parts = [HEADER.format(name=program.name)]
     used = {e.op for e in postorder(roots)}
     used |= {f.func.__name__ for e in postorder(roots) if e.op == "map" for f in e.arg.body.atoms(sympy.Function)}
     parts += [text for name, text in HELPERS.items() if name in used]
     parts += [f"\n{formula_text(f, formula)}\n" for f in formulas(roots) if f.name not in FUSED_DERIVATIVES]
-    for a in program.adjoints:
-        parts += [_step(a.scan, program), _step_saving(a, program), _step_adjoint(a, program)]
-        if a.scan.loops:
-            parts += [_loop(a), _adjoint_loop(a)]
+    for scan in program.scans:
+        parts.append(_step(scan, program))
+        if scan.differentiated:
+            a = program.adjoint_of(scan)
+            parts += [_step_saving(a, program), _step_adjoint(a, program)]
+            parts += [_loop(a), _adjoint_loop(a)] if scan.loops else []
     return Source(lambda: "\n".join(parts), "python")
 
 

@@ -45,8 +45,10 @@ class TorchScan:
         if self.scan.loops:
             every = self._tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
             outputs, saved = self._call("")(*inputs, self._chunk(inputs), every)
-        else:
+        elif self.scan.differentiated:
             *outputs, saved = self._call("_step_saving")(*inputs)
+        else:
+            outputs, saved = self._call("_step")(*inputs), None
         return tuple(x.unflatten(0, leading) for x in outputs), saved
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:

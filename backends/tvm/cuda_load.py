@@ -23,7 +23,7 @@ from tttc.backends.tvm.emit import emit, refusals
 from tttc.backends.tvm.load import Stored, TVMScan, _lock, imported_tvm
 from tttc.backends.tvm.tune import toolchain
 from tttc.ir.expr import Expr
-from tttc.ir.program import Program, Scan, ScanAdjoint, cotangent
+from tttc.ir.program import Program, Scan, cotangent
 
 Arguments = Mapping[str, torch.Tensor | int]
 Launch = Callable[[CudaSource, int, Arguments], None]
@@ -47,7 +47,7 @@ class CudaBackend:
         """Every scan of a program of the adjoint stage, for the GPU that is there; compiled when first called."""
         major, minor = torch.cuda.get_device_capability(self.device)
         blocks = gpu(DTYPES[self.dtype], major * 10 + minor)
-        return {a.scan.name: CudaScan(a, program, blocks) for a in program.adjoints}
+        return {scan.name: CudaScan(scan, program, blocks) for scan in program.scans}
 
     def choices(self, program: Program) -> Mapping[str, Sequence[int]]:
         return {}
@@ -103,8 +103,8 @@ def compiled(source: CudaSource, target: str) -> tuple[str, bytes, nvidia.Resour
 class CudaScan(TVMScan):
     """One scan, run by its forward and its backward kernel on a GPU, or by what `launch` launches them on."""
 
-    def __init__(self, adjoint: ScanAdjoint, program: Program, device: Device, launch: Launch = launch) -> None:
-        super().__init__(adjoint, program)
+    def __init__(self, scan: Scan, program: Program, device: Device, launch: Launch = launch) -> None:
+        super().__init__(scan, program)
         self.device, self.launch = device, launch
         self._sources: dict[tuple[bool, Stored], CudaSource] = {}
 

@@ -53,15 +53,14 @@ _lock = RLock()
 def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, TVMScan]:
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
     config = Config(**(settings or {}))
-    return {a.scan.name: TVMScan(a, program, config) for a in program.adjoints}
+    return {scan.name: TVMScan(scan, program, config) for scan in program.scans}
 
 
 class TVMScan:
     """One scan, run by its forward and its backward kernel."""
 
-    def __init__(self, adjoint: ScanAdjoint, program: Program, config: Config | None = None) -> None:
-        self.adjoint, self.program, self.config = adjoint, program, config or Config()
-        self.scan: Scan = adjoint.scan
+    def __init__(self, scan: Scan, program: Program, config: Config | None = None) -> None:
+        self.scan, self.program, self.config = scan, program, config or Config()
         self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
         self._compiled: dict[tuple[bool, Stored], Callable[..., None]] = {}
         self._locks = {False: RLock(), True: RLock()}
@@ -72,13 +71,19 @@ class TVMScan:
         return True
 
     @cached_property
+    def adjoint(self) -> ScanAdjoint:
+        """What the backward computes."""
+        return self.program.adjoint_of(self.scan)
+
+    @cached_property
     def recorded(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives."""
         return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
 
     def script(self) -> str:
-        """The TensorIR of both kernels."""
-        return "\n\n".join(str(self._kernel(backward, ()).function.script()) for backward in (False, True))
+        """The TensorIR of its kernels."""
+        kernels = (False, True) if self.scan.differentiated else (False,)
+        return "\n\n".join(str(self._kernel(backward, ()).function.script()) for backward in kernels)
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
         scan, carried = self.scan, len(self.scan.carry)
@@ -208,7 +213,8 @@ class TVMScan:
 
     def _content(self, backward: bool, stored: Stored) -> str:
         """A checksum of what is computed, and one of what writes it."""
-        made_of = written((self.adjoint, sorted(self.program.dims.items()), backward, stored)).encode()
+        what = self.adjoint if self.scan.differentiated else self.scan
+        made_of = written((what, sorted(self.program.dims.items()), backward, stored)).encode()
         return "\n".join([hashlib.sha256(made_of).hexdigest(), _own_source()])
 
 

@@ -353,11 +353,13 @@ def heads_together(scan: Scan, dims: Mapping[str, int], lanes: int) -> bool:
 def listing(program: Program) -> str:
     """Every kernel as the statements that it is made of."""
     lines = [f"# Kernels of the variant `{program.name}`: for each batch element and head, in parallel, ..."]
-    for a in program.adjoints:
-        chunks = f"for c in chunks(T, {a.scan.chunk}):" if a.scan.loops else "once:"
-        lines += ["", f"{a.scan.name}: {chunks}", *_listed(statements(a.scan.block.assigns, program))]
-        backwards = chunks.replace("chunks(", "reversed(chunks(").replace("):", ")):")
-        lines += ["", f"{a.scan.name}_adjoint: {backwards}", *_listed(statements(backward_block(a), program))]
+    for scan in program.scans:
+        chunks = f"for c in chunks(T, {scan.chunk}):" if scan.loops else "once:"
+        lines += ["", f"{scan.name}: {chunks}", *_listed(statements(scan.block.assigns, program))]
+        if scan.differentiated:
+            backwards = chunks.replace("chunks(", "reversed(chunks(").replace("):", ")):")
+            made = statements(backward_block(program.adjoint_of(scan)), program)
+            lines += ["", f"{scan.name}_adjoint: {backwards}", *_listed(made)]
     return "\n".join(lines) + "\n"
 
 

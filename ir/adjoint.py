@@ -119,6 +119,18 @@ def _frontier(roots: list[Expr], computed: set[Expr]) -> list[Expr]:
     return [e for e in postorder(found) if e in found]
 
 
+def backward_block(a: ScanAdjoint) -> list[Assign]:
+    """The backward chunk with the forward values that it reads in their place: made again, nothing is saved."""
+    kept = {x.leaf.name: x for x in a.forward.assigns if x.target in a.residuals}
+    stand_in = {}
+    for e in leaves(x.value for x in a.backward.assigns):
+        if e.arg[0].role == "saved":
+            found = kept[e.arg[0].name]
+            stand_in[e] = b.rename(found.value, dict(zip(found.target.axes, e.axes, strict=True)))
+    replaced = substitute([x.value for x in a.backward.assigns], stand_in)
+    return [Assign(x.target, v) for x, v in zip(a.backward.assigns, replaced, strict=True)]
+
+
 def adjoint_function(a: ScanAdjoint) -> Function:
     """The adjoint of a scan as one function: the forward sweep that saves, then the reverse sweep."""
     scan = a.scan

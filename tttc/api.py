@@ -12,6 +12,7 @@ import torch
 
 from tttc.attention import AttentionLayer, NonParametric, compile_attention
 from tttc.backends import torch as torch_backend
+from tttc.backends import triton as triton_backend
 from tttc.backends import tvm as tvm_backend
 from tttc.backends.interface import Backend
 from tttc.backends.tvm.cuda_load import CudaBackend, unavailable
@@ -24,8 +25,8 @@ from tttc.tuning import Lookup
 from tttc.variant import Signature, Variant
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-BACKENDS: dict[str, Backend] = {"torch": torch_backend, "tvm": tvm_backend}
-REASONS = {"torch": "runs every program, on any device", "tvm": "native kernels for this CPU"}
+BACKENDS: dict[str, Backend] = {"torch": torch_backend, "tvm": tvm_backend, "triton": triton_backend}
+REASONS = {"torch": "runs every program, on any device", "tvm": "native kernels for this CPU", "triton": "fused kernels for this GPU"}
 
 
 @overload

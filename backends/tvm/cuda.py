@@ -27,13 +27,14 @@ from tvm.script.ir_builder import tirx as T
 from tttc.backends.tvm.cuda_text import stride_name
 from tttc.backends.tvm.device import Device
 from tttc.backends.tvm.kernels import with_cotangents
-from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, statements
+from tttc.backends.tvm.loops import TOKENS, grouped, statements
 from tttc.backends.tvm.machine import BYTES
 from tttc.backends.tvm.points import Store
 from tttc.backends.tvm.shared import FOREVER, Layout, Size, Variable, laid_out
 from tttc.backends.tvm.steps import Step, Steps, half, matrix_products, stepped
 from tttc.backends.tvm.threads import Converted, Threads
 from tttc.backends.tvm.wmma import SIDE, SPREAD, Half, multiplied, rounded, tiles_of
+from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Axes, Expr
 from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
 

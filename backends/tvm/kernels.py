@@ -23,12 +23,13 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from tttc.backends.tvm.loops import TOKENS, backward_block, grouped, heads_together, read_last, read_often, statements
+from tttc.backends.tvm.loops import TOKENS, grouped, heads_together, read_last, read_often, statements
 from tttc.backends.tvm.machine import BYTES, Machine
 from tttc.backends.tvm.ops import Functions
 from tttc.backends.tvm.points import Place, Store
 from tttc.backends.tvm.scratch import LINE, Scratch
 from tttc.backends.tvm.tiles import Emitter
+from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Expr
 from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tttc.ir import build as b
+from tttc.ir.adjoint import backward_block
 from tttc.ir.differentiate import lower_composites
 from tttc.ir.expr import Axes, Axis, Expr, leaf, leaves, postorder, rebuild, substitute, transform
 from tttc.ir.program import Assign, Program, Scan, ScanAdjoint
@@ -332,18 +333,6 @@ def _same_rows(s: Statement, together: set[str]) -> bool:
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def backward_block(a: ScanAdjoint) -> list[Assign]:
-    """The backward chunk with the forward values that it reads in their place: made again, nothing is saved."""
-    kept = {x.leaf.name: x for x in a.forward.assigns if x.target in a.residuals}
-    stand_in = {}
-    for e in leaves(x.value for x in a.backward.assigns):
-        if e.arg[0].role == "saved":
-            found = kept[e.arg[0].name]
-            stand_in[e] = b.rename(found.value, dict(zip(found.target.axes, e.axes, strict=True)))
-    replaced = substitute([x.value for x in a.backward.assigns], stand_in)
-    return [Assign(x.target, v) for x, v in zip(a.backward.assigns, replaced, strict=True)]
-
-
 def heads_together(scan: Scan, dims: Mapping[str, int], lanes: int) -> bool:
     """Whether a forward kernel does a chunk for some heads before the next: their weights stay in the new carry."""
     whole = all(p.axes and dims[p.axes[-1].size] % lanes == 0 for p in scan.carry)
@@ -375,7 +364,6 @@ __all__ = [
     "TOKENS",
     "Group",
     "Statement",
-    "backward_block",
     "grouped",
     "heads_together",
     "listing",

@@ -1,0 +1,33 @@
+"""The memory of tensors as kernels want it: any distance between batch elements, heads and tokens, dense within."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tttc.ir.expr import Expr
+
+
+def laid_out(of: Sequence[Expr], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors [B, H, ...], or of a sequence [B, H, T, ...], dense from there on; copied only where they are not."""
+    leading = [2 if p.arg[0].at is None else 3 for p in of]
+    return [dense_from(n, x) for n, x in zip(leading, tensors, strict=True)]
+
+
+def dense_from(axis: int, x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or where its axes from `axis` on are not dense a copy of it."""
+    expected, shape, strides = 1, x.shape, x.stride()
+    for i in range(len(shape) - 1, axis - 1, -1):
+        if shape[i] != 1 and strides[i] != expected:
+            return x.detach().contiguous()
+        expected *= shape[i]
+    return x
+
+
+def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a value [B, H, ...]; a sequence lies as its users have it, [B, T, H, ...]."""
+    if target.arg[0].at is None:
+        return x.new_empty(shape, dtype=dtype)
+    batch, heads, tokens, *own = shape
+    return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)

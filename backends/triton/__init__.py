@@ -1,0 +1,17 @@
+"""Fused kernels for GPUs: scans as Triton source, a program for each batch element and head.
+
+    emit.py     a scan as two kernels: forward, and the derived backward
+    printer.py  expressions as blocks
+    padding.py  what lies beyond the ends of blocks
+    ops.py      elementwise functions
+    load.py     kernels launched on torch tensors
+    tune.py     what may be tuned
+
+On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set before Python started.
+"""
+
+from tttc.backends.triton.emit import emit, refusals
+from tttc.backends.triton.load import load
+from tttc.backends.triton.tune import choices, identity, toolchain
+
+__all__ = ["choices", "emit", "identity", "load", "refusals", "toolchain"]

@@ -1,0 +1,139 @@
+"""Generated Triton source as callables on torch tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tttc.backends import torch as torch_backend
+from tttc.backends.cache import cached
+from tttc.backends.interface import CompiledScan, Settings, Source
+from tttc.backends.memory import laid_out, like
+from tttc.backends.triton.emit import tensors, unfused
+from tttc.backends.triton.tune import Config
+from tttc.ir.expr import Expr
+from tttc.ir.program import Program, Scan
+
+Tensors = Sequence[torch.Tensor]
+
+
+def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, CompiledScan]:
+    """Every scan: by its kernels, or where it has none as batched operations of PyTorch."""
+    module = _Module(source, program)
+    config = Config(**(settings or {}))
+    batched = torch_backend.load(torch_backend.emit(program), program)
+    return {
+        s.name: batched[s.name] if unfused(s, program) else TritonScan(s, program, module, config)
+        for s in program.scans
+    }
+
+
+class _Module:
+    """The generated file, run when its first kernel is: Triton is not imported before."""
+
+    def __init__(self, source: Source, program: Program) -> None:
+        self.source, self.program = source, program
+
+    @cached_property
+    def kernels(self) -> ModuleType:
+        """The file as a module. Triton reads its functions from the file, as do profilers and tracebacks."""
+        text = self.source.text
+        path = cached("triton", text, ".py", lambda p: _write(p, text))
+        name = str(path) if path else f"<tttc {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        module = ModuleType(f"tttc_{self.program.name}")
+        module.__file__ = name
+        exec(compile(text, name, "exec"), module.__dict__)
+        return module
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+class TritonScan:
+    """One scan, run by its forward and its backward kernel."""
+
+    def __init__(self, scan: Scan, program: Program, module: _Module, config: Config) -> None:
+        self.scan, self.program, self.module, self.config = scan, program, module, config
+
+    @property
+    def halves(self) -> bool:
+        return True
+
+    @cached_property
+    def recorded(self) -> CompiledScan:
+        """The same scan in operations that autograd records, for second derivatives."""
+        return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
+
+    def expect_backward(self, inputs: Tensors) -> None:
+        """Nothing: it is compiled in a second."""
+
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+        scan = self.scan
+        carried = len(scan.carry)
+        inputs = laid_out(scan.params, inputs)
+        tokens = self._tokens(inputs)
+        dtype = self._operand(inputs)
+        outputs = [self._empty(a.target, inputs, dtype) for a in scan.outputs]
+        outputs += [self._empty(a.target, inputs, torch.float32) for a in scan.updates]
+        kept: list[torch.Tensor] = []
+        every, groups = checkpoint or 1, 0
+        if scan.loops:
+            groups = 0 if checkpoint is None else -(-tokens // (every * int(scan.chunk)))
+            kept = [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[:carried]]
+        self._launch(False, [*inputs, *outputs, *kept], tokens, every, groups, dtype)
+        return tuple(outputs), kept
+
+    def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+        scan = self.scan
+        carried, every = len(scan.carry), checkpoint or 1
+        inputs, cotangents = laid_out(scan.params, inputs), laid_out(scan.results, cotangents)
+        tokens = self._tokens(inputs)
+        results = [like(p, x.shape, x, x.dtype) for p, x in zip(scan.params, inputs, strict=True)]
+        if not scan.loops:
+            self._launch(True, [*inputs, *cotangents, *results], tokens, 1, 1, self._operand(inputs))
+            return tuple(results)
+        work = [x.new_empty(*x.shape[:2], every, *x.shape[2:]) for x in inputs[:carried]]
+        groups = -(-tokens // (every * int(scan.chunk)))
+        given = [*saved, *inputs[carried:], *cotangents, *results, *work]
+        self._launch(True, given, tokens, every, groups, self._operand(inputs))
+        return tuple(results)
+
+    def _launch(self, backward: bool, given: Tensors, tokens: int, every: int, groups: int, dtype: torch.dtype) -> None:
+        batch, heads = given[0].shape[:2]
+        if batch * heads == 0:
+            return
+        import triton.language as tl
+
+        arguments: list[Any] = []
+        for t, x in zip(tensors(self.scan, backward), given, strict=True):
+            arguments += [x, *x.stride()[: len(t.strides)]]
+        sizes = [heads, *([tokens, every, groups] if self.scan.loops else [])]
+        operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
+        kernel = getattr(self.module.kernels, f"{self.scan.name}{'_adjoint' if backward else ''}")
+        with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
+            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, **self.config.__dict__)
+
+    def _operand(self, inputs: Tensors) -> torch.dtype:
+        """The dtype of the factors of matrix products: that of the tokens."""
+        tokens = [x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if p.arg[0].role == "token"]
+        return tokens[0] if tokens and len(set(tokens)) == 1 else torch.float32
+
+    def _tokens(self, inputs: Tensors) -> int:
+        return int(inputs[-1].shape[2]) if self.scan.loops else 1
+
+    def _empty(self, target: Expr, inputs: Tensors, dtype: torch.dtype) -> torch.Tensor:
+        own = [self.program.dims.get(a.size) or self._tokens(inputs) for a in target.axes]
+        return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtype)
+
+
+__all__ = ["TritonScan", "load"]

@@ -1,0 +1,141 @@
+"""How each elementwise operation of the IR is written in Triton, and what Triton lacks as functions in a generated file."""
+
+from __future__ import annotations
+
+import sympy
+from sympy.printing.str import StrPrinter
+
+ELEMENTWISE = {
+    "exp": "tl.exp({0})",
+    "log": "tl.log({0})",
+    "sqrt": "tl.sqrt({0})",
+    "rsqrt": "tl.rsqrt({0})",
+    "tanh": "tanh({0})",
+    "sin": "tl.sin({0})",
+    "cos": "tl.cos({0})",
+    "erf": "tl.erf({0})",
+    "abs": "tl.abs({0})",
+    "sign": "sign({0})",
+    "relu": "relu({0})",
+    "sigmoid": "tl.sigmoid({0})",
+    "softplus": "softplus({0})",
+    "silu": "silu({0})",
+    "gelu": "gelu({0})",
+    "step": "step({0})",
+    "less_equal": "less_equal({0}, {1})",
+    "select": "select({0}, {1}, {2})",
+    "huber": "huber({0}, {1})",
+}
+
+# In an order in which each uses only those before it; a NaN stays a NaN.
+HELPERS = {
+    "dot": '''
+@triton.jit
+def dot(x, y, operand: tl.constexpr):
+    """A product of matrices: factors of the dtype `operand`, the sum in float32."""
+    return tl.dot(x.to(operand), y.to(operand), input_precision="ieee")
+''',
+    "pow": '''
+@triton.jit
+def power(x, n: tl.constexpr):
+    """x ** n for a whole n > 0."""
+    y = x
+    for _ in tl.static_range(n - 1):
+        y *= x
+    return y
+''',
+    "tanh": '''
+@triton.jit
+def tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -y, y)
+''',
+    "sign": '''
+@triton.jit
+def sign(x):
+    return tl.where(x > 0.0, 1.0, 0.0) - tl.where(x < 0.0, 1.0, 0.0)
+''',
+    "relu": '''
+@triton.jit
+def relu(x):
+    return tl.where(x < 0.0, 0.0, x)
+''',
+    "softplus": '''
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), which overflows nowhere."""
+    return tl.where(x < 0.0, 0.0, x) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+''',
+    "silu": '''
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+''',
+    "gelu": '''
+@triton.jit
+def gelu(x):
+    """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x**3)."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * (x * x * x)))
+''',
+    "step": '''
+@triton.jit
+def step(x):
+    return tl.where(x > 0.0, 1.0, 0.0)
+''',
+    "less_equal": '''
+@triton.jit
+def less_equal(x, y):
+    """1 where x <= y, else 0."""
+    return tl.where(x <= y, 1.0, 0.0)
+''',
+    "select": '''
+@triton.jit
+def select(condition, x, y):
+    """x where the condition is 1, y where it is 0."""
+    return tl.where(condition > 0.5, x, y)
+''',
+    "huber": '''
+@triton.jit
+def huber(x, delta):
+    """x**2 / 2 where |x| <= delta, otherwise delta * (|x| - delta / 2)."""
+    return tl.where(tl.abs(x) <= delta, 0.5 * x * x, delta * (tl.abs(x) - 0.5 * delta))
+''',
+    "solve": '''
+@triton.jit
+def solve_lower(matrix, x, t, upper: tl.constexpr):
+    """x[i] = x[i] - sum over j < i of matrix[i, j] * x[j], row after row; j > i, from the last row on, if `upper`."""
+    C: tl.constexpr = x.shape[0]
+    for n in range(1, C):
+        i = C - 1 - n if upper else n
+        row = tl.sum(tl.where(t[:, None] == i, matrix, 0.0), 0)
+        row = tl.where(t > i if upper else t < i, row, 0.0)
+        x = tl.where(t[:, None] == i, x - tl.sum(row[:, None] * x, 0)[None, :], x)
+    return x
+''',
+}
+
+
+class FormulaPrinter(StrPrinter):
+    """A SymPy formula as Triton text."""
+
+    def _print_Function(self, expr: sympy.Function) -> str:
+        return ELEMENTWISE[type(expr).__name__].format(*(self._print(a) for a in expr.args))
+
+    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
+        return power(self._print(expr.base), float(expr.exp))
+
+
+def formula(body: sympy.Expr) -> str:
+    """The text of a formula; numbers are decimal."""
+    return str(FormulaPrinter().doprint(body.evalf(17) if body.is_number else body))
+
+
+def power(x: str, n: float) -> str:
+    """x ** n: as a product, by way of a root, or of a logarithm."""
+    if n in (0.5, -0.5):
+        return f"tl.{'sqrt' if n > 0 else 'rsqrt'}({x})"
+    if n == int(n) and 0 < abs(n) <= 8:
+        product = f"power({x}, {abs(int(n))})"
+        return product if n > 0 else f"(1.0 / {product})"
+    return f"tl.exp({n!r} * tl.log({x}))"

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 '''
 LARGEST_CHUNK = 128  # tokens: a Gram matrix of them is a block
-LARGEST_STATE = 1 << 15  # numbers: with float32, half of what the registers of a multiprocessor hold
+LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the registers of a multiprocessor hold
 
 
 def refusals(program: Program) -> list[str]:
@@ -211,8 +211,8 @@ class _Kernel:
         """Where the entries of a block lie: all but batch and heads, and the tokens, are dense."""
         own = [a for a in p.axes if a.size != TOKENS]
         terms = []
-        for a in p.axes:
-            place = self.printer.place(a, p.axes)
+        for a in p.axes[::-1]:
+            place = self.printer.place(a, p.axes[::-1])
             if a.size == TOKENS:
                 terms.append(place.replace("t", "token", 1) + " * {stride}")
                 continue
@@ -222,13 +222,14 @@ class _Kernel:
 
     def mask(self, p: Expr) -> str:
         conditions = []
-        for a in p.axes:
+        axes = p.axes[::-1]
+        for a in axes:
             if not self._padded(a):
                 continue
             if a.size == TOKENS:
-                conditions.append(self.printer.place(a, p.axes).replace("t", "inside", 1))
+                conditions.append(self.printer.place(a, axes).replace("t", "inside", 1))
             else:
-                conditions.append(f"({self.printer.inside(a, p.axes)})")
+                conditions.append(f"({self.printer.inside(a, axes)})")
         return " & ".join(conditions)
 
     def pointer(self, t: Tensor, at: str = "") -> str:
@@ -272,10 +273,10 @@ class _Kernel:
         targets = {a.leaf: a.target for a in assigns}
         for step in steps(block, namer):
             axes = targets[step.target].axes if step.target else step.value.axes
-            text = printer.ordered(step.value, axes)
+            text = printer.ordered(step.value, axes[::-1])
             if step.target is not None and step.target.at is None:
                 unclean = [a for a in axes if self._padded(a) and a not in self.padding.zero(step.value)]
-                text = printer.cut(text, axes, unclean)
+                text = printer.cut(text, axes[::-1], unclean)
             if text.text == step.name:
                 continue
             if any(e.op in ("contract", "solve") for e in self._own(step.value, printer)):
@@ -335,8 +336,7 @@ class _Kernel:
         for d in d_made:
             self.load(named[_name(d)], _name(d))
         for d in map(cotangent, scan.fixed):
-            shape = ", ".join(str(block_size(program.dims[a.size])) for a in d.axes)
-            self.line(f"{_name(d)} = {f'tl.zeros(({shape},), tl.float32)' if d.axes else '0.0'}")
+            self.line(f"{_name(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
         stores = {_name(cotangent(p)): named[f"{_name(cotangent(p))}_out"] for p in scan.sequence}
         if scan.loops:
             self._sweeps(named, stores)

@@ -104,13 +104,13 @@ def huber(x, delta):
     "solve": '''
 @triton.jit
 def solve_lower(matrix, x, t, upper: tl.constexpr):
-    """x[i] = x[i] - sum over j < i of matrix[i, j] * x[j], row after row; j > i, from the last row on, if `upper`."""
-    C: tl.constexpr = x.shape[0]
+    """x[:, i] -= sum over j < i of matrix[j, i] * x[:, j], token after token; j > i, from the last one on, if `upper`."""
+    C: tl.constexpr = x.shape[1]
     for n in range(1, C):
         i = C - 1 - n if upper else n
-        row = tl.sum(tl.where(t[:, None] == i, matrix, 0.0), 0)
-        row = tl.where(t > i if upper else t < i, row, 0.0)
-        x = tl.where(t[:, None] == i, x - tl.sum(row[:, None] * x, 0)[None, :], x)
+        column = tl.sum(tl.where(t[None, :] == i, matrix, 0.0), 1)
+        column = tl.where(t > i if upper else t < i, column, 0.0)
+        x = tl.where(t[None, :] == i, x - tl.sum(x * column[None, :], 1)[:, None], x)
     return x
 ''',
 }

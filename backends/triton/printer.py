@@ -1,6 +1,9 @@
-"""Expressions as Triton: a value with axes (t, D) is a block with these dimensions, each a power of two.
+"""Expressions as Triton: a value with axes (t, D) is a block [D, t], each of its dimensions a power of two.
 
-    (A * (q[c] @ k[c].T + 1)) @ g   ->   dot(A * (dot(q, tl.trans(k), operand) + 1), g, operand)
+    x = k[c] @ W + b   ->   x = dot(W, k, operand) + b[:, None]
+
+Dimensions are reversed, tokens come last: the weights are then the first factor of a product and their long axis its
+rows, over which warps are spread. With 16 tokens as rows every warp would hold all of them.
 
 Where an axis is longer in the block than in the program, `padding.py` says what has to be cut off before a sum.
 """
@@ -8,10 +11,10 @@ Where an axis is longer in the block than in the program, `padding.py` says what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from tttc.backends.triton.ops import ELEMENTWISE, power
 from tttc.backends.triton.padding import Padding
-from tttc.ir.contraction import layout
 from tttc.ir.expr import Axes, Axis, Expr
 from tttc.ir.ops import is_upper
 from tttc.ir.scalars import SCALARS
@@ -64,6 +67,22 @@ class TritonPrinter(Printer):
 
     # -- layout
 
+    def text(self, e: Expr) -> Text:
+        return self.ordered(e, e.axes[::-1])
+
+    def ordered(self, e: Expr, axes: Axes) -> Text:
+        """`e` with its dimensions in the order `axes`: by writing it so, or by transposing it."""
+        if e not in self.names:
+            if e.op in SCALARS:
+                return self._elementwise(e, axes)
+            if e.op == "rename":
+                back = {new: old for old, new in e.arg}
+                return self.ordered(e.src[0], tuple(back.get(a, a) for a in axes))
+            if e.op == "contract":
+                return self._contraction(e, axes)
+        text = Text(self.names[e]) if e in self.names else getattr(self, f"_{e.op}")(e)
+        return text if e.axes[::-1] == axes else self.transposed(text, e.axes[::-1], axes)
+
     def transposed(self, text: Text, axes: Axes, to: Axes) -> Text:
         if len(axes) == 2:
             return Text(f"tl.trans({text.text})")
@@ -97,31 +116,33 @@ class TritonPrinter(Printer):
             return Text(f"{text.text} * {text.text}", 2)
         return Text(power(text.text, float(e.arg)))
 
-    def _contract(self, e: Expr) -> Text:
-        kind, *_ = layout(e)
-        if len(e.src) == 2 and len(e.arg) == 1 and (text := self._matmul(e)) is not None:
-            return text
-        if kind == "outer":
-            left, right = (self.spread(self.text(s), s.axes, e.axes) for s in e.src)
-            return Text(f"{left.at_least(2)} * {right.at_least(3)}", 2)
-        return self._sum_of_products(e)
+    def _map(self, e: Expr) -> Text:
+        return Text(f"{e.arg.name}({', '.join(self.aligned(s, e.axes[::-1]).text for s in e.src)})")
 
-    def _matmul(self, e: Expr) -> Text | None:
+    def _contraction(self, e: Expr, axes: Axes) -> Text:
+        """A product summed over some axes: on tensor cores where it is one of matrices that are large enough."""
+        if len(e.src) == 2 and len(e.arg) == 1 and (text := self._matmul(e, axes)) is not None:
+            return text
+        return self._sum_of_products(e, axes)
+
+    def _matmul(self, e: Expr, axes: Axes) -> Text | None:
         """Two matrices, perhaps one of each for every place of an axis that both have."""
         (over,) = e.arg
-        left, right = e.src
-        if over not in left.axes or over not in right.axes:
+        if not all(over in s.axes for s in e.src):
             return None
-        shared = [a for a in left.axes if a in right.axes and a != over]
-        rows, columns = ([a for a in s.axes if a not in (over, *shared)] for s in (left, right))
-        if len(rows) != 1 or len(columns) != 1 or len(shared) > 1:
+        shared = [a for a in e.src[0].axes if a in e.src[1].axes and a != over]
+        own = [[a for a in s.axes if a not in (over, *shared)] for s in e.src]
+        if any(len(x) != 1 for x in own) or len(shared) > 1:
             return None
-        if min(self.block(a) for a in (over, *rows, *columns)) < SMALLEST:
+        if min(self.block(a) for a in (over, *own[0], *own[1])) < SMALLEST:
             return None
-        x, y = self._factors(e, ((*shared, *rows, over), (*shared, over, *columns)))
-        made = Text(f"dot({x.text}, {y.text}, operand)")
-        axes = (*shared, *rows, *columns)
-        return made if axes == e.axes else self.transposed(made, axes, e.axes)
+        rows, columns = (a for a in axes if a not in shared)
+        order = (*shared, rows, columns)
+        first = own[0][0] == rows
+        orders = [(*shared, over, columns), (*shared, rows, over)]
+        left, right = self._factors(e, orders[::-1] if first else orders)[:: 1 if first else -1]
+        made = Text(f"dot({left.text}, {right.text}, operand)")
+        return made if order == axes else self.transposed(made, order, axes)
 
     def _factors(self, e: Expr, orders: Sequence[Axes]) -> list[Text]:
         """The factors of a contraction in these orders: along what is summed over one of them is zero beyond its end,
@@ -136,26 +157,32 @@ class TritonPrinter(Printer):
             clean |= set(needed)
         return texts
 
-    def _sum_of_products(self, e: Expr) -> Text:
-        """Any contraction: the product of blocks that are spread out over all axes, summed over some."""
-        axes = (*e.axes, *e.arg)
+    def _sum_of_products(self, e: Expr, to: Axes) -> Text:
+        """Any contraction: the product of blocks that are spread out over all axes, summed over some. The largest one
+        stays as it lies.
+        """
+        everything = {*e.axes, *e.arg}
+        largest = max(e.src, key=lambda s: len(s.axes))
+        axes = largest.axes[::-1] if set(largest.axes) == everything else (*to, *e.arg)
         orders = [tuple(a for a in axes if a in s.axes) for s in e.src]
         texts = [self.spread(x, o, axes) for x, o in zip(self._factors(e, orders), orders, strict=True)]
         product = " * ".join(x.at_least(3) for x in texts)
-        for position in reversed(range(len(e.axes), len(axes))):
+        for position in sorted((axes.index(a) for a in e.arg), reverse=True):
             product = f"tl.sum({product}, {position})"
-        return Text(product, 5 if e.arg else 2)
+        kept = tuple(a for a in axes if a not in e.arg)
+        made = Text(product, 5 if e.arg else 2)
+        return made if kept == to else self.transposed(made, kept, to)
 
     def _reduction(self, e: Expr) -> Text:
         x = e.src[0]
+        axes = x.axes[::-1]
         if e.op == "max":
-            unclean = [a for a in e.arg if self.padding.padded(a)]
             text = self.text(x).text
-            for a in unclean:
-                text = f'tl.where({self.inside(a, x.axes)}, {text}, float("-inf"))'
+            for a in (a for a in e.arg if self.padding.padded(a)):
+                text = f'tl.where({self.inside(a, axes)}, {text}, float("-inf"))'
         else:
-            text = self.clean(x, x.axes, e.arg).text
-        for position in sorted((x.axes.index(a) for a in e.arg), reverse=True):
+            text = self.clean(x, axes, e.arg).text
+        for position in sorted((axes.index(a) for a in e.arg), reverse=True):
             text = f"tl.{'max' if e.op == 'max' else 'sum'}({text}, {position})"
         if e.op != "mean":
             return Text(text)
@@ -166,42 +193,52 @@ class TritonPrinter(Printer):
 
     def _mask(self, e: Expr) -> Text:
         rows, columns, strict = e.arg
-        inside = self.aligned(e.src[0], e.axes).text
-        compared = f"{self.place(rows, e.axes)} {'>' if strict else '>='} {self.place(columns, e.axes)}"
+        axes = e.axes[::-1]
+        inside = self.aligned(e.src[0], axes).text
+        compared = f"{self.place(rows, axes)} {'>' if strict else '>='} {self.place(columns, axes)}"
         return Text(f"tl.where({compared}, {inside}, 0.0)")
 
+    def shape(self, e: Expr) -> str:
+        return f"({', '.join(str(self.block(a)) for a in e.axes[::-1])}{',' * (len(e.axes) == 1)})"
+
     def _broadcast(self, e: Expr) -> Text:
-        shape = ", ".join(str(self.block(a)) for a in e.axes)
         value = e.src[0]
+        if not e.axes:
+            return self.text(value)
         if not value.axes and value.op in ("const", "size"):
-            return Text(f"tl.full(({shape},), {self.text(value).text}, tl.float32)")
-        return Text(f"tl.broadcast_to({self.aligned(value, e.axes).text}, ({shape},))" if e.axes else self.text(value).text)
+            return Text(f"tl.full({self.shape(e)}, {self.text(value).text}, tl.float32)")
+        return Text(f"tl.broadcast_to({self.aligned(value, e.axes[::-1]).text}, {self.shape(e)})")
 
     def _last(self, e: Expr) -> Text:
         x, axis = e.src[0], e.arg
-        at = f"{self.place(axis, x.axes)} == length - 1"
-        return Text(f"tl.sum(tl.where({at}, {self.text(x).text}, 0.0), {x.axes.index(axis)})")
+        axes = x.axes[::-1]
+        at = f"{self.place(axis, axes)} == length - 1"
+        return Text(f"tl.sum(tl.where({at}, {self.text(x).text}, 0.0), {axes.index(axis)})")
 
     def _put_last(self, e: Expr) -> Text:
-        at = f"{self.place(e.arg, e.axes)} == length - 1"
-        return Text(f"tl.where({at}, {self.aligned(e.src[0], e.axes).text}, 0.0)")
+        axes = e.axes[::-1]
+        return Text(f"tl.where({self.place(e.arg, axes)} == length - 1, {self.aligned(e.src[0], axes).text}, 0.0)")
 
     def _segprod(self, e: Expr) -> Text:
         rows, columns = e.arg
-        t, s = self.place(rows, e.axes), self.place(columns, e.axes)
-        factors = f"tl.where({t} > {s}, {self.aligned(e.src[0], e.axes).text}, 1.0)"
-        return Text(f"tl.where({t} >= {s}, tl.cumprod({factors}, 0), 0.0)")
+        axes = e.axes[::-1]
+        t, s = self.place(rows, axes), self.place(columns, axes)
+        factors = f"tl.where({t} > {s}, {self.aligned(e.src[0], axes).text}, 1.0)"
+        return Text(f"tl.where({t} >= {s}, tl.cumprod({factors}, {len(axes) - 1}), 0.0)")
+
+    def _tokens_last(self, e: Expr, axis: Axis) -> str:
+        return self.ordered(e, (*(a for a in e.axes[::-1] if a != axis), axis)).text
 
     def _cumprod(self, e: Expr) -> Text:
-        return Text(f"tl.cumprod({self._token_first(e.src[0], e.arg)}, 0)")
+        return Text(f"tl.cumprod({self._tokens_last(e.src[0], e.arg)}, {len(e.axes) - 1})")
 
     def _moved(self, e: Expr, axis: Axis, other: str, outside: str, fill: str) -> Text:
-        """The rows of other tokens; `outside` is where there is none."""
-        index = self.spread(Text(other), (axis,), e.axes).text
-        shape = ", ".join(str(self.block(a)) for a in e.axes)
-        rows = f"tl.broadcast_to({index}, ({shape},))" if len(e.axes) > 1 else index
-        taken = f"tl.gather({self._token_first(e.src[0], axis)}, {rows}, 0)"
-        return Text(f"tl.where({self.spread(Text(f'({outside})'), (axis,), e.axes).text}, {fill}, {taken})")
+        """The columns of other tokens; `outside` is where there is none."""
+        axes = e.axes[::-1]
+        index = self.spread(Text(other), (axis,), axes).text
+        columns = f"tl.broadcast_to({index}, {self.shape(e)})" if len(axes) > 1 else index
+        taken = f"tl.gather({self._tokens_last(e.src[0], axis)}, {columns}, {len(axes) - 1})"
+        return Text(f"tl.where({self.spread(Text(f'({outside})'), (axis,), axes).text}, {fill}, {taken})")
 
     def _shift(self, e: Expr) -> Text:
         axis, fill = e.arg
@@ -215,20 +252,13 @@ class TritonPrinter(Printer):
     def _solve(self, e: Expr) -> Text:
         known, unknown = e.arg
         lower, right = e.src
-        columns = e.axes[1:]
-        matrix = self.cut(self.ordered(lower, (known, unknown)), (known, unknown), self._risky(lower))
-        x = self.clean(right, (known, *columns), (known,))
-        C = self.block(unknown)
+        columns = e.axes[:0:-1]
+        matrix = self.cut(self.ordered(lower, (unknown, known)), (unknown, known), self._risky(lower))
+        x = self.clean(right, (*columns, known), (known,))
         if len(columns) != 1:
-            count = 1
-            for a in columns:
-                count *= self.block(a)
-            x = Text(f"tl.reshape({x.text}, ({C}, {count}))")
+            x = Text(f"tl.reshape({x.text}, ({prod(self.block(a) for a in columns)}, {self.block(unknown)}))")
         found = f"solve_lower({matrix.text}, {x.text}, {self.indices[unknown.size]}, {is_upper(e)})"
-        if len(columns) == 1:
-            return Text(found)
-        shape = ", ".join(str(self.block(a)) for a in e.axes)
-        return Text(f"tl.reshape({found}, ({shape},))")
+        return Text(found if len(columns) == 1 else f"tl.reshape({found}, {self.shape(e)})")
 
     def _risky(self, e: Expr) -> list[Axis]:
         """The padded axes beyond whose ends there may be no numbers."""

@@ -10,7 +10,7 @@ import torch
 from tttc.backends import nvidia
 from tttc.backends.triton.emit import Tensor, tensors
 from tttc.backends.triton.tune import Config
-from tttc.ir.program import Scan
+from tttc.ir.program import Scan, cotangent
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
@@ -25,7 +25,7 @@ def compiled(kernel: Any, scan: Scan, backward: bool, dtype: torch.dtype, target
     found = tensors(scan, backward)
     signature: dict[str, str] = {}
     for t in found:
-        signature[f"{t.name}_ptr"] = f"*{TYPES[_stored(t, dtype)]}"
+        signature[f"{t.name}_ptr"] = f"*{TYPES[_stored(t, scan, dtype)]}"
         signature |= dict.fromkeys(t.strides, "i32")
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
     divisible = [n for n in signature if n.endswith("_ptr") or n.endswith(("_b", "_h", "_t"))]
@@ -48,11 +48,11 @@ def resources(made: Any, target: str) -> nvidia.Resources:
     return nvidia.Resources(found.kernel, target, found.registers, found.spilled, made.metadata.shared)
 
 
-def _stored(t: Tensor, dtype: torch.dtype) -> torch.dtype:
+def _stored(t: Tensor, scan: Scan, dtype: torch.dtype) -> torch.dtype:
     """Tokens and outputs are of the dtype of the layer, and so are their cotangents; all else is float32."""
-    role = t.of.arg[0].role
-    token = role == "token" or (t.of.arg[0].at is not None and role == "output")
-    return dtype if token else torch.float32
+    tokens = [p for p in scan.params if p.arg[0].role == "token"] + [a.target for a in scan.outputs]
+    of = {str(p.arg[0].name) for p in (*tokens, *map(cotangent, tokens))}
+    return dtype if str(t.of.arg[0].name) in of else torch.float32
 
 
 __all__ = ["compiled", "options", "resources"]

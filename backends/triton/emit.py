@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 from tttc.backends.interface import Source
-from tttc.backends.triton.ops import ELEMENTWISE, HELPERS, formula
+from tttc.backends.triton.ops import HELPERS, formula
 from tttc.backends.triton.padding import Padding
-from tttc.backends.triton.printer import SMALLEST, TOKENS, TritonPrinter, block_size
+from tttc.backends.triton.printer import TOKENS, TritonPrinter, block_size, wide
 from tttc.ir.adjoint import backward_block
 from tttc.ir.differentiate import lower_composites
 from tttc.ir.expr import Axis, Expr, leaves, postorder
@@ -246,7 +246,7 @@ class _Kernel:
     def load(self, t: Tensor, name: str, at: str = "") -> None:
         mask = self.mask(t.of)
         guarded = f", mask={mask}, other=0.0" if mask else ""
-        self.line(f"{name} = tl.load({self.pointer(t, at)}{guarded}).to(tl.float32)")
+        self.line(f"{name} = tl.load({self.pointer(t, at)}{guarded}){'' if name in self.loaded else '.to(tl.float32)'}")
 
     def store(self, t: Tensor, value: str, at: str = "") -> None:
         mask = self.mask(t.of)
@@ -266,6 +266,16 @@ class _Kernel:
 
     def body(self, assigns: Sequence[Assign], stores: dict[str, Tensor]) -> None:
         """The lines of a block, as the printed program has them; what is carried is zero beyond its ends."""
+        before, self.lines = self.lines, []
+        self.printer.widened.clear()
+        self._body(assigns, stores)
+        body, self.lines = self.lines, before
+        for name in self.loaded:
+            if name in self.printer.widened:
+                self.line(f"{wide(name)} = {name}.to(tl.float32)")
+        self.lines += body
+
+    def _body(self, assigns: Sequence[Assign], stores: dict[str, Tensor]) -> None:
         block = Block(tuple(assigns))
         namer = Namer({*self.taken, *(a.leaf.name for a in assigns)}, self.program.names)
         printer, shown = self.printer, Printer()
@@ -301,10 +311,15 @@ class _Kernel:
 
     # -- kernels
 
+    def begin(self, loaded: Sequence[Expr]) -> None:
+        """What is loaded in the dtype of its tensor: blocks of tokens."""
+        self.loaded = [_name(p) for p in loaded if self.scan.loops and len(p.axes) > 1 and p.arg[0].at]
+        self.printer = TritonPrinter(self.program.dims, self.chunk, self.indices, self.padding, self.loaded)
+
     def forward(self) -> str:
         scan = self.scan
         self.head(False)
-        self.printer = TritonPrinter(self.program.dims, self.chunk, self.indices, self.padding)
+        self.begin([*scan.fixed, *scan.sequence])
         named = {t.name: t for t in tensors(scan, False)}
         for p in (*scan.fixed, *scan.carry):
             self.load(named[_name(p)], _name(p))
@@ -328,7 +343,7 @@ class _Kernel:
     def backward(self) -> str:
         scan, program = self.scan, self.program
         self.head(True)
-        self.printer = TritonPrinter(program.dims, self.chunk, self.indices, self.padding)
+        self.begin([*scan.fixed, *scan.sequence, *(cotangent(a.target) for a in scan.outputs)])
         named = {t.name: t for t in tensors(scan, True)}
         d_made = [cotangent(a.target) for a in scan.updates]
         for p in scan.fixed:

@@ -10,7 +10,7 @@ Where an axis is longer in the block than in the program, `padding.py` says what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 from tttc.backends.triton.ops import ELEMENTWISE, power
@@ -18,10 +18,15 @@ from tttc.backends.triton.padding import Padding
 from tttc.ir.expr import Axes, Axis, Expr
 from tttc.ir.ops import is_upper
 from tttc.ir.scalars import SCALARS
-from tttc.ir.text import Printer, Text
+from tttc.ir.text import Printer, Text, core
 
 SMALLEST = 16  # of the three sizes of a product on tensor cores
 TOKENS = "C"
+
+
+def wide(name: str) -> str:
+    """What a variable is called as float32."""
+    return f"{name}_f32"
 
 
 def block_size(n: int) -> int:
@@ -30,11 +35,22 @@ def block_size(n: int) -> int:
 
 
 class TritonPrinter(Printer):
-    """Prints expressions as blocks. `indices` are the names of the places along each dim, `chunk` the tokens."""
+    """Prints expressions as blocks. `indices` are the names of the places along each dim, `chunk` the
+    tokens, `loaded` the variables that come from memory and stay as they are."""
 
-    def __init__(self, dims: Mapping[str, int], chunk: int, indices: Mapping[str, str], padding: Padding) -> None:
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        chunk: int,
+        indices: Mapping[str, str],
+        padding: Padding,
+        loaded: Collection[str],
+    ) -> None:
         super().__init__()
+        self.loaded = loaded
         self.dims, self.chunk, self.indices, self.padding = dims, chunk, indices, padding
+        self.widened: set[str] = set()
+        """Variables that are read as float32, beside being factors of products in the dtype that they have."""
 
     # -- places
 
@@ -100,7 +116,12 @@ class TritonPrinter(Printer):
     # -- operations
 
     def _leaf(self, e: Expr) -> Text:
-        return Text(str(e.arg[0].name))
+        """A variable as float32. What a kernel loads and does not change has the dtype of its tensor."""
+        name = str(e.arg[0].name)
+        if name not in self.loaded:
+            return Text(name)
+        self.widened.add(name)
+        return Text(wide(name))
 
     def _size(self, e: Expr) -> Text:
         return Text("length" if e.arg.size == TOKENS else str(self.dims[e.arg.size]))
@@ -140,20 +161,26 @@ class TritonPrinter(Printer):
         order = (*shared, rows, columns)
         first = own[0][0] == rows
         orders = [(*shared, over, columns), (*shared, rows, over)]
-        left, right = self._factors(e, orders[::-1] if first else orders)[:: 1 if first else -1]
+        texts = self._factors(e, orders[::-1] if first else orders, as_it_is=True)
+        left, right = texts if first else texts[::-1]
         made = Text(f"dot({left.text}, {right.text}, operand)")
         return made if order == axes else self.transposed(made, order, axes)
 
-    def _factors(self, e: Expr, orders: Sequence[Axes]) -> list[Text]:
+    def _factors(self, e: Expr, orders: Sequence[Axes], *, as_it_is: bool = False) -> list[Text]:
         """The factors of a contraction in these orders: along what is summed over one of them is zero beyond its end,
-        and the others are numbers there.
+        and the others are numbers there. `as_it_is`: in the dtype in which they were loaded.
         """
         texts = []
         clean = {a for a in e.arg for s in e.src if a in self.padding.zero(s)}
         for s, axes in zip(e.src, orders, strict=True):
             mine = [a for a in e.arg if a in s.axes]
             needed = [a for a in mine if a not in clean or not self.padding.finite(s)]
-            texts.append(self.clean(s, axes, needed))
+            x = core(s)
+            if as_it_is and x.op == "leaf" and x not in self.names and not self.padding.unclean(s, frozenset(needed)):
+                text = Text(str(x.arg[0].name))
+                texts.append(text if s.axes[::-1] == axes else self.transposed(text, s.axes[::-1], axes))
+            else:
+                texts.append(self.clean(s, axes, needed))
             clean |= set(needed)
         return texts
 

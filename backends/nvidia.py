@@ -27,12 +27,14 @@ class ToolkitMissing(Exception):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes: registers of a thread, bytes that did not fit into them, bytes of shared memory."""
+    """What one kernel takes: registers of a thread, bytes that did not fit into them (written, and read again), bytes
+    of shared memory; None where the compiler does not say.
+    """
 
     kernel: str
     target: str
-    registers: int
-    spilled: int
+    registers: int | None
+    spilled: int | None
     shared: int
 
 
@@ -93,7 +95,7 @@ def report(said: str, target: str) -> list[Resources]:
         registers = re.search(r"Used (\d+) registers", part)
         assert name is not None, part
         assert registers is not None, part
-        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part))
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", part))
         shared = re.search(r"(\d+) bytes smem", part)
         found.append(Resources(name[1], target, int(registers[1]), spilled, int(shared[1]) if shared else 0))
     return found

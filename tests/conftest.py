@@ -25,8 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers share the cores, so each has one thread; native kernels, seconds to compile, are asked for by name."""
+    """Workers share the cores, so each has one thread; native kernels, seconds to compile, are asked for by name.
+    Without a GPU those of Triton run in its interpreter, which has to be said before Triton is imported.
+    """
     os.environ["TTTC_BACKEND"] = "torch"
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

@@ -127,7 +127,8 @@ def test_compile_prints_the_source_that_runs(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("tvm") is None or bool(nvidia.missing()), reason="needs apache-tvm, nvcc and ptxas")
 def test_compile_for_a_gpu_writes_kernels_and_says_what_they_take(tmp_path: Path) -> None:
-    lines = output("compile", "LinearAttention", "--target", "sm_90", "--dims", "D=16", "-o", tmp_path).splitlines()
+    arguments = ("LinearAttention", "--target", "sm_90", "--backend", "tvm", "--dims", "D=16", "-o", tmp_path)
+    lines = output("compile", *arguments).splitlines()
     assert lines[0].split() == [
         "kernel",
         "target",
@@ -164,7 +165,7 @@ def test_compile_for_a_gpu_refuses(arguments: tuple[str, ...], said: str) -> Non
 def test_compile_for_a_gpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "missing", lambda: ["there is no ptxas"])
     assert "cannot compile for sm_80 here:\n  - there is no ptxas" in complaint(
-        "compile", "RetNet", "--target", "sm_80"
+        "compile", "RetNet", "--target", "sm_80", "--backend", "tvm"
     )
 
 

@@ -26,7 +26,11 @@ from tttc.variant import Signature, Variant
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 BACKENDS: dict[str, Backend] = {"torch": torch_backend, "tvm": tvm_backend, "triton": triton_backend}
-REASONS = {"torch": "runs every program, on any device", "tvm": "native kernels for this CPU", "triton": "fused kernels for this GPU"}
+REASONS = {
+    "torch": "runs every program, on any device",
+    "tvm": "native kernels for this CPU",
+    "triton": "fused kernels for this GPU",
+}
 
 
 @overload
@@ -75,8 +79,8 @@ def compile(
         dtype: of q, k, v and z. States and arithmetic are float32, with float64 float64 all the way.
         device: where the tensors of a call are.
         backend: "torch", which runs everywhere; "tvm", native kernels for a CPU or an NVIDIA GPU (pip install
-            'tttc[tvm]'), compiled when first called and kept on disk; or "auto", on a CPU "tvm" where it can run the
-            program, otherwise "torch".
+            'tttc[tvm]'), compiled when first called and kept on disk; "triton", fused kernels for a GPU; or "auto":
+            "tvm" on a CPU and "triton" on a GPU where they can run the program, otherwise "torch".
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
             square root of their number, None (or 0) keeps every value and recomputes nothing.
@@ -157,7 +161,8 @@ def _candidates(backend: str, device: torch.device) -> tuple[list[str], str]:
         raise _refused(named, [f"TTTC_BACKEND names no backend; there are auto, {', '.join(BACKENDS)}"])
     if named != "auto":
         return [named], "TTTC_BACKEND asks for it"
-    return (["tvm", "torch"] if device.type == "cpu" and find_spec("tvm") else ["torch"]), ""
+    native = {"cpu": ["tvm"] if find_spec("tvm") else [], "cuda": [] if triton_backend.missing() else ["triton"]}
+    return [*native.get(device.type, []), "torch"], ""
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -178,6 +183,8 @@ def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Progra
 
 def _misplaced(backend: str, device: torch.device) -> list[str]:
     """Why a backend cannot run on the device."""
+    if backend == "triton":
+        return triton_backend.unavailable(device)
     return unavailable(device) if backend == "tvm" and device.type != "cpu" else []
 
 

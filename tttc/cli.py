@@ -245,7 +245,7 @@ def compile_variant(
         str, typer.Option(help="Which backend writes it; auto takes the best that can run here.")
     ] = "auto",
     target: Annotated[
-        str | None, typer.Option(metavar="sm_80|sm_90|...", help="Compile for this GPU, which need not be there.")
+        str | None, typer.Option(metavar="sm_90|gfx942|...", help="Compile for this GPU, which need not be there.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of q, k, v and z, with --target: bfloat16 and float16 use tensor cores.")
@@ -260,7 +260,7 @@ def compile_variant(
         tttc compile ttt_mlp --target sm_90 --dtype bfloat16 -o kernels
     """
     if target is not None:
-        _compile_for(load_variant(variant), dim, target, dtype, "tvm" if backend == "auto" else backend, output)
+        _compile_for(load_variant(variant), dim, target, dtype, "triton" if backend == "auto" else backend, output)
         return
     source = _compiled(variant, dim, backend=backend).source
     if output is None:
@@ -272,12 +272,14 @@ def compile_variant(
 def _compile_for(
     variant: type[Variant], dim: list[str] | None, target: str, dtype: str, backend: str, folder: Path | None
 ) -> None:
-    numbers = ("registers", "spilled bytes", "shared bytes", "bytes outside per head")
+    outside = ("bytes outside per head",) if backend == "tvm" else ()
+    numbers = ("registers", "spilled bytes", "shared bytes", *outside)
     found = table("kernel", "target", *numbers, numbers=numbers)
     with console(stderr=True).status(f"compiling for {target} ..."):
         for built in compile_for(variant, full_dims(variant, _sizes(dim)), target, dtype, backend):
             r = built.resources
-            found.add_row(r.kernel, r.target, *(str(n) for n in (r.registers, r.spilled, r.shared, built.outside)))
+            shown = (r.registers, r.spilled, r.shared, built.outside)[: len(numbers)]
+            found.add_row(r.kernel, r.target, *("" if n is None else str(n) for n in shown))
             if folder is not None:
                 try:
                     built.write(folder)

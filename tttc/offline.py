@@ -11,7 +11,9 @@ import torch
 
 from tttc.api import compile as compile_layer
 from tttc.backends import nvidia
+from tttc.backends import triton as triton_backend
 from tttc.backends import tvm as tvm_backend
+from tttc.backends.triton.compiled import compiled_scans
 from tttc.backends.tvm.cuda_load import DTYPES, CudaScan, compiled
 from tttc.backends.tvm.device import gpu
 from tttc.backends.tvm.load import stored_tokens
@@ -20,70 +22,99 @@ from tttc.ir.program import Program
 from tttc.variant import Variant
 
 OLDEST = {"bfloat16": 80, "float16": 70}  # compute capability with tensor cores for it
+TARGET = re.compile(r"sm_(\d{2,3})|gfx[0-9a-f]{3,4}")
 
 
 @dataclass(frozen=True)
 class Built:
     """One kernel: files by suffix, and its resources; `outside` are the bytes per head that do
-    not fit on the chip, without those that every token of a call adds."""
+    not fit on the chip, without those that every token of a call adds, where the kernel says so.
+    """
 
     resources: nvidia.Resources
     files: Mapping[str, bytes]
-    outside: int
+    outside: int | None = None
 
     def write(self, folder: Path) -> None:
-        """name.cu, name.ptx, name.cubin, and name.json, which says how to launch it."""
+        """The kernel's name with each suffix: source, assembly, machine code, and how to launch it."""
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, content in self.files.items():
             (folder / f"{self.resources.kernel}{suffix}").write_bytes(content)
 
 
-Builder = Callable[[Program, int, torch.dtype], Iterator[Built]]
+Builder = Callable[[Program, str, torch.dtype], Iterator[Built]]
 
 
-def with_tvm(program: Program, capability: int, dtype: torch.dtype) -> Iterator[Built]:
+def with_tvm(program: Program, target: str, dtype: torch.dtype) -> Iterator[Built]:
     """The forward and the backward of every scan, through TensorIR."""
-    device = gpu(DTYPES[dtype], capability)
+    device = gpu(DTYPES[dtype], _capability(target))
     for scan in program.scans:
         stored = stored_tokens(scan, dtype)
         for backward in (False, True) if scan.differentiated else (False,):
             source = CudaScan(scan, program, device).source(backward, stored)
-            ptx, cubin, resources = compiled(source, f"sm_{capability}")
+            ptx, cubin, resources = compiled(source, target)
             texts = {".cu": source.text, ".ptx": ptx, ".json": source.to_json()}
             files = {suffix: text.encode() for suffix, text in texts.items()}
             yield Built(resources, files | {".cubin": cubin}, source.outside)
 
 
-BUILDERS: dict[str, Builder] = {"tvm": with_tvm}
+def with_triton(program: Program, target: str, dtype: torch.dtype) -> Iterator[Built]:
+    """The same through Triton, each with the warps that leave the least outside its registers."""
+    for found in compiled_scans(program, target, dtype):
+        yield Built(found.resources, found.files)
+
+
+def missing_for(backend: str, target: str, program: Program) -> list[str]:
+    """Why a backend cannot compile the program for a target here."""
+    if backend == "tvm":
+        return [*tvm_backend.refusals(program), *nvidia.missing()]
+    no_assembler = nvidia.ptxas() is None and target.startswith("sm_")
+    return [*triton_backend.refusals(program), *triton_backend.missing(), *(nvidia.missing()[-1:] * no_assembler)]
+
+
+BUILDERS: dict[str, Builder] = {"triton": with_triton, "tvm": with_tvm}
 
 
 def compile_for(
-    variant: type[Variant], dims: Mapping[str, int], target: str, dtype: str = "float32", backend: str = "tvm"
+    variant: type[Variant],
+    dims: Mapping[str, int],
+    target: str,
+    dtype: str = "float32",
+    backend: str = "triton",
+    *,
+    chunk: int | None = None,
 ) -> Iterator[Built]:
-    """The kernels of a variant for a target such as sm_90, one by one.
+    """The kernels of a variant for a target such as sm_90 or gfx942, one by one.
 
     Raises:
         TTTCError: if there is no such target, dtype or backend, or nothing that could compile for it.
     """
-    found = re.fullmatch(r"sm_(\d{2,3})", target)
-    if found is None:
-        raise TTTCError(f"there is no target {target!r}.\n  Name a compute capability, such as sm_80 or sm_90.")
-    capability = int(found[1])
+    if TARGET.fullmatch(target) is None:
+        raise TTTCError(
+            f"there is no target {target!r}.\n"
+            "  Name a compute capability, such as sm_80 or sm_90, or an AMD GPU, such as gfx942."
+        )
     names = {name: d for d, name in DTYPES.items()}
     if dtype not in names:
         raise TTTCError(f"there is no dtype {dtype!r}.\n  There are {', '.join(names)}.")
-    if capability < OLDEST.get(dtype, 0):
+    if target.startswith("sm_") and _capability(target) < OLDEST.get(dtype, 0):
         raise TTTCError(f"{target} has no tensor cores for {dtype}.\n  Use sm_{OLDEST[dtype]} or newer, or float32.")
     if backend not in BUILDERS:
         raise TTTCError(f"backend {backend!r} compiles for no GPU.\n  There are {', '.join(BUILDERS)}.")
-    program = compile_layer(variant, dims, names[dtype], backend="torch").stages.program
-    if reasons := [*tvm_backend.refusals(program), *nvidia.missing()]:
+    if backend == "tvm" and not target.startswith("sm_"):
+        raise TTTCError(f"backend 'tvm' compiles for NVIDIA GPUs, not for {target}.\n  Use --backend triton.")
+    program = compile_layer(variant, dims, names[dtype], backend="torch", chunk=chunk).stages.program
+    if reasons := missing_for(backend, target, program):
         listed = "\n".join(f"  - {r}" for r in reasons)
         raise BackendRefusal(f"cannot compile for {target} here:\n{listed}")
     try:
-        yield from BUILDERS[backend](program, capability, names[dtype])
+        yield from BUILDERS[backend](program, target, names[dtype])
     except nvidia.ToolkitMissing as error:
         raise TTTCError(str(error)) from error
+
+
+def _capability(target: str) -> int:
+    return int(target.removeprefix("sm_"))
 
 
 __all__ = ["Built", "compile_for"]

@@ -5,13 +5,14 @@
     padding.py  what lies beyond the ends of blocks
     ops.py      elementwise functions
     load.py     kernels launched on torch tensors
+    compiled.py kernels compiled for a GPU that need not be there
     tune.py     what may be tuned
 
 On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set before Python started.
 """
 
 from tttc.backends.triton.emit import emit, refusals
-from tttc.backends.triton.load import load
+from tttc.backends.triton.load import load, missing, unavailable
 from tttc.backends.triton.tune import choices, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "refusals", "toolchain"]
+__all__ = ["choices", "emit", "identity", "load", "missing", "refusals", "toolchain", "unavailable"]

@@ -2,50 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tttc.backends import nvidia
-from tttc.backends.triton.emit import Tensor, tensors
-from tttc.backends.triton.tune import Config
-from tttc.ir.program import Scan, cotangent
+from tttc.backends.triton.emit import Tensor, emit, tensors, unfused
+from tttc.backends.triton.load import Module, interpreted
+from tttc.backends.triton.tune import Config, default_config
+from tttc.ir.program import Program, Scan, cotangent
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
+WIDEST_WARP = 64  # threads, on AMD's GPUs
 
 
-def compiled(kernel: Any, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
-    """A kernel compiled for a target such as sm_90 or gfx942, with tokens of `dtype`: what Triton makes of it."""
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel: what it takes, and its texts and machine code by suffix."""
+
+    resources: nvidia.Resources
+    files: Mapping[str, bytes]
+
+
+def compiled_scans(program: Program, target: str, dtype: torch.dtype) -> Iterator[Compiled]:
+    """The kernels of every fused scan for a target such as sm_90 or gfx942, with tokens of `dtype`."""
+    if interpreted():
+        raise nvidia.ToolkitMissing("Triton interprets here and compiles nothing.\n  Unset TRITON_INTERPRET.")
+    source = emit(program)
+    module = Module(source, program)
+    for scan in program.scans:
+        if unfused(scan, program):
+            continue
+        for backward in (False, True) if scan.differentiated else (False,):
+            config = default_config(scan, program, backward)
+            made = compiled(module, scan, backward, dtype, target, config)
+            texts = {f".{n}": made.asm[n] for n in ("ttir", "ttgir", "ptx", "amdgcn") if n in made.asm}
+            files = {n: text.encode() for n, text in ({".py": source.text} | texts).items()}
+            binaries = {f".{n}": made.asm[n] for n in ("cubin", "hsaco") if n in made.asm}
+            yield Compiled(resources(made, target), files | binaries)
+
+
+def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
+    """A kernel compiled for a target: what Triton makes of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    found = tensors(scan, backward)
     signature: dict[str, str] = {}
-    for t in found:
+    for t in tensors(scan, backward):
         signature[f"{t.name}_ptr"] = f"*{TYPES[_stored(t, scan, dtype)]}"
         signature |= dict.fromkeys(t.strides, "i32")
+    divisible = {(i,): DIVISIBLE for i in range(len(signature))}
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
-    divisible = [n for n in signature if n.endswith("_ptr") or n.endswith(("_b", "_h", "_t"))]
-    attributes = {(list(signature).index(n),): DIVISIBLE for n in divisible}
     signature["operand"] = "constexpr"
     operand = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16, "fp16": triton.language.float16}
-    source = ASTSource(kernel, signature, {"operand": operand[TYPES[dtype]]}, attributes)
-    hip = target.startswith("gfx")
-    place = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return triton.compile(source, target=place, options=options(config))
-
-
-def options(config: Config) -> Mapping[str, int]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    source = ASTSource(module.kernel(scan, backward), signature, {"operand": operand[TYPES[dtype]]}, divisible)
+    amd = target.startswith("gfx")
+    place = GPUTarget("hip", target, WIDEST_WARP) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return triton.compile(source, target=place, options=dict(config.options))
 
 
 def resources(made: Any, target: str) -> nvidia.Resources:
-    """Registers, spilled bytes and shared memory, by the assembler."""
-    _, (found,) = nvidia.assembled(made.asm["ptx"], f"{target}a" if target == "sm_90" else target)
-    return nvidia.Resources(found.kernel, target, found.registers, found.spilled, made.metadata.shared)
+    """Registers, spilled bytes and shared memory, as the assembler says."""
+    if "ptx" in made.asm:
+        _, (found,) = nvidia.assembled(made.asm["ptx"], _architecture(made.asm["ptx"]))
+        return nvidia.Resources(found.kernel, target, found.registers, found.spilled, made.metadata.shared)
+    text = made.asm["amdgcn"]
+    registers, spilled = (re.search(rf"\.{n}:\s+(\d+)", text) for n in ("vgpr_count", "vgpr_spill_count"))
+    bytes_spilled = None if spilled is None else 4 * int(spilled[1])
+    return nvidia.Resources(
+        made.metadata.name, target, int(registers[1]) if registers else None, bytes_spilled, made.metadata.shared
+    )
+
+
+def _architecture(ptx: str) -> str:
+    """The architecture that PTX is for: sm_90a has instructions that sm_90 has not."""
+    found = re.search(r"\.target (sm_\w+)", ptx)
+    assert found is not None
+    return found[1]
 
 
 def _stored(t: Tensor, scan: Scan, dtype: torch.dtype) -> torch.dtype:
@@ -55,4 +93,4 @@ def _stored(t: Tensor, scan: Scan, dtype: torch.dtype) -> torch.dtype:
     return dtype if str(t.of.arg[0].name) in of else torch.float32
 
 
-__all__ = ["compiled", "options", "resources"]
+__all__ = ["Compiled", "compiled", "compiled_scans", "resources"]

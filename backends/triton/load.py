@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,17 +21,40 @@ from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Settings, Source
 from tttc.backends.memory import laid_out, like
 from tttc.backends.triton.emit import tensors, unfused
-from tttc.backends.triton.tune import Config
+from tttc.backends.triton.tune import Config, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
 
 
+def missing() -> list[str]:
+    """Why there is no Triton here."""
+    return [] if find_spec("triton") else ["triton is not installed: pip install triton (Linux on x86-64)"]
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter. Triton looks once, when it is imported."""
+    if "triton" in sys.modules:
+        return bool(sys.modules["triton"].knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def unavailable(device: torch.device) -> list[str]:
+    """Why kernels cannot run on this device."""
+    if found := missing():
+        return found
+    if device.type == "cpu" and not interpreted():
+        return ["it runs on a GPU; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1 set before Python starts"]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return [f"torch finds no GPU for {device}; `tttc compile --target sm_90` compiles without one"]
+    return [] if device.type in ("cpu", "cuda") else [f"it runs on a GPU, not on {device}"]
+
+
 def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, CompiledScan]:
     """Every scan: by its kernels, or where it has none as batched operations of PyTorch."""
-    module = _Module(source, program)
-    config = Config(**(settings or {}))
+    module = Module(source, program)
+    config = Config(**settings) if settings else None
     batched = torch_backend.load(torch_backend.emit(program), program)
     return {
         s.name: batched[s.name] if unfused(s, program) else TritonScan(s, program, module, config)
@@ -36,7 +62,7 @@ def load(source: Source, program: Program, settings: Settings | None = None) -> 
     }
 
 
-class _Module:
+class Module:
     """The generated file, run when its first kernel is: Triton is not imported before."""
 
     def __init__(self, source: Source, program: Program) -> None:
@@ -54,6 +80,10 @@ class _Module:
         exec(compile(text, name, "exec"), module.__dict__)
         return module
 
+    def kernel(self, scan: Scan, backward: bool) -> Any:
+        """The function of a scan, or of its adjoint."""
+        return getattr(self.kernels, f"{scan.name}{'_adjoint' if backward else ''}")
+
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
@@ -62,7 +92,7 @@ def _write(path: Path, text: str) -> None:
 class TritonScan:
     """One scan, run by its forward and its backward kernel."""
 
-    def __init__(self, scan: Scan, program: Program, module: _Module, config: Config) -> None:
+    def __init__(self, scan: Scan, program: Program, module: Module, config: Config | None) -> None:
         self.scan, self.program, self.module, self.config = scan, program, module, config
 
     @property
@@ -119,9 +149,10 @@ class TritonScan:
             arguments += [x, *x.stride()[: len(t.strides)]]
         sizes = [heads, *([tokens, every, groups] if self.scan.loops else [])]
         operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
-        kernel = getattr(self.module.kernels, f"{self.scan.name}{'_adjoint' if backward else ''}")
+        kernel = self.module.kernel(self.scan, backward)
+        options = (self.config or default_config(self.scan, self.program, backward)).options
         with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
-            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, **self.config.__dict__)
+            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, **options)
 
     def _operand(self, inputs: Tensors) -> torch.dtype:
         """The dtype of the factors of matrix products: that of the tokens."""

@@ -1,4 +1,4 @@
-"""How each elementwise operation of the IR is written in Triton, and what Triton lacks as functions in a generated file."""
+"""How each elementwise operation of the IR is written in Triton, and as functions what Triton lacks."""
 
 from __future__ import annotations
 
@@ -44,45 +44,45 @@ def power(x, n: tl.constexpr):
         y *= x
     return y
 ''',
-    "tanh": '''
+    "tanh": """
 @triton.jit
 def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     y = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0.0, -y, y)
-''',
-    "sign": '''
+""",
+    "sign": """
 @triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, 0.0) - tl.where(x < 0.0, 1.0, 0.0)
-''',
-    "relu": '''
+""",
+    "relu": """
 @triton.jit
 def relu(x):
     return tl.where(x < 0.0, 0.0, x)
-''',
+""",
     "softplus": '''
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)), which overflows nowhere."""
     return tl.where(x < 0.0, 0.0, x) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 ''',
-    "silu": '''
+    "silu": """
 @triton.jit
 def silu(x):
     return x * tl.sigmoid(x)
-''',
+""",
     "gelu": '''
 @triton.jit
 def gelu(x):
     """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x**3)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * (x * x * x)))
 ''',
-    "step": '''
+    "step": """
 @triton.jit
 def step(x):
     return tl.where(x > 0.0, 1.0, 0.0)
-''',
+""",
     "less_equal": '''
 @triton.jit
 def less_equal(x, y):
@@ -104,7 +104,7 @@ def huber(x, delta):
     "solve": '''
 @triton.jit
 def solve_lower(matrix, x, t, upper: tl.constexpr):
-    """x[:, i] -= sum over j < i of matrix[j, i] * x[:, j], token after token; j > i, from the last one on, if `upper`."""
+    """x[:, i] -= sum over j < i of matrix[j, i] * x[:, j], token by token; j > i, from the last one, if `upper`."""
     C: tl.constexpr = x.shape[1]
     for n in range(1, C):
         i = C - 1 - n if upper else n

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 
 from tttc.backends.interface import Settings
-from tttc.ir.program import Program
+from tttc.backends.triton.printer import block_size
+from tttc.ir.program import Program, Scan
+
+THREADS = 32
+LARGE = 96  # numbers of the state for each thread
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,21 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
+    @property
+    def options(self) -> Mapping[str, int]:
+        """As Triton's compiler takes them."""
+        return asdict(self)
+
+
+def default_config(scan: Scan, program: Program, backward: bool) -> Config:
+    """As many warps as hold the state in their registers, and in a backward its cotangent; a backward leaves loads to
+    the warps, whose registers are full.
+    """
+    size = sum(prod(block_size(program.dims[a.size]) for a in p.axes) for p in scan.carry)
+    size *= 2 if backward else 1
+    warps = next((n for n in (4, 8) if size <= n * THREADS * LARGE), 16 if not backward else 8)
+    return Config(warps, 1 if backward else 2)
+
 
 def choices(program: Program) -> Mapping[str, Sequence[int]]:
     """The fields of a `Config`, each with its default and other values."""
@@ -25,7 +45,7 @@ def choices(program: Program) -> Mapping[str, Sequence[int]]:
 
 
 def identity(program: Program, settings: Settings) -> Hashable:
-    return tuple(sorted({**Config().__dict__, **settings}.items()))
+    return tuple(sorted({**asdict(Config()), **settings}.items()))
 
 
 def toolchain() -> dict[str, str]:
@@ -36,4 +56,4 @@ def toolchain() -> dict[str, str]:
         return {"triton": "absent"}
 
 
-__all__ = ["Config", "choices", "identity", "toolchain"]
+__all__ = ["Config", "choices", "default_config", "identity", "toolchain"]

@@ -20,7 +20,7 @@ from tttc.ir import build as b
 from tttc.ir.adjoint import backward_block
 from tttc.ir.differentiate import lower_composites
 from tttc.ir.expr import Axes, Axis, Expr, leaf, leaves, postorder, rebuild, substitute, transform
-from tttc.ir.program import Assign, Program, Scan, ScanAdjoint
+from tttc.ir.program import Assign, Program, Scan
 from tttc.ir.text import Namer, Printer, core
 
 TOKENS = "C"  # the size of an axis that runs along the tokens of a chunk

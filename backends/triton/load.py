@@ -26,6 +26,12 @@ from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
+# Triton's interpreter holds bfloat16 as whole numbers, and multiplies these where they are factors of a product.
+INTERPRETED_DOT = '''
+@triton.jit
+def dot(x, y, operand: tl.constexpr):
+    return tl.dot(x.to(operand).to(tl.float32), y.to(operand).to(tl.float32), input_precision="ieee")
+'''
 
 
 def missing() -> list[str]:
@@ -71,7 +77,7 @@ class Module:
     @cached_property
     def kernels(self) -> ModuleType:
         """The file as a module. Triton reads its functions from the file, as do profilers and tracebacks."""
-        text = self.source.text
+        text = self.source.text + (INTERPRETED_DOT if interpreted() else "")
         path = cached("triton", text, ".py", lambda p: _write(p, text))
         name = str(path) if path else f"<tttc {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)

@@ -1,0 +1,232 @@
+"""The Triton backend in its interpreter: every library variant against the oracle, what lies beyond ends, bad input.
+
+On a machine with a GPU the same tests run on it. Memory is poisoned with NaN before every test (conftest.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+
+import pytest
+import torch
+
+import tttc
+from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result, result_of, split_call
+from tttc.backends.interface import Source
+from tttc.backends.triton.emit import unfused
+from tttc.backends.triton.load import Module, TritonScan
+from tttc.errors import BackendRefusal
+from tttc.library import TTTMLP, DeltaNet, LinearAttention, TTTLinear
+from tttc.reference import reference
+from tttc.verify import random_inputs, relative_error
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton for this platform"),
+    # the interpreter computes beyond the ends of blocks too, where a division by zero is no mistake
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = 37  # two chunks of 16 and a tail of 5
+FEWER = {"Titans": 21, "Moneta": 21, "Yaad": 21}  # with random gates their states grow beyond what float32 can follow
+BATCHED = ("LaCT", "MTTT", "ViTTT")  # their chunk is the whole sequence, or 2048 tokens
+# float32 rounds at 6e-8; some hundred operations in a row, and twice as many in the backward
+OUTPUT, GRADIENT = 5e-6, 1e-5
+
+
+def compiled(variant, dims, dtype=torch.float32, **settings):
+    return tttc.compile(variant, dims, dtype, DEVICE, "triton", **settings)
+
+
+def converted(inputs, dtype, device):
+    def to(x):
+        return x.detach().to(device, dtype).requires_grad_()
+
+    groups = {n: {k: to(x) for k, x in getattr(inputs, n).items()} for n in ("gates", "params", "state", "tokens")}
+    return replace(inputs, q=to(inputs.q), k=to(inputs.k), v=to(inputs.v), **groups)
+
+
+def called(layer, inputs, **more):
+    """Outputs, states and gradients of a call, as float64."""
+    z, state = layer(inputs.q, inputs.k, inputs.v, **keywords(inputs), **more)
+    found = result_of(z, state, inputs)
+    return type(found)(*(x.double().cpu() if isinstance(x, torch.Tensor) else _doubled(x) for x in found))
+
+
+def _doubled(tensors):
+    return {n: x.double().cpu() for n, x in tensors.items()}
+
+
+def compared(variant, dims, tokens=TOKENS, batch=1, **settings):
+    """What differs from the oracle, which is always float64."""
+    layer = compiled(variant, dims, **settings)
+    short = converted(random_inputs(layer.signature, layer.dims, batch, tokens, 2), torch.float32, DEVICE)
+    wanted = oracle_result(variant, converted(short, torch.float64, "cpu"))
+    return differences(called(layer, short), wanted, OUTPUT, GRADIENT)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D", [16, 24, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_every_library_variant_equals_the_oracle(name, D):
+    """Outputs, final states and every gradient, with a tail; where the chunk is free, in chunks of 16."""
+    free = tttc.compile(LIBRARY[name], dims_of(LIBRARY[name], D, 2 * D)).stages.program.plan.free
+    assert not compared(
+        LIBRARY[name], dims_of(LIBRARY[name], D, 2 * D), FEWER.get(name, TOKENS), chunk=16 if free else None
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in LIBRARY if n not in BATCHED])
+def test_it_is_the_kernels_that_run(name):
+    layer = compiled(LIBRARY[name], dims_of(LIBRARY[name], 16, 32))
+    assert isinstance(layer._scans[layer._name], TritonScan)
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_what_is_no_kernel_is_said(name):
+    layer = compiled(LIBRARY[name], dims_of(LIBRARY[name], 16))
+    assert f"# {layer._name}: its chunk is" in layer.source
+
+
+@pytest.mark.parametrize("read", ["after", "before", "start", "end"])
+@pytest.mark.parametrize("mini_batch", [1, 4])
+def test_every_read(read, mini_batch):
+    """Chunks of one token, and of fewer than a product of matrices takes."""
+    assert not compared(TTTLinear.replace(read=read, mini_batch=mini_batch), {"D": 5}, 9)
+
+
+@pytest.mark.parametrize("checkpoint", [None, 1, 2, 5])
+def test_carries_may_be_kept_at_any_distance(checkpoint):
+    assert not compared(TTTLinear.replace(mini_batch=4), {"D": 16}, 30, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("name", ["TTTLinear", "TTTMLP", "GatedDeltaNet"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, dtype):
+    """bfloat16 has 8 bits (4e-3), float16 11 (5e-4): factors are rounded, sums are float32; gradients twice that."""
+    allowed = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}[dtype]
+    variant = LIBRARY[name]
+    layer = compiled(variant, dims_of(variant, 16, 32), dtype)
+    inputs = random_inputs(layer.signature, layer.dims, 1, 21, 2)
+    wide = converted(inputs, torch.float32, DEVICE)
+    short = replace(wide, **{n: getattr(wide, n).detach().to(dtype).requires_grad_() for n in ("q", "k", "v")})
+    wanted = oracle_result(variant, converted(short, torch.float64, "cpu"))
+    assert not differences(called(layer, short), wanted, allowed, 2 * allowed)
+
+
+def test_calls_of_any_length_and_decoding():
+    """Open mini-batches, their end, and the kernel of one token."""
+    layer = compiled(TTTLinear, {"D": 16}, decode="sums")
+    inputs = converted(inputs_for(layer, 40, batch=2, heads=2), torch.float32, DEVICE)
+    exact = converted(inputs, torch.float64, "cpu")
+    wanted, final = reference(TTTLinear, exact.q, exact.k, exact.v, **keywords(exact))
+    with torch.no_grad():
+        z, state = split_call(layer, inputs, (0, 1, 2, 3, 15, 16, 17, 33))
+    assert relative_error(z.double().cpu(), wanted) <= OUTPUT
+    assert max(relative_error(state[n].double().cpu(), w) for n, w in final.items()) <= OUTPUT
+
+
+@pytest.mark.parametrize(("batch", "tokens", "heads"), [(1, 0, 2), (0, 5, 2), (1, 1, 1), (3, 5, 1)])
+def test_empty_and_single_calls(batch, tokens, heads):
+    layer = compiled(LinearAttention, {"D": 16})
+    q, k, v = torch.randn(3, batch, tokens, heads, 16, device=DEVICE)
+    z, state = layer(q, k, v)
+    wanted, final = tttc.compile(LinearAttention, {"D": 16}, backend="torch")(q.cpu(), k.cpu(), v.cpu())
+    assert z.shape == wanted.shape
+    torch.testing.assert_close(z.cpu(), wanted, rtol=1e-5, atol=1e-5)  # float32, in another order
+    torch.testing.assert_close(state.W.cpu(), final.W, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_sequences():
+    """Each as if it were alone, and their gradients."""
+    layer = compiled(DeltaNet, {"D": 16}, chunk=16)
+    inputs = converted(inputs_for(layer, 40), torch.float32, DEVICE)
+    begun = {n: x.detach().expand(3, -1, -1, -1) for n, x in inputs.state.items()}
+    bounds = [0, 17, 18, 40]
+    packed = torch.tensor(bounds, device=DEVICE)
+    z, state = layer(inputs.q, inputs.k, inputs.v, gates=inputs.gates, state=begun, cu_seqlens=packed)
+    exact = converted(inputs, torch.float64, "cpu")
+    for n, (a, b) in enumerate(pairwise(bounds)):
+        gates = {g: x[:, a:b] for g, x in exact.gates.items()}
+        part = exact.q[:, a:b], exact.k[:, a:b], exact.v[:, a:b]
+        wanted, final = reference(DeltaNet, *part, gates=gates, params={}, state=exact.state)
+        assert relative_error(z[:, a:b].double().cpu(), wanted) <= OUTPUT
+        assert relative_error(state.W[n : n + 1].double().cpu(), final["W"]) <= OUTPUT
+    (found,) = torch.autograd.grad(z.square().sum(), [inputs.k])
+    assert bool(torch.isfinite(found).all())
+    assert bool((found.abs().sum((0, 2, 3)) > 0).all())
+
+
+def test_tensors_are_read_where_they_lie():
+    """Cut from wider ones, with batch, heads and tokens in any order, or the same for all heads."""
+    layer = compiled(TTTLinear, {"D": 16})
+    inputs = converted(inputs_for(layer, 20, batch=2, heads=3), torch.float32, DEVICE)
+    plain = called(layer, inputs)
+    wide = torch.randn(2, 20, 3, 80, device=DEVICE)
+    with torch.no_grad():
+        wide[..., 16:32], wide[..., 32:48], wide[..., 48:64] = inputs.q, inputs.k, inputs.v
+    moved = replace(
+        inputs, q=wide[..., 16:32], k=wide[..., 32:48], v=wide[..., 48:64].transpose(0, 2).contiguous().transpose(0, 2)
+    )
+    z, state = layer(moved.q, moved.k, moved.v, **keywords(moved))
+    assert torch.equal(z.double().cpu(), plain.z)
+    assert all(torch.equal(state[n].double().cpu(), x) for n, x in plain.final.items())
+
+
+# -- what can go wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("tl.minimum(16, T - first)", "tl.minimum(15, T - first)"),  # the last token of each chunk is left out
+        ("t[None, :] >= t[:, None]", "t[None, :] > t[:, None]"),  # a token does not see its own gradient
+        ("chunk % every == 0", "chunk % every == 1"),  # the wrong carry is kept
+        ("j = count - 1 - j_back", "j = j_back"),  # the chunks of a group in the wrong order
+        ("other=0.0", "other=1.0"),  # tokens beyond the last one count
+    ],
+)
+def test_a_fault_in_a_kernel_is_found(right, wrong):
+    """The comparison with the oracle above is one that a wrong kernel fails."""
+    variant = TTTLinear
+    layer = compiled(variant, {"D": 16}, checkpoint=2)
+    assert right in layer.source
+    module = Module(Source(lambda: layer.source.replace(right, wrong), "python"), layer.stages.program)
+    for scan in layer._scans.values():
+        scan.module = module
+    inputs = converted(inputs_for(layer, 75), torch.float32, DEVICE)
+    wanted = oracle_result(variant, converted(inputs, torch.float64, "cpu"))
+    assert differences(called(layer, inputs), wanted, OUTPUT, GRADIENT)
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(BackendRefusal, match="float64 is no dtype of its matrix products"):
+        compiled(TTTLinear, {"D": 16}, torch.float64)
+    monkeypatch.setattr(import_module("tttc.backends.triton.load"), "interpreted", lambda: False)
+    with pytest.raises(BackendRefusal, match="TRITON_INTERPRET=1 set before Python starts"):
+        tttc.compile(TTTLinear, {"D": 16}, backend="triton")
+
+
+# -- the source --------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_of_a_kernel(golden):
+    golden("triton/ttt_linear", compiled(TTTLinear, {"D": 64}).source)
+
+
+def test_the_source_of_an_mlp_is_short():
+    """Forward and backward of whole mini-batches: what a person would have to review."""
+    lines = compiled(TTTMLP, {"D": 64, "F": 256}).source.split("\n\n\n@triton.jit\n")
+    kernels = [k for k in lines if k.startswith(("def tttmlp(", "def tttmlp_adjoint("))]
+    assert len(kernels) == 2
+    assert sum(k.count("\n") + 1 for k in kernels) <= 300
+
+
+def test_a_state_that_no_program_can_hold_is_batched():
+    program = compiled(TTTMLP, {"D": 128, "F": 512}).stages.program
+    assert "larger than the registers of one program" in unfused(program.scans[0], program)

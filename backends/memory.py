@@ -31,3 +31,9 @@ def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype
         return x.new_empty(shape, dtype=dtype)
     batch, heads, tokens, *own = shape
     return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
+
+
+def reach(x: torch.Tensor) -> int:
+    """How far the last entry lies from the first, or the length of the memory that they lie in, where that will do."""
+    whole = x.untyped_storage().nbytes() // x.element_size()
+    return whole if whole < 2**31 else sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tttc.backends import nvidia
-from tttc.backends.triton.emit import Tensor, emit, tensors, unfused
+from tttc.backends.triton.emit import Tensor, emit, rounded, tensors, unfused
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.tune import Config, default_config
 from tttc.ir.program import Program, Scan, cotangent
@@ -53,14 +53,17 @@ def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, tar
     from triton.compiler import ASTSource
 
     signature: dict[str, str] = {}
+    short = rounded(scan, module.program) if backward and scan.loops else set()
     for t in tensors(scan, backward):
-        signature[f"{t.name}_ptr"] = f"*{TYPES[_stored(t, scan, dtype)]}"
+        work = t.name.endswith("_work") and str(t.of.arg[0].name) in short
+        signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else _stored(t, scan, dtype)]}"
         signature |= dict.fromkeys(t.strides, "i32")
     divisible = {(i,): DIVISIBLE for i in range(len(signature))}
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
-    signature["operand"] = "constexpr"
+    signature |= {"operand": "constexpr", "index": "constexpr"}
     operand = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16, "fp16": triton.language.float16}
-    source = ASTSource(module.kernel(scan, backward), signature, {"operand": operand[TYPES[dtype]]}, divisible)
+    constants = {"operand": operand[TYPES[dtype]], "index": triton.language.int32}
+    source = ASTSource(module.kernel(scan, backward), signature, constants, divisible)
     amd = target.startswith("gfx")
     place = GPUTarget("hip", target, WIDEST_WARP) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     return triton.compile(source, target=place, options=dict(config.options))

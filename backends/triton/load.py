@@ -19,19 +19,19 @@ import torch
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Settings, Source
-from tttc.backends.memory import laid_out, like
-from tttc.backends.triton.emit import tensors, unfused
+from tttc.backends.memory import laid_out, like, reach
+from tttc.backends.triton.emit import rounded, tensors, unfused
 from tttc.backends.triton.tune import Config, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
 # Triton's interpreter holds bfloat16 as whole numbers, and multiplies these where they are factors of a product.
-INTERPRETED_DOT = '''
+INTERPRETED_DOT = """
 @triton.jit
 def dot(x, y, operand: tl.constexpr):
     return tl.dot(x.to(operand).to(tl.float32), y.to(operand).to(tl.float32), input_precision="ieee")
-'''
+"""
 
 
 def missing() -> list[str]:
@@ -138,11 +138,19 @@ class TritonScan:
         if not scan.loops:
             self._launch(True, [*inputs, *cotangents, *results], tokens, 1, 1, self._operand(inputs))
             return tuple(results)
-        work = [x.new_empty(*x.shape[:2], every, *x.shape[2:]) for x in inputs[:carried]]
+        dtype = self._operand(inputs)
+        work = [
+            x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if _name(p) in self._rounded else x.dtype)
+            for p, x in zip(scan.carry, inputs, strict=False)
+        ]
         groups = -(-tokens // (every * int(scan.chunk)))
         given = [*saved, *inputs[carried:], *cotangents, *results, *work]
-        self._launch(True, given, tokens, every, groups, self._operand(inputs))
+        self._launch(True, given, tokens, every, groups, dtype)
         return tuple(results)
+
+    @cached_property
+    def _rounded(self) -> set[str]:
+        return rounded(self.scan, self.program)
 
     def _launch(self, backward: bool, given: Tensors, tokens: int, every: int, groups: int, dtype: torch.dtype) -> None:
         batch, heads = given[0].shape[:2]
@@ -155,10 +163,11 @@ class TritonScan:
             arguments += [x, *x.stride()[: len(t.strides)]]
         sizes = [heads, *([tokens, every, groups] if self.scan.loops else [])]
         operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
+        index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
         kernel = self.module.kernel(self.scan, backward)
         options = (self.config or default_config(self.scan, self.program, backward)).options
         with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
-            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, **options)
+            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, index=index, **options)
 
     def _operand(self, inputs: Tensors) -> torch.dtype:
         """The dtype of the factors of matrix products: that of the tokens."""
@@ -173,4 +182,8 @@ class TritonScan:
         return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtype)
 
 
-__all__ = ["TritonScan", "load"]
+def _name(p: Expr) -> str:
+    return str(p.arg[0].name)
+
+
+__all__ = ["Module", "TritonScan", "interpreted", "load", "missing", "unavailable"]

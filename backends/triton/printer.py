@@ -49,6 +49,8 @@ class TritonPrinter(Printer):
         super().__init__()
         self.loaded = loaded
         self.dims, self.chunk, self.indices, self.padding = dims, chunk, indices, padding
+        self.called: dict[str, str] = {}
+        """Variables that have another name here than in the program."""
         self.widened: set[str] = set()
         """Variables that are read as float32, beside being factors of products in the dtype that they have."""
 
@@ -117,11 +119,16 @@ class TritonPrinter(Printer):
 
     def _leaf(self, e: Expr) -> Text:
         """A variable as float32. What a kernel loads and does not change has the dtype of its tensor."""
-        name = str(e.arg[0].name)
+        name = self.variable(e)
         if name not in self.loaded:
             return Text(name)
         self.widened.add(name)
         return Text(wide(name))
+
+    def variable(self, e: Expr) -> str:
+        """What a leaf is called in the kernel."""
+        name = str(e.arg[0].name)
+        return self.called.get(name, name)
 
     def _size(self, e: Expr) -> Text:
         return Text("length" if e.arg.size == TOKENS else str(self.dims[e.arg.size]))
@@ -177,7 +184,7 @@ class TritonPrinter(Printer):
             needed = [a for a in mine if a not in clean or not self.padding.finite(s)]
             x = core(s)
             if as_it_is and x.op == "leaf" and x not in self.names and not self.padding.unclean(s, frozenset(needed)):
-                text = Text(str(x.arg[0].name))
+                text = Text(self.variable(x))
                 texts.append(text if s.axes[::-1] == axes else self.transposed(text, s.axes[::-1], axes))
             else:
                 texts.append(self.clean(s, axes, needed))

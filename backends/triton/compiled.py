@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,15 @@ class Compiled:
     files: Mapping[str, bytes]
 
 
-def compiled_scans(program: Program, target: str, dtype: torch.dtype) -> Iterator[Compiled]:
-    """The kernels of every fused scan for a target such as sm_90 or gfx942, with tokens of `dtype`."""
+def compiled_scans(
+    program: Program, target: str, dtype: torch.dtype, scans: Sequence[Scan] | None = None
+) -> Iterator[Compiled]:
+    """The kernels of every fused scan, or of these, for a target such as sm_90 or gfx942, with tokens of `dtype`."""
     if interpreted():
         raise nvidia.ToolkitMissing("Triton interprets here and compiles nothing.\n  Unset TRITON_INTERPRET.")
     source = emit(program)
     module = Module(source, program)
-    for scan in program.scans:
+    for scan in program.scans if scans is None else scans:
         if unfused(scan, program):
             continue
         for backward in (False, True) if scan.differentiated else (False,):

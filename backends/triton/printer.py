@@ -2,8 +2,8 @@
 
     x = k[c] @ W + b   ->   x = dot(W, k, operand) + b[:, None]
 
-Dimensions are reversed, tokens come last: the weights are then the first factor of a product and their long axis its
-rows, over which warps are spread. With 16 tokens as rows every warp would hold all of them.
+Tokens come last, the longest dimension first: the weights are then the first factor of a product, and warps are spread
+over its rows. With 16 tokens as rows every warp would hold all of them.
 
 Where an axis is longer in the block than in the program, `padding.py` says what has to be cut off before a sum.
 """
@@ -85,8 +85,13 @@ class TritonPrinter(Printer):
 
     # -- layout
 
+    def arranged(self, axes: Axes) -> Axes:
+        """The dimensions of a block: the longest first, tokens last, and otherwise the reverse of the program's."""
+        feature = sorted((a for a in reversed(axes) if a.size != TOKENS), key=lambda a: -self.block(a))
+        return (*feature, *(a for a in reversed(axes) if a.size == TOKENS))
+
     def text(self, e: Expr) -> Text:
-        return self.ordered(e, e.axes[::-1])
+        return self.ordered(e, self.arranged(e.axes))
 
     def ordered(self, e: Expr, axes: Axes) -> Text:
         """`e` with its dimensions in the order `axes`: by writing it so, or by transposing it."""
@@ -99,7 +104,7 @@ class TritonPrinter(Printer):
             if e.op == "contract":
                 return self._contraction(e, axes)
         text = Text(self.names[e]) if e in self.names else getattr(self, f"_{e.op}")(e)
-        return text if e.axes[::-1] == axes else self.transposed(text, e.axes[::-1], axes)
+        return text if self.arranged(e.axes) == axes else self.transposed(text, self.arranged(e.axes), axes)
 
     def transposed(self, text: Text, axes: Axes, to: Axes) -> Text:
         if len(axes) == 2:
@@ -145,7 +150,7 @@ class TritonPrinter(Printer):
         return Text(power(text.text, float(e.arg)))
 
     def _map(self, e: Expr) -> Text:
-        return Text(f"{e.arg.name}({', '.join(self.aligned(s, e.axes[::-1]).text for s in e.src)})")
+        return Text(f"{e.arg.name}({', '.join(self.aligned(s, self.arranged(e.axes)).text for s in e.src)})")
 
     def _contraction(self, e: Expr, axes: Axes) -> Text:
         """A product summed over some axes: on tensor cores where it is one of matrices that are large enough."""
@@ -185,7 +190,9 @@ class TritonPrinter(Printer):
             x = core(s)
             if as_it_is and x.op == "leaf" and x not in self.names and not self.padding.unclean(s, frozenset(needed)):
                 text = Text(self.variable(x))
-                texts.append(text if s.axes[::-1] == axes else self.transposed(text, s.axes[::-1], axes))
+                texts.append(
+                    text if self.arranged(s.axes) == axes else self.transposed(text, self.arranged(s.axes), axes)
+                )
             else:
                 texts.append(self.clean(s, axes, needed))
             clean |= set(needed)
@@ -197,7 +204,7 @@ class TritonPrinter(Printer):
         """
         everything = {*e.axes, *e.arg}
         largest = max(e.src, key=lambda s: len(s.axes))
-        axes = largest.axes[::-1] if set(largest.axes) == everything else (*to, *e.arg)
+        axes = self.arranged(largest.axes) if set(largest.axes) == everything else (*to, *e.arg)
         orders = [tuple(a for a in axes if a in s.axes) for s in e.src]
         texts = [self.spread(x, o, axes) for x, o in zip(self._factors(e, orders), orders, strict=True)]
         product = " * ".join(x.at_least(3) for x in texts)
@@ -209,7 +216,7 @@ class TritonPrinter(Printer):
 
     def _reduction(self, e: Expr) -> Text:
         x = e.src[0]
-        axes = x.axes[::-1]
+        axes = self.arranged(x.axes)
         if e.op == "max":
             text = self.text(x).text
             for a in (a for a in e.arg if self.padding.padded(a)):
@@ -227,13 +234,13 @@ class TritonPrinter(Printer):
 
     def _mask(self, e: Expr) -> Text:
         rows, columns, strict = e.arg
-        axes = e.axes[::-1]
+        axes = self.arranged(e.axes)
         inside = self.aligned(e.src[0], axes).text
         compared = f"{self.place(rows, axes)} {'>' if strict else '>='} {self.place(columns, axes)}"
         return Text(f"tl.where({compared}, {inside}, 0.0)")
 
     def shape(self, e: Expr) -> str:
-        return f"({', '.join(str(self.block(a)) for a in e.axes[::-1])}{',' * (len(e.axes) == 1)})"
+        return f"({', '.join(str(self.block(a)) for a in self.arranged(e.axes))}{',' * (len(e.axes) == 1)})"
 
     def _broadcast(self, e: Expr) -> Text:
         value = e.src[0]
@@ -241,34 +248,34 @@ class TritonPrinter(Printer):
             return self.text(value)
         if not value.axes and value.op in ("const", "size"):
             return Text(f"tl.full({self.shape(e)}, {self.text(value).text}, tl.float32)")
-        return Text(f"tl.broadcast_to({self.aligned(value, e.axes[::-1]).text}, {self.shape(e)})")
+        return Text(f"tl.broadcast_to({self.aligned(value, self.arranged(e.axes)).text}, {self.shape(e)})")
 
     def _last(self, e: Expr) -> Text:
         x, axis = e.src[0], e.arg
-        axes = x.axes[::-1]
+        axes = self.arranged(x.axes)
         at = f"{self.place(axis, axes)} == length - 1"
         return Text(f"tl.sum(tl.where({at}, {self.text(x).text}, 0.0), {axes.index(axis)})")
 
     def _put_last(self, e: Expr) -> Text:
-        axes = e.axes[::-1]
+        axes = self.arranged(e.axes)
         return Text(f"tl.where({self.place(e.arg, axes)} == length - 1, {self.aligned(e.src[0], axes).text}, 0.0)")
 
     def _segprod(self, e: Expr) -> Text:
         rows, columns = e.arg
-        axes = e.axes[::-1]
+        axes = self.arranged(e.axes)
         t, s = self.place(rows, axes), self.place(columns, axes)
         factors = f"tl.where({t} > {s}, {self.aligned(e.src[0], axes).text}, 1.0)"
         return Text(f"tl.where({t} >= {s}, tl.cumprod({factors}, {len(axes) - 1}), 0.0)")
 
     def _tokens_last(self, e: Expr, axis: Axis) -> str:
-        return self.ordered(e, (*(a for a in e.axes[::-1] if a != axis), axis)).text
+        return self.ordered(e, (*(a for a in self.arranged(e.axes) if a != axis), axis)).text
 
     def _cumprod(self, e: Expr) -> Text:
         return Text(f"tl.cumprod({self._tokens_last(e.src[0], e.arg)}, {len(e.axes) - 1})")
 
     def _moved(self, e: Expr, axis: Axis, other: str, outside: str, fill: str) -> Text:
         """The columns of other tokens; `outside` is where there is none."""
-        axes = e.axes[::-1]
+        axes = self.arranged(e.axes)
         index = self.spread(Text(other), (axis,), axes).text
         columns = f"tl.broadcast_to({index}, {self.shape(e)})" if len(axes) > 1 else index
         taken = f"tl.gather({self._tokens_last(e.src[0], axis)}, {columns}, {len(axes) - 1})"
@@ -286,7 +293,7 @@ class TritonPrinter(Printer):
     def _solve(self, e: Expr) -> Text:
         known, unknown = e.arg
         lower, right = e.src
-        columns = e.axes[:0:-1]
+        columns = self.arranged(e.axes)[:-1]
         matrix = self.cut(self.ordered(lower, (unknown, known)), (unknown, known), self._risky(lower))
         x = self.clean(right, (*columns, known), (known,))
         if len(columns) != 1:

@@ -12,7 +12,7 @@ from tttc.backends.triton.printer import block_size
 from tttc.ir.program import Program, Scan
 
 THREADS = 32
-LARGE = 96  # numbers of the state for each thread
+STATE = {4: 48, 8: 72}  # numbers of the state that a thread may hold, by the number of warps
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,10 @@ class Config:
 
 
 def default_config(scan: Scan, program: Program, backward: bool) -> Config:
-    """As many warps as hold the state in their registers, and in a backward its cotangent; a backward leaves loads to
-    the warps, whose registers are full.
-    """
+    """As many warps as hold the state in their registers; loads run ahead where these are not full."""
     size = sum(prod(block_size(program.dims[a.size]) for a in p.axes) for p in scan.carry)
-    size *= 2 if backward else 1
-    warps = next((n for n in (4, 8) if size <= n * THREADS * LARGE), 16 if not backward else 8)
-    return Config(warps, 1 if backward else 2)
+    warps = next((n for n, most in STATE.items() if size <= n * THREADS * most), 16)
+    return Config(warps, 2 if warps == 4 and not backward else 1)
 
 
 def choices(program: Program) -> Mapping[str, Sequence[int]]:

@@ -1,0 +1,79 @@
+"""Kernels of the Triton backend compiled for GPUs that are not here: each in a process in which Triton compiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks.resources import LIMIT, RESULTS, TARGETS
+from tests.helpers import LIBRARY
+from tttc.backends import nvidia
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None or nvidia.ptxas() is None, reason="there is no triton for this platform"
+)
+KEPT = {(r["variant"], r["target"], r.get("pass")): r for r in json.loads(RESULTS.read_text())["rows"]}
+SLACK = 64  # bytes: another release of the assembler may place a few registers otherwise
+RUN = """
+import json, sys
+from benchmarks.resources import Work, measured
+print(json.dumps(measured(Work(sys.argv[1], int(sys.argv[2]), sys.argv[3]))))
+"""
+
+
+def run(*arguments: str) -> str:
+    """Triton looks at TRITON_INTERPRET once, so what compiles has to be another process."""
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def compared(name: str, D: int, target: str) -> None:
+    """It compiles within the shared memory of a program, and takes no more than it did."""
+    for row in json.loads(run("-c", RUN, name, str(D), target)):
+        known = KEPT[row["variant"], target, row.get("pass")]
+        if "batched" in row:
+            assert row["batched"] == known["batched"]
+            continue
+        assert row["shared"] <= LIMIT[target]
+        assert row["spilled"] <= known["spilled"] + SLACK, f"{row['spilled']} bytes, {known['spilled']} before"
+
+
+@pytest.mark.parametrize(("name", "target"), [("TTTLinear", "sm_80"), ("TTTLinear", "sm_90"), ("GLA", "gfx942")])
+def test_a_few_variants_compile(name: str, target: str) -> None:
+    compared(name, 64, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", LIBRARY)
+def test_every_library_variant_compiles(name: str, target: str) -> None:
+    compared(name, 64, target)
+
+
+def test_every_line_of_the_table_was_measured() -> None:
+    assert {variant.split()[0] for variant, _, _ in KEPT} == set(LIBRARY)
+    assert {target for _, target, _ in KEPT} == set(TARGETS)
+
+
+def test_the_command_writes_what_a_launch_needs(tmp_path: Path) -> None:
+    said = run("-m", "tttc", "compile", "RetNet", "--target", "sm_90", "--dims", "D=16", "-o", str(tmp_path))
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines()[1:]}
+    assert rows["ret_net"][0] == "sm_90"
+    assert int(rows["ret_net"][1]) >= 16
+    for suffix in (".py", ".ttir", ".ttgir", ".ptx", ".cubin"):
+        assert (tmp_path / f"ret_net_adjoint{suffix}").stat().st_size > 0
+
+
+def test_the_command_compiles_for_amd(tmp_path: Path) -> None:
+    said = run("-m", "tttc", "compile", "RetNet", "--target", "gfx942", "--dims", "D=16", "-o", str(tmp_path))
+    assert "gfx942" in said
+    for suffix in (".amdgcn", ".hsaco"):
+        assert (tmp_path / f"ret_net{suffix}").stat().st_size > 0

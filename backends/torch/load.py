@@ -74,11 +74,26 @@ class TorchScan:
         return int(inputs[len(self.scan.carry) + len(self.scan.fixed)].shape[1])
 
 
-def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, TorchScan]:
-    """Run the source, which has no settings; a traceback into it shows its lines."""
+Function = Callable[..., Any]
+
+
+def load(
+    source: Source,
+    program: Program,
+    settings: Settings | None = None,
+    *,
+    steps: Callable[[Function], Function] | None = None,
+) -> dict[str, TorchScan]:
+    """Run the source, which has no settings; a traceback into it shows its lines. `steps` is applied to the functions
+    of one chunk, before the loops call them.
+    """
     file = f"<tttc {program.name}>"
     lines = source.text.splitlines(keepends=True)
     linecache.cache[file] = (len(source.text), None, lines, file)
     module = ModuleType(program.name)
     exec(compile(source.text, file, "exec"), module.__dict__)
+    if steps is not None:
+        for name in (f"{s.name}{end}" for s in program.scans for end in ("_step", "_step_saving", "_step_adjoint")):
+            if name in module.__dict__:
+                setattr(module, name, steps(getattr(module, name)))
     return {scan.name: TorchScan(scan, module) for scan in program.scans}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tttc.backends import nvidia
-from tttc.backends.triton.emit import Tensor, emit, rounded, tensors, unfused
+from tttc.backends.triton.emit import Tensor, emit, rounded, tensors, unfused, unspecialized
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.tune import Config, default_config
 from tttc.ir.program import Program, Scan, cotangent
@@ -60,7 +60,8 @@ def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, tar
         work = t.name.endswith("_work") and str(t.of.arg[0].name) in short
         signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else _stored(t, scan, dtype)]}"
         signature |= dict.fromkeys(t.strides, "i32")
-    divisible = {(i,): DIVISIBLE for i in range(len(signature))}
+    plain = unspecialized(scan, backward)
+    divisible = {(i,): DIVISIBLE for i, name in enumerate(signature) if name not in plain}
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
     signature |= {"operand": "constexpr", "index": "constexpr"}
     operand = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16, "fp16": triton.language.float16}

@@ -117,6 +117,14 @@ def tensors(scan: Scan, backward: bool) -> list[Tensor]:
     return found + [Tensor(p, f"{_name(p)}_work", True) for p in scan.carry if scan.loops]
 
 
+def unspecialized(scan: Scan, backward: bool) -> list[str]:
+    """The parameters that change from call to call and make no kernel faster: without their names here, Triton would
+    compile again for every length that is, or is not, a multiple of 16.
+    """
+    scalars = [t for t in tensors(scan, backward) if not any(a.size != TOKENS for a in t.of.axes)]
+    return [*(["T", "every", "groups"] if scan.loops else ["H"]), *(n for t in scalars for n in t.strides)]
+
+
 def rounded(scan: Scan, program: Program) -> set[str]:
     """The carries that a backward chunk reads as factors of products alone: what is kept of them within a group of
     chunks may have the dtype of these.
@@ -220,7 +228,8 @@ class _Kernel:
         parameters = [x for t in found for x in (f"{t.name}_ptr", *t.strides)]
         sizes = ["H", *(["T", "every", "groups"] if scan.loops else [])]
         self.line("")
-        self.line("@triton.jit")
+        names = [f'"{n}"' for n in unspecialized(scan, backward)]
+        self.wrapped("@triton.jit(do_not_specialize=[", names, "])")
         suffix = "_adjoint" if backward else ""
         settings = ["operand: tl.constexpr", "index: tl.constexpr"]
         self.wrapped(f"def {scan.name}{suffix}(", [*parameters, *sizes, *settings], "):")
@@ -437,4 +446,4 @@ def _name(p: Expr) -> str:
     return str(p.arg[0].name)
 
 
-__all__ = ["emit", "module_text", "refusals", "rounded", "tensors", "unfused"]
+__all__ = ["emit", "module_text", "refusals", "rounded", "tensors", "unfused", "unspecialized"]

@@ -6,7 +6,7 @@ import hashlib
 import linecache
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.util import find_spec
@@ -58,10 +58,15 @@ def unavailable(device: torch.device) -> list[str]:
 
 
 def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, CompiledScan]:
-    """Every scan: by its kernels, or where it has none as batched operations of PyTorch."""
+    """Every scan: by its kernels, or where it has none as batched operations of PyTorch, whose products are those of
+    its libraries and what is between them fused by torch.compile.
+    """
     module = Module(source, program)
     config = Config(**settings) if settings else None
-    batched = torch_backend.load(torch_backend.emit(program), program)
+    batched: Mapping[str, CompiledScan] = {}
+    if any(unfused(s, program) for s in program.scans):
+        steps = None if interpreted() else torch.compile
+        batched = torch_backend.load(torch_backend.emit(program), program, steps=steps)
     return {
         s.name: batched[s.name] if unfused(s, program) else TritonScan(s, program, module, config)
         for s in program.scans

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -157,3 +160,12 @@ def test_a_row_without_agreement_has_no_number() -> None:
     row = {"label": "X", "pass": "forward", "sizes": {"D": 4}, "refused": "tttc: z is off by 1.0e+00"}
     assert present.cells(row)[2] == "disagrees"
     assert not any(any(ch.isdigit() for ch in cell) for cell in present.cells(row))
+
+
+def test_the_gpu_benchmark_runs_without_one() -> None:
+    """Every contender that a CPU can run, by Triton's interpreter, against the definition."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "LinearAttention", "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=measure.ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "LinearAttention, tttc: agrees" in done.stdout

@@ -65,6 +65,10 @@ class Backend(Protocol):
         """Why this backend cannot run the program; empty when it can."""
         ...
 
+    def notes(self, program: Program) -> list[str]:
+        """What a user should know of how it runs the program; `explain` says it."""
+        ...
+
     def emit(self, program: Program) -> Source:
         """The program of the adjoint stage as source text."""
         ...

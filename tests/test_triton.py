@@ -92,6 +92,9 @@ def test_it_is_the_kernels_that_run(name):
 def test_what_is_no_kernel_is_said(name):
     layer = compiled(LIBRARY[name], dims_of(LIBRARY[name], 16))
     assert f"# {layer._name}: its chunk is" in layer.source
+    assert f"{layer._name} as batched operations: its chunk is" in layer.explain(stages=()).replace("\n#", "").replace(
+        "  ", ""
+    )
 
 
 @pytest.mark.parametrize("read", ["after", "before", "start", "end"])

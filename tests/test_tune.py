@@ -241,6 +241,7 @@ def faulty(fault):
 
     return SimpleNamespace(
         refusals=torch_backend.refusals,
+        notes=torch_backend.notes,
         emit=torch_backend.emit,
         load=load,
         choices=lambda program: {"fault": (1, 2)},
@@ -324,7 +325,7 @@ REFUSED = {
     "budget": dict(budget="soon"),
     "budget_zero": dict(budget=0),
     "budget_negative": dict(budget="-3s"),
-    "backend": dict(backend="triton"),
+    "backend": dict(backend="onnx"),
     "dtype": dict(dtype=torch.int32),
     "tokens": dict(tokens=0),
 }

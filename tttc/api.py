@@ -127,7 +127,7 @@ def compile(
         refused += [f"not {taken}: {reasons[0]}"]
     if reasons:
         raise _refused(taken, reasons)
-    why = "; ".join([f"{taken}: {asked or REASONS[taken]}", *refused])
+    why = "; ".join([f"{taken}: {asked or REASONS[taken]}", *refused, *chosen.notes(stages.program)])
     began = time.perf_counter()
     source = chosen.emit(stages.program)
     scans = chosen.load(source, stages.program, _checked_config(lookup, taken, chosen, stages.program))

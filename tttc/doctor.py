@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tttc.backends import triton as triton_backend
 from tttc.backends.cache import cache_dir
 from tttc.backends.processor import instruction_sets, processor
 from tttc.database import database_path, own_entries
@@ -78,7 +79,8 @@ def diagnose() -> Diagnosis:
         backends=[
             Finding("torch", "ok", "runs on every device that torch runs on"),
             _tvm(),
-            *(Finding(name, "absent", "not built yet in this version of tttc") for name in ("triton", "onnx")),
+            _triton_kernels(),
+            Finding("onnx", "absent", "not built yet in this version of tttc"),
         ],
     )
 
@@ -202,6 +204,16 @@ def _triton() -> Finding:
         return Finding("triton", "ok", f"{found.found}, has ptxas")
     remedy = "reinstall triton, or set TRITON_PTXAS_PATH to the ptxas of a CUDA toolkit"
     return Finding("triton", "problem", f"{found.found}, but no ptxas", remedy)
+
+
+def _triton_kernels() -> Finding:
+    """The backend: on a GPU, or where there is none as a compiler for others."""
+    if found := triton_backend.missing():
+        return Finding("triton", "absent", found[0])
+    if torch.cuda.is_available():
+        return Finding("triton", "ok", "fused kernels for this GPU")
+    where = "runs in Triton's interpreter with TRITON_INTERPRET=1"
+    return Finding("triton", "ok", f"no GPU here: compiles for others (tttc compile --target sm_90), {where}")
 
 
 def _folders_of(module: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The `torch` backend: scans as readable PyTorch, on anything that PyTorch runs on."""
 
-from tttc.backends.torch.emit import emit, refusals
+from tttc.backends.torch.emit import emit, notes, refusals
 from tttc.backends.torch.load import load
 from tttc.backends.torch.tune import choices, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "refusals", "toolchain"]
+__all__ = ["choices", "emit", "identity", "load", "notes", "refusals", "toolchain"]

@@ -11,8 +11,8 @@
 On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set before Python started.
 """
 
-from tttc.backends.triton.emit import emit, refusals
+from tttc.backends.triton.emit import emit, notes, refusals
 from tttc.backends.triton.load import load, missing, unavailable
 from tttc.backends.triton.tune import choices, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "missing", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "emit", "identity", "load", "missing", "notes", "refusals", "toolchain", "unavailable"]

@@ -34,6 +34,7 @@ import triton.language as tl
 '''
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
 LARGEST_CHUNK = 128  # tokens: a Gram matrix of them is a block
+LARGEST_VALUE = 1 << 13  # numbers of a value of all tokens of a chunk, some of which go through shared memory at once
 LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the registers of a multiprocessor hold
 
 
@@ -53,14 +54,23 @@ def unfused(scan: Scan, program: Program) -> str:
         return "it is elementwise over the tokens of a chunk"
     if scan.chunk == "T" or int(scan.chunk) > LARGEST_CHUNK:
         return f"its chunk is {'the whole sequence' if scan.chunk == 'T' else f'{scan.chunk} tokens'}"
+    widest = max((block_size(program.dims[a.size]) for p in scan.carry for a in p.axes), default=1)
+    if scan.loops and block_size(int(scan.chunk)) * widest > LARGEST_VALUE:
+        return f"the values of {scan.chunk} tokens and {widest} channels are larger than what fits beside the state"
     size = sum(prod(block_size(program.dims[a.size]) for a in p.axes) for p in scan.carry)
-    if size > LARGEST_STATE and scan.loops:
+    if scan.loops and size > LARGEST_STATE:
         return f"its state of {size} numbers is larger than the registers of one program"
     if any(
         e.op == "solve" and set(e.src[0].axes) - set(e.arg) for e in postorder([a.value for a in scan.block.assigns])
     ):
         return "its triangular system has further axes"
     return ""
+
+
+def notes(program: Program) -> list[str]:
+    """The scans that are no kernels, and why."""
+    left = {s.name: unfused(s, program) for s in program.scans}
+    return [f"{name} as batched operations: {why}" for name, why in left.items() if why]
 
 
 def emit(program: Program) -> Source:
@@ -446,4 +456,4 @@ def _name(p: Expr) -> str:
     return str(p.arg[0].name)
 
 
-__all__ = ["emit", "module_text", "refusals", "rounded", "tensors", "unfused", "unspecialized"]
+__all__ = ["emit", "module_text", "notes", "refusals", "rounded", "tensors", "unfused", "unspecialized"]

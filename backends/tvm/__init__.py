@@ -29,8 +29,8 @@ For a GPU the same statements are done by a block of threads:
 Nothing here imports TVM before the first kernel is compiled.
 """
 
-from tttc.backends.tvm.emit import emit, refusals
+from tttc.backends.tvm.emit import emit, notes, refusals
 from tttc.backends.tvm.load import load
 from tttc.backends.tvm.tune import choices, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "refusals", "toolchain"]
+__all__ = ["choices", "emit", "identity", "load", "notes", "refusals", "toolchain"]

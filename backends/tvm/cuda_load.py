@@ -19,7 +19,7 @@ from tttc.backends.cache import cached
 from tttc.backends.interface import Settings, Source
 from tttc.backends.tvm.cuda_text import CudaSource, stride_name
 from tttc.backends.tvm.device import Device, gpu
-from tttc.backends.tvm.emit import emit, refusals
+from tttc.backends.tvm.emit import emit, notes, refusals
 from tttc.backends.tvm.load import Stored, TVMScan, _lock, imported_tvm
 from tttc.backends.tvm.tune import toolchain
 from tttc.ir.expr import Expr
@@ -39,6 +39,9 @@ class CudaBackend:
 
     def refusals(self, program: Program) -> list[str]:
         return refusals(program)
+
+    def notes(self, program: Program) -> list[str]:
+        return notes(program)
 
     def emit(self, program: Program) -> Source:
         return emit(program)

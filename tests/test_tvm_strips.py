@@ -26,9 +26,11 @@ WIDE = 8 * LANES  # four strips of two vectors
 
 @pytest.fixture(autouse=True)
 def small_calls_too(monkeypatch, tmp_path_factory):
-    """Kernels of earlier runs are none of these tests' business, and what pays neither."""
+    """Kernels of earlier runs are none of these tests' business, what pays neither; and sums are taken in parts."""
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr(importlib.import_module("tttc.backends.tvm.strips"), "LITTLE", 1)
+    strips = importlib.import_module("tttc.backends.tvm.strips")
+    monkeypatch.setattr(strips, "LITTLE", 1)
+    monkeypatch.setattr(strips, "SERIAL", 1000)
 
 
 @pytest.fixture(autouse=True)

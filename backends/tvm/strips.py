@@ -24,7 +24,8 @@ from tttc.ir.expr import Expr
 from tttc.ir.free import FreeAxis, free_axis
 from tttc.ir.program import Program, Scan, cotangent
 
-LITTLE = 1 << 22  # tokens times weights of a head: less is done before a second thread is awake
+LITTLE = 1 << 24  # tokens times weights of a head, for which waking another thread takes what it would save
+SERIAL = 1 << 14  # numbers that torch adds up without waking other threads
 VECTORS = 2  # that a strip has at least: narrower ones would do little but what all of them do
 
 
@@ -163,9 +164,19 @@ class _Filled:
         batch, heads = self.whole.shape[:2]
         found = self.place.transpose(0, 1)[None] if batch == 1 else self.place.unflatten(1, (heads, -1))
         if self.slot is None:
-            torch.sum(found, 2, out=self.whole)
+            _add_up(found, self.whole)
         else:
             _strips(self.whole, self.slot, self.n).copy_(found)
+
+
+def _add_up(parts: torch.Tensor, whole: torch.Tensor) -> None:
+    """[B, H, n, ...] -> [B, H, ...], by one thread: those of torch would spin on the cores of the next kernel."""
+    if whole.dim() == 2:
+        torch.sum(parts, 2, out=whole)
+        return
+    rows = max(1, SERIAL * whole.shape[2] // parts.numel())
+    for part, result in zip(parts.split(rows, 3), whole.split(rows, 2), strict=True):
+        torch.sum(part, 2, out=result)
 
 
 def _strips(x: torch.Tensor, slot: int | None, n: int) -> torch.Tensor:

@@ -12,6 +12,7 @@
     ops.py      elementwise functions on vectors
     machine.py  the processor: its vectors and registers
     load.py     kernels compiled, kept on disk, called on torch tensors
+    strips.py   fewer heads than threads: a head in strips of a free axis, each like a head
     tune.py     what may be tuned
 
 For a GPU the same statements are done by a block of threads:

@@ -152,9 +152,9 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
 
 
 def with_cotangents(scan: Scan, stored: Mapping[str, str]) -> dict[str, str]:
-    """What has another dtype in the backward: cotangents have that of what they belong to."""
+    """What has another dtype in the backward: cotangents have that of what they belong to, or one of their own."""
     of = (*scan.params, *(x.target for x in scan.outputs))
-    return {**stored, **{_name(cotangent(p)): stored[_name(p)] for p in of if _name(p) in stored}}
+    return {**{_name(cotangent(p)): stored[_name(p)] for p in of if _name(p) in stored}, **stored}
 
 
 class _Builder:

@@ -52,8 +52,10 @@ _lock = RLock()
 
 def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, TVMScan]:
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
+    from tttc.backends.tvm.strips import StripScan  # made of what is in this file
+
     config = Config(**(settings or {}))
-    return {scan.name: TVMScan(scan, program, config) for scan in program.scans}
+    return {scan.name: StripScan(scan, program, config) for scan in program.scans}
 
 
 class TVMScan:
@@ -86,11 +88,18 @@ class TVMScan:
         return "\n\n".join(str(self._kernel(backward, ()).function.script()) for backward in kernels)
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+        outputs = self.outputs(inputs)
+        return tuple(outputs), self.forward_into(outputs, inputs, checkpoint)
+
+    def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
+        """Memory for the outputs and the new carry."""
+        dtypes = {n: getattr(torch, d) for n, d in self.stored(inputs)}
+        return [self._empty(a.target, inputs, dtypes) for a in (*self.scan.outputs, *self.scan.updates)]
+
+    def forward_into(self, outputs: Tensors, inputs: Tensors, checkpoint: int | None) -> list[torch.Tensor]:
+        """Fill the outputs; what is returned is kept for the backward."""
         scan, carried = self.scan, len(self.scan.carry)
-        inputs = _laid_out(scan.params, inputs)
-        stored = self._stored(inputs)
-        dtypes = {n: getattr(torch, d) for n, d in stored}
-        outputs = [self._empty(a.target, inputs, dtypes) for a in (*scan.outputs, *scan.updates)]
+        inputs = laid_out(scan.params, inputs)
         kept: list[torch.Tensor] = []
         settings: tuple[int, ...] = ()
         if scan.loops:
@@ -98,22 +107,34 @@ class TVMScan:
             groups = 0 if checkpoint is None else -(-self._chunks(inputs) // every)
             kept = [_compact(x, (*x.shape[:2], groups, *x.shape[2:])) for x in inputs[:carried]]
             settings = self._forward_settings(every, inputs)
-        self._call(self._kernel_for(False, stored), [*inputs, *outputs, *kept], settings)
-        return tuple(outputs), kept
+        self._call(self._kernel_for(False, self.stored(inputs)), [*inputs, *outputs, *kept], settings)
+        return kept
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+        results = [memory_like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+        self.backward_into(results, self.stored(inputs), inputs, saved, checkpoint, cotangents)
+        return tuple(results)
+
+    def backward_into(
+        self,
+        results: Tensors,
+        stored: Stored,
+        inputs: Tensors,
+        saved: Tensors,
+        checkpoint: int,
+        cotangents: Tensors,
+    ) -> None:
+        """Fill the cotangents of the inputs; `stored` is what has another dtype than arithmetic."""
         carried = len(self.scan.carry)
-        inputs = _laid_out(self.scan.params, inputs)
-        cotangents = _laid_out([a.target for a in (*self.scan.outputs, *self.scan.updates)], cotangents)
-        results = [_like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
-        kernel = self._kernel_for(True, self._stored(inputs))
+        inputs = laid_out(self.scan.params, inputs)
+        cotangents = laid_out([a.target for a in (*self.scan.outputs, *self.scan.updates)], cotangents)
+        kernel = self._kernel_for(True, stored)
         if not self.scan.loops:
             self._call(kernel, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
-            return tuple(results)
+            return
         every = checkpoint or 1
         work = [x.new_empty(*x.shape[:2], every, *x.shape[2:]) for x in inputs[:carried]]
         self._call(kernel, [*inputs[carried:], *saved, *cotangents, *results, *work], (every,))
-        return tuple(results)
 
     def _call(self, kernel: Callable[..., None], tensors: Tensors, settings: tuple[int, ...]) -> None:
         if 0 in tensors[0].shape[:2]:
@@ -138,14 +159,14 @@ class TVMScan:
         """What a call needs beside its tensors."""
         _use_threads(torch.get_num_threads())
 
-    def _stored(self, inputs: Tensors) -> Stored:
+    def stored(self, inputs: Tensors) -> Stored:
         """What has another dtype than arithmetic, by name: inputs as they come, and the output as the tokens do."""
         half = {_name(p): x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if x.dtype != self.dtype}
         return stored_as(self.scan, half)
 
     def _empty(self, target: Expr, inputs: Tensors, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
         own = [self.program.dims.get(a.size) or self._tokens(inputs) for a in target.axes]
-        return _like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
+        return memory_like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
 
     def _tokens(self, inputs: Tensors) -> int:
         """How many tokens the sequences have, the last of the inputs."""
@@ -158,7 +179,10 @@ class TVMScan:
 
     def expect_backward(self, inputs: Tensors) -> None:
         """Compile the backward beside the forward: LLVM takes one core, and several times as long for a backward."""
-        stored = self._stored(inputs)
+        self.expect(self.stored(inputs))
+
+    def expect(self, stored: Stored) -> None:
+        """The same, for what has another dtype than arithmetic."""
         if stored not in self._expected:
             self._expected.add(stored)
             # no daemon: a process must not end while LLVM works in it
@@ -241,7 +265,7 @@ def _name(p: Expr) -> str:
     return str(p.arg[0].name)
 
 
-def _like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def memory_like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a value [B, H, ...]; a sequence lies as its users have it, [B, T, H, ...]."""
     if target.arg[0].at is None:
         return x.new_empty(shape, dtype=dtype)
@@ -271,7 +295,7 @@ def _reach(x: torch.Tensor) -> int:
     return whole if whole < 2**31 else sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True))
 
 
-def _laid_out(of: Sequence[Expr], tensors: Tensors) -> list[torch.Tensor]:
+def laid_out(of: Sequence[Expr], tensors: Tensors) -> list[torch.Tensor]:
     """Contiguous but for batch, heads and the tokens of a sequence, which may lie at any distance."""
     leading = [2 if p.arg[0].at is None else 3 for p in of]
     return [_contiguous_from(n, x) for n, x in zip(leading, tensors, strict=True)]

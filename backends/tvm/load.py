@@ -24,6 +24,7 @@ import torch
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Settings, Source
+from tttc.backends.memory import laid_out, like, reach
 from tttc.backends.tvm.loops import heads_together
 from tttc.backends.tvm.machine import Config, Machine, host
 from tttc.ir.expr import Expr
@@ -111,7 +112,7 @@ class TVMScan:
         return kept
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
-        results = [memory_like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+        results = [like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
         self.backward_into(results, self.stored(inputs), inputs, saved, checkpoint, cotangents)
         return tuple(results)
 
@@ -166,7 +167,7 @@ class TVMScan:
 
     def _empty(self, target: Expr, inputs: Tensors, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
         own = [self.program.dims.get(a.size) or self._tokens(inputs) for a in target.axes]
-        return memory_like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
+        return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
 
     def _tokens(self, inputs: Tensors) -> int:
         """How many tokens the sequences have, the last of the inputs."""
@@ -265,14 +266,6 @@ def _name(p: Expr) -> str:
     return str(p.arg[0].name)
 
 
-def memory_like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a value [B, H, ...]; a sequence lies as its users have it, [B, T, H, ...]."""
-    if target.arg[0].at is None:
-        return x.new_empty(shape, dtype=dtype)
-    batch, heads, tokens, *own = shape
-    return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
-
-
 def _compact(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Memory like that of `x`; where there is none of it, still with the strides that the kernel expects."""
     return x.new_empty_strided(shape, [prod(shape[i + 1 :]) for i in range(len(shape))])
@@ -281,33 +274,12 @@ def _compact(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _addressable(tensors: Tensors) -> Iterator[Tensors]:
     """The tensors in parts of their batch, or of their heads, whose entries an int32 can count."""
     batch, heads = tensors[0].shape[:2]
-    if batch * heads == 1 or max(map(_reach, tensors)) < 2**31:
+    if batch * heads == 1 or max(map(reach, tensors)) < 2**31:
         yield tensors
         return
     axis, half = (0, batch // 2) if batch > 1 else (1, heads // 2)
     for first, count in ((0, half), (half, tensors[0].shape[axis] - half)):
         yield from _addressable([x.narrow(axis, first, count) for x in tensors])
-
-
-def _reach(x: torch.Tensor) -> int:
-    """How far the last entry lies from the first, or the length of the memory that they lie in, where that will do."""
-    whole = x.untyped_storage().nbytes() // x.element_size()
-    return whole if whole < 2**31 else sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True))
-
-
-def laid_out(of: Sequence[Expr], tensors: Tensors) -> list[torch.Tensor]:
-    """Contiguous but for batch, heads and the tokens of a sequence, which may lie at any distance."""
-    leading = [2 if p.arg[0].at is None else 3 for p in of]
-    return [_contiguous_from(n, x) for n, x in zip(leading, tensors, strict=True)]
-
-
-def _contiguous_from(axis: int, x: torch.Tensor) -> torch.Tensor:
-    expected, shape, strides = 1, x.shape, x.stride()
-    for i in range(len(shape) - 1, axis - 1, -1):
-        if shape[i] != 1 and strides[i] != expected:
-            return x.detach().contiguous()
-        expected *= shape[i]
-    return x
 
 
 # -- TVM ---------------------------------------------------------------------------------------------------------------

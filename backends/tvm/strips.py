@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from tttc.backends.tvm.load import Stored, Tensors, TVMScan, memory_like
+from tttc.backends.memory import like
+from tttc.backends.tvm.load import Stored, Tensors, TVMScan
 from tttc.backends.tvm.machine import Config
 from tttc.ir.adjoint import scan_adjoint
 from tttc.ir.expr import Expr
@@ -62,7 +63,7 @@ class StripScan(TVMScan):
             return super().backward(inputs, saved, checkpoint, cotangents)
         n, params, stored = saved.strips, self.scan.params, self._stored_backward(inputs)
         dtypes = [self.dtype if self._slot(p) is None else x.dtype for p, x in zip(params, inputs, strict=True)]
-        results = [memory_like(p, x.shape, x, d) for p, x, d in zip(params, inputs, dtypes, strict=True)]
+        results = [like(p, x.shape, x, d) for p, x, d in zip(params, inputs, dtypes, strict=True)]
         filled = [_Filled(p, x, self._slot(p), n) for p, x in zip(params, results, strict=True)]
         places, cut = [f.place for f in filled], self._cut(params, inputs, n)
         given = self._cut(self._results, cotangents, n)
@@ -155,7 +156,7 @@ class _Filled:
         if slot is not None:
             own[slot - 2] //= n
         leading = (n, heads) if batch == 1 else (batch, heads * n)
-        self.place = memory_like(of, (*leading, *own), whole, whole.dtype)
+        self.place = like(of, (*leading, *own), whole, whole.dtype)
 
     def finish(self) -> None:
         """Bring it from where it was written; what every strip has its part of is added up."""

@@ -27,8 +27,8 @@ class ToolkitMissing(Exception):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes: registers of a thread, bytes that did not fit into them (written, and read again), bytes
-    of shared memory; None where the compiler does not say.
+    """What one kernel takes: registers of a thread, bytes that it writes elsewhere because these are full, bytes of
+    shared memory; None where the compiler does not say.
     """
 
     kernel: str

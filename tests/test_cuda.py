@@ -365,7 +365,7 @@ def test_what_ptxas_says_is_understood():
         "ptxas info    : Used 255 registers, used 0 barriers\n"
     )
     assert nvidia.report(said, "sm_90") == [
-        nvidia.Resources("f", "sm_90", 40, 28, 96),
+        nvidia.Resources("f", "sm_90", 40, 12, 96),
         nvidia.Resources("g", "sm_90", 255, 0, 0),
     ]
 

@@ -30,6 +30,7 @@ def small_calls_too(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     strips = importlib.import_module("tttc.backends.tvm.strips")
     monkeypatch.setattr(strips, "LITTLE", 1)
+    monkeypatch.setattr(strips, "FEWEST", 2)
     monkeypatch.setattr(strips, "SERIAL", 1000)
 
 

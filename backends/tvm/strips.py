@@ -26,6 +26,7 @@ from tttc.ir.free import FreeAxis, free_axis
 from tttc.ir.program import Program, Scan, cotangent
 
 LITTLE = 1 << 24  # tokens times weights of a head, for which waking another thread takes what it would save
+FEWEST = 4  # threads for each head: with two, both strips doing what they share, a whole head was up to a third faster
 SERIAL = 1 << 14  # numbers that torch adds up without waking other threads
 VECTORS = 2  # that a strip has at least: narrower ones would do little but what all of them do
 
@@ -100,7 +101,7 @@ class StripScan(TVMScan):
         """
         batch, heads = inputs[0].shape[:2]
         most = torch.get_num_threads() // max(batch * heads, 1)
-        if most < 2 or batch * heads == 0 or self.free is None:
+        if most < FEWEST or batch * heads == 0 or self.free is None:
             return 1
         weights = sum(prod(x.shape[2:]) for x in inputs[: len(self.scan.carry)])
         if self._tokens(inputs) * weights < LITTLE:

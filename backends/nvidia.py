@@ -58,9 +58,12 @@ def missing() -> list[str]:
     found = []
     if nvcc() is None and not list(_nvrtc_libraries()):
         found.append("there is neither nvcc (the CUDA toolkit) nor NVRTC (pip install nvidia-cuda-nvrtc)")
-    if ptxas() is None:
-        found.append("there is no ptxas: it comes with the CUDA toolkit, and with triton")
-    return found
+    return [*found, *missing_assembler()]
+
+
+def missing_assembler() -> list[str]:
+    """Why PTX cannot be assembled here."""
+    return [] if ptxas() else ["there is no ptxas: it comes with the CUDA toolkit, and with triton"]
 
 
 def ptx(text: str, target: str) -> str:
@@ -79,7 +82,7 @@ def assembled(text: str, target: str) -> tuple[bytes, list[Resources]]:
     """PTX as a cubin, and what its kernels take; shared memory that a launch asks for is not in that."""
     tool = ptxas()
     if tool is None:
-        raise ToolkitMissing(missing()[-1])
+        raise ToolkitMissing(missing_assembler()[0])
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(text, encoding="utf-8")

@@ -169,9 +169,13 @@ class Printer:
     def __call__(self, e: Expr) -> str:
         return self.text(e).text
 
+    def arranged(self, axes: Axes) -> Axes:
+        """The order in which a value with these axes has its dimensions."""
+        return axes
+
     def text(self, e: Expr) -> Text:
         """`e` with its dimensions in its own order."""
-        return self.ordered(e, e.axes)
+        return self.ordered(e, self.arranged(e.axes))
 
     def ordered(self, e: Expr, axes: Axes) -> Text:
         """`e` with its dimensions in the order `axes`: by writing it so, or by transposing it."""
@@ -181,14 +185,20 @@ class Printer:
             if e.op == "rename":
                 back = {new: old for old, new in e.arg}
                 return self.ordered(e.src[0], tuple(back.get(a, a) for a in axes))
-            if e.op == "contract" and e.axes != axes and layout(e).kind == "matmul":
-                return self._contract(Expr("contract", e.src[::-1], e.arg))
-            if e.op == "contract" and layout(e).kind == "product":
-                return self._product(e, axes)
-            if e.op == "contract" and e.axes != axes and layout(e).kind == "outer":
-                return self._contract(Expr("contract", e.src[::-1], e.arg))
+            if e.op == "contract" and (contracted := self._contraction(e, axes)) is not None:
+                return contracted
         text = Text(self.names[e]) if e in self.names else getattr(self, f"_{e.op}", self._composite)(e)
-        return text if e.axes == axes else self.transposed(text, e.axes, axes)
+        own = self.arranged(e.axes)
+        return text if own == axes else self.transposed(text, own, axes)
+
+    def _contraction(self, e: Expr, axes: Axes) -> Text | None:
+        """A contraction written in the order `axes`; None where it has to be transposed."""
+        kind = layout(e).kind
+        if kind == "product":
+            return self._product(e, axes)
+        if kind in ("matmul", "outer") and e.axes != axes:
+            return self._contract(Expr("contract", e.src[::-1], e.arg))
+        return None
 
     def transposed(self, text: Text, axes: Axes, to: Axes) -> Text:
         """An array with axes `axes`, its dimensions in the order `to`."""

@@ -102,6 +102,14 @@ def split_call(layer: Layer, inputs: Inputs, cuts: Sequence[int]) -> tuple[torch
     return torch.cat(outputs, 1), state
 
 
+def second_derivative(layer: Layer) -> torch.Tensor:
+    """Of the squared output of three tokens, by k and then, squared again, by v."""
+    inputs = inputs_for(layer, 3)
+    z, _ = layer(inputs.q, inputs.k, inputs.v, gates=inputs.gates, state=inputs.state)
+    (g,) = torch.autograd.grad(z.square().sum(), inputs.k, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), inputs.v)[0]
+
+
 def differences(
     found: Result, wanted: Result, output: float = OUTPUT_TOLERANCE, gradient: float = GRADIENT_TOLERANCE
 ) -> str:

@@ -182,6 +182,45 @@ def test_tensors_are_read_where_they_lie():
     assert all(torch.equal(state[n].double().cpu(), x) for n, x in plain.final.items())
 
 
+NAMED_LIKE_A_KERNELS_OWN = [
+    ("W", "b", "lr"),
+    ("W", "h", "length"),
+    ("d", "inside", "first"),
+    ("count", "j", "token"),
+    ("q_b", "dot", "q_ptr"),
+    ("b", "b_", "h"),
+    ("W", "W_found", "k_f32"),
+    ("groups", "W_kept_ptr", "tl"),
+]
+
+
+@pytest.mark.parametrize(("weights", "bias", "rate"), NAMED_LIKE_A_KERNELS_OWN)
+def test_a_declaration_may_name_things_as_a_kernel_does(weights, bias, rate):
+    """A state called b is not the batch element of the program."""
+
+    class Named(tttc.Variant):
+        mini_batch = 4
+
+        def learner(self, x):
+            return x @ getattr(self, weights) + getattr(self, bias)
+
+        def loss(self, k, v):
+            return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+        update = tttc.sgd(lr=tttc.gate(rate))
+
+    setattr(Named, weights, tttc.state("D", "D"))
+    setattr(Named, bias, tttc.state("D"))
+    assert not compared(Named, {"D": 16}, 11, batch=2)
+
+
+def test_settings_that_are_not_given_stay_as_they_are():
+    """A large state has more warps than a small one, whatever else is set."""
+    layer = compiled(TTTMLP, {"D": 64, "F": 256}, config={"num_stages": 3})
+    scan = layer._scans["tttmlp"]
+    assert scan._options == {d: {"num_warps": 16, "num_stages": 3} for d in (False, True)}
+
+
 # -- what can go wrong -------------------------------------------------------------------------------------------------
 
 

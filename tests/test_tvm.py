@@ -18,7 +18,16 @@ import pytest
 import torch
 
 import tttc
-from tests.helpers import LIBRARY, VARIANTS, differences, dims_of, inputs_for, layer_result, oracle_result
+from tests.helpers import (
+    LIBRARY,
+    VARIANTS,
+    differences,
+    dims_of,
+    inputs_for,
+    layer_result,
+    oracle_result,
+    second_derivative,
+)
 from tests.test_random_variants import outcomes
 from tttc import api
 from tttc.errors import BackendRefusal, ShapeError
@@ -112,13 +121,8 @@ def test_carries_may_be_kept_at_any_distance(checkpoint):
 
 
 def test_second_derivatives_are_those_of_the_torch_backend():
-    found = []
-    for backend in ("tvm", "torch"):
-        layer = tttc.compile(LinearAttention, {"D": 2}, torch.float64, backend=backend)
-        inputs = inputs_for(layer, 3)
-        z, _ = layer(inputs.q, inputs.k, inputs.v, gates=inputs.gates, state=inputs.state)
-        (g,) = torch.autograd.grad(z.square().sum(), inputs.k, create_graph=True)
-        found.append(torch.autograd.grad(g.square().sum(), inputs.v)[0])
+    layers = [tttc.compile(LinearAttention, {"D": 2}, torch.float64, backend=b) for b in ("tvm", "torch")]
+    found = [second_derivative(layer) for layer in layers]
     assert relative_error(*found) <= 1e-12
     assert found[0].abs().max() > 0
 

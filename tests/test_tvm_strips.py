@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tttc
-from tests.helpers import LIBRARY, differences, inputs_for, keywords, layer_result, oracle_result
+from tests.helpers import LIBRARY, differences, inputs_for, keywords, layer_result, oracle_result, second_derivative
 from tttc.backends.tvm.machine import host
 from tttc.library import DeltaNet, LinearAttention, TTTLinear
 from tttc.verify import relative_error
@@ -181,13 +181,8 @@ def test_half_precision_is_storage(threads, dtype, unit):
 
 def test_second_derivatives_are_those_of_the_torch_backend(threads):
     threads(4)
-    found = []
-    for backend in ("tvm", "torch"):
-        layer = tttc.compile(LinearAttention, {"D": WIDE}, torch.float64, backend=backend)
-        inputs = inputs_for(layer, 3)
-        z, _ = layer(inputs.q, inputs.k, inputs.v, gates=inputs.gates, state=inputs.state)
-        (g,) = torch.autograd.grad(z.square().sum(), inputs.k, create_graph=True)
-        found.append(torch.autograd.grad(g.square().sum(), inputs.v)[0])
+    layers = [tttc.compile(LinearAttention, {"D": WIDE}, torch.float64, backend=b) for b in ("tvm", "torch")]
+    found = [second_derivative(layer) for layer in layers]
     assert relative_error(*found) <= 1e-12
     assert found[0].abs().max() > 0
 

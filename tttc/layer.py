@@ -227,7 +227,8 @@ class Layer:
             return False
         if call.state.position + 1 == self._plan.mini_batch and self._ends_more:
             return False
-        groups = (call.sequences, call.params, call.state.weights, call.state.summed, call.state.memory)
+        state = call.state
+        groups = (call.sequences, call.params, state.weights, state.start, state.summed, state.memory)
         return not (torch.is_grad_enabled() and any(x.requires_grad for group in groups for x in group.values()))
 
     @cached_property

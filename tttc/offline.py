@@ -68,8 +68,8 @@ def missing_for(backend: str, target: str, program: Program) -> list[str]:
     """Why a backend cannot compile the program for a target here."""
     if backend == "tvm":
         return [*tvm_backend.refusals(program), *nvidia.missing()]
-    no_assembler = nvidia.ptxas() is None and target.startswith("sm_")
-    return [*triton_backend.refusals(program), *triton_backend.missing(), *(nvidia.missing()[-1:] * no_assembler)]
+    found = [*triton_backend.refusals(program), *triton_backend.missing()]
+    return [*found, *nvidia.missing_assembler()] if target.startswith("sm_") else found
 
 
 BUILDERS: dict[str, Builder] = {"triton": with_triton, "tvm": with_tvm}
@@ -81,8 +81,6 @@ def compile_for(
     target: str,
     dtype: str = "float32",
     backend: str = "triton",
-    *,
-    chunk: int | None = None,
 ) -> Iterator[Built]:
     """The kernels of a variant for a target such as sm_90 or gfx942, one by one.
 
@@ -103,7 +101,7 @@ def compile_for(
         raise TTTCError(f"backend {backend!r} compiles for no GPU.\n  There are {', '.join(BUILDERS)}.")
     if backend == "tvm" and not target.startswith("sm_"):
         raise TTTCError(f"backend 'tvm' compiles for NVIDIA GPUs, not for {target}.\n  Use --backend triton.")
-    program = compile_layer(variant, dims, names[dtype], backend="torch", chunk=chunk).stages.program
+    program = compile_layer(variant, dims, names[dtype], backend="torch").stages.program
     if reasons := missing_for(backend, target, program):
         listed = "\n".join(f"  - {r}" for r in reasons)
         raise BackendRefusal(f"cannot compile for {target} here:\n{listed}")

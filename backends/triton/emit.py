@@ -13,7 +13,7 @@ from the one that was kept, and then takes the chunks backwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -33,6 +33,10 @@ import triton
 import triton.language as tl
 '''
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
+_LOCALS = (
+    *("tl", "triton", "operand", "index", "range", "float", "H", "T", "every", "groups"),
+    *("i", "b", "h", "t", "chunk", "first", "length", "inside", "token", "back", "group", "count", "j", "j_back"),
+)
 LARGEST_CHUNK = 128  # tokens: a Gram matrix of them is a block
 LARGEST_VALUE = 1 << 13  # numbers of a value of all tokens of a chunk, some of which go through shared memory at once
 LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the registers of a multiprocessor hold
@@ -86,8 +90,7 @@ def module_text(program: Program) -> str:
     functions = [f"\n@triton.jit\n{formula_text(f, formula)}\n" for f in formulas(roots)]
     used = "\n".join([*functions, *kernels])
     helpers: list[str] = []
-    for text in reversed(HELPERS.values()):
-        function = text.split("def ")[1].split("(")[0]
+    for function, text in reversed(_functions().items()):
         if f"{function}(" in used + "".join(helpers):
             helpers.insert(0, text)
     parts = [HEADER.format(name=program.name), *helpers, *functions, *kernels]
@@ -97,9 +100,14 @@ def module_text(program: Program) -> str:
     return "\n".join(parts)
 
 
+def _functions() -> dict[str, str]:
+    """What Triton lacks, by the names of the functions."""
+    return {text.split("def ")[1].split("(")[0]: text for text in HELPERS.values()}
+
+
 def _kernels(scan: Scan, program: Program) -> list[str]:
-    texts = [_Kernel(scan, program).forward()]
-    return [*texts, _Kernel(scan, program).backward()] if scan.differentiated else texts
+    texts = [_Kernel(scan, program, False).forward()]
+    return [*texts, _Kernel(scan, program, True).backward()] if scan.differentiated else texts
 
 
 def _forward(scan: Scan) -> list[Assign]:
@@ -139,10 +147,10 @@ def rounded(scan: Scan, program: Program) -> set[str]:
     """The carries that a backward chunk reads as factors of products alone: what is kept of them within a group of
     chunks may have the dtype of these.
     """
-    kernel = _Kernel(scan, program)
+    kernel = _Kernel(scan, program, True)
     kernel.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
     kernel.body(_backward(scan, program), {_name(cotangent(p)): Tensor(p, _name(p)) for p in scan.sequence})
-    return {_name(p) for p in scan.carry if p.axes and f"{_name(p)}_found" not in kernel.printer.widened}
+    return {_name(p) for p in scan.carry if p.axes and kernel.found(p) not in kernel.printer.widened}
 
 
 def _d_outputs(scan: Scan) -> list[Expr]:
@@ -172,6 +180,7 @@ class _Kernel:
 
     scan: Scan
     program: Program
+    backwards: bool
     lines: list[str] = field(default_factory=list)
     depth: int = 1
 
@@ -182,29 +191,37 @@ class _Kernel:
         dims = dict.fromkeys(a.size for p in (*self.scan.params, *self.scan.results) for a in p.axes)
         inner = [a.size for e in postorder(a.value for a in self.scan.block.assigns) for a in e.axes]
         self.used = [d for d in dict.fromkeys([*dims, *inner]) if d != TOKENS or self.scan.loops]
-        taken = {_name(p) for p in (*self.scan.params, *self.scan.results)} | {"t", "b", "h", "i", "first", "length"}
+        self._choose_names()
+
+    def _choose_names(self) -> None:
+        """Names for what the kernel has beside the values of the program, and others for values that are called so: a
+        state may be named b, and a value as the user's own code has it.
+        """
+        values = _forward(self.scan) if not self.backwards else _backward(self.scan, self.program)
+        known = {_name(e) for e in (*leaves(a.value for a in values), *(a.target for a in values))}
+        known |= {_name(p) for p in (*self.scan.results, *(t.of for t in tensors(self.scan, self.backwards)))}
+        own = {*_LOCALS, *_functions(), *(f.name for f in formulas(a.value for a in values))}
+        own |= {x for t in tensors(self.scan, self.backwards) for x in (f"{t.name}_ptr", *t.strides)}
+        own |= {f"{n}{end}" for n in known for end in ("_found", "_f32")}
         self.indices = {TOKENS: "t"}
         for d in self.used:
             if d != TOKENS:
-                name = d.lower()
-                while name in taken:
-                    name += "_"
-                taken.add(name)
-                self.indices[d] = name
-        self.taken = taken | {
-            "tl",
-            "triton",
-            "operand",
-            "index",
-            "group",
-            "every",
-            "T",
-            "H",
-            "at",
-            "token",
-            "inside",
-            "back",
-        }
+                self.indices[d] = _free(d.lower(), own | known)
+                own.add(self.indices[d])
+        self.taken = own | known
+        self.called: dict[str, str] = {}
+        for name in sorted(known & own):
+            self.called[name] = _free(name, self.taken)
+            self.taken.add(self.called[name])
+        self.taken |= {f"{n}{end}" for n in self.taken for end in ("_found", "_f32", "_found_f32")}
+
+    def variable(self, p: Expr) -> str:
+        """What a variable of the program is called."""
+        return self.called.get(_name(p), _name(p))
+
+    def found(self, p: Expr) -> str:
+        """What a carry is called as a chunk of the backward finds it."""
+        return f"{self.variable(p)}_found"
 
     def _padded(self, axis: Axis) -> bool:
         n = self.chunk if axis.size == TOKENS else self.program.dims[axis.size]
@@ -230,9 +247,9 @@ class _Kernel:
         self.line("    " + current.rstrip())
         self.line(tail)
 
-    def head(self, backward: bool) -> None:
+    def head(self) -> None:
         """The signature, and where the head of this program lies."""
-        scan = self.scan
+        scan, backward = self.scan, self.backwards
         self.depth = 0
         found = tensors(scan, backward)
         parameters = [x for t in found for x in (f"{t.name}_ptr", *t.strides)]
@@ -329,21 +346,22 @@ class _Kernel:
         printer.names.clear()
         targets = {a.leaf: a.target for a in assigns}
         for step in steps(block, namer):
+            name = step.name if step.target is None else self.called.get(step.name, step.name)
             axes = targets[step.target].axes if step.target else step.value.axes
             text = printer.ordered(step.value, printer.arranged(axes))
             if step.target is not None and step.target.at is None:
                 unclean = [a for a in axes if self._padded(a) and a not in self.padding.zero(step.value)]
                 text = printer.cut(text, printer.arranged(axes), unclean)
-            if text.text == step.name:
+            if text.text == name:
                 continue
             if any(e.op in ("contract", "solve") for e in self._own(step.value, printer)):
                 self.line(f"# {step.name} = {shown.ordered(step.value, axes).text}")
             if step.target is not None and step.target.at is not None:
                 self.store(stores[step.name], text.text)
             else:
-                self.line(f"{step.name} = {text.text}")
+                self.line(f"{name} = {text.text}")
             if step.value.axes == axes and step.value.op not in ("leaf", "const", "broadcast"):
-                printer.names[step.value] = shown.names[step.value] = step.name
+                printer.names[step.value], shown.names[step.value] = name, step.name
 
     def _own(self, value: Expr, printer: TritonPrinter) -> Iterable[Expr]:
         """The operations of a line: those that no line before has."""
@@ -360,19 +378,18 @@ class _Kernel:
 
     def begin(self, loaded: Sequence[Expr], carry: Sequence[Expr] = ()) -> None:
         """What is loaded in the dtype of its tensor: blocks of tokens, and a carry as a backward chunk finds it."""
-        self.loaded = [_name(p) for p in loaded if self.scan.loops and len(p.axes) > 1 and p.arg[0].at]
-        found = {_name(p): f"{_name(p)}_found" for p in carry}
-        self.loaded += [found[_name(p)] for p in carry if p.axes]
+        self.loaded = [self.variable(p) for p in loaded if self.scan.loops and len(p.axes) > 1 and p.arg[0].at]
+        self.loaded += [self.found(p) for p in carry if p.axes]
         self.printer = TritonPrinter(self.program.dims, self.chunk, self.indices, self.padding, self.loaded)
-        self.printer.called = found
+        self.printer.called = self.called | {_name(p): self.found(p) for p in carry}
 
     def forward(self) -> str:
         scan = self.scan
-        self.head(False)
+        self.head()
         self.begin([*scan.fixed, *scan.sequence])
         named = {t.name: t for t in tensors(scan, False)}
         for p in (*scan.fixed, *scan.carry):
-            self.load(named[_name(p)], _name(p))
+            self.load(named[_name(p)], self.variable(p))
         if scan.loops:
             self.line(f"for chunk in range(0, tl.cdiv(T, {self.chunk})):")
             self.depth += 1
@@ -380,40 +397,40 @@ class _Kernel:
             self.line("if chunk % every == 0 and groups > 0:")
             self.depth += 1
             for p in scan.carry:
-                self.store(named[f"{_name(p)}_kept"], _name(p), ("groups", "chunk // every"))
+                self.store(named[f"{_name(p)}_kept"], self.variable(p), ("groups", "chunk // every"))
             self.depth -= 1
             for p in scan.sequence:
-                self.load(named[_name(p)], _name(p))
+                self.load(named[_name(p)], self.variable(p))
         self.body(_forward(scan), named)
         self.depth = 1
         for a in scan.updates:
-            self.store(named[f"{a.leaf.name}_out"], a.leaf.name)
+            self.store(named[f"{a.leaf.name}_out"], self.variable(a.target))
         return "\n".join(self.lines) + "\n"
 
     def backward(self) -> str:
         scan, program = self.scan, self.program
-        self.head(True)
+        self.head()
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)])
         named = {t.name: t for t in tensors(scan, True)}
         d_made = [cotangent(a.target) for a in scan.updates]
         block = _backward(scan, program)
         for p in scan.fixed:
-            self.load(named[_name(p)], _name(p))
+            self.load(named[_name(p)], self.variable(p))
         for d in d_made:
-            self.load(named[_name(d)], _name(d))
+            self.load(named[_name(d)], self.variable(d))
         for d in map(cotangent, scan.fixed):
-            self.line(f"{_name(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
+            self.line(f"{self.variable(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
         stores = {_name(cotangent(p)): named[f"{_name(cotangent(p))}_out"] for p in scan.sequence}
         if scan.loops:
             self._sweeps(block, named, stores)
         else:
             for p in scan.carry:
-                self.load(named[f"{_name(p)}_kept"], _name(p))
+                self.load(named[f"{_name(p)}_kept"], self.variable(p))
             self.body(block, stores)
         self.depth = 1
         for p in (*scan.carry, *scan.fixed):
             d = cotangent(p)
-            self.store(named[f"{_name(d)}_out"], _name(d))
+            self.store(named[f"{_name(d)}_out"], self.variable(d))
         return "\n".join(self.lines) + "\n"
 
     def _sweeps(self, block: Sequence[Assign], named: dict[str, Tensor], stores: dict[str, Tensor]) -> None:
@@ -423,17 +440,17 @@ class _Kernel:
         self.line("group = groups - 1 - back")
         self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
         for p in scan.carry:
-            self.load(named[f"{_name(p)}_kept"], _name(p), ("groups", "group"))
+            self.load(named[f"{_name(p)}_kept"], self.variable(p), ("groups", "group"))
         self.line("for j in range(0, count):  # the carry before every chunk of the group")
         self.depth += 1
         for p in scan.carry:
-            self.store(named[f"{_name(p)}_work"], _name(p), ("every", "j"))
+            self.store(named[f"{_name(p)}_work"], self.variable(p), ("every", "j"))
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         updates = [a for a in _forward(scan) if a.leaf.at is None]
         read = {e.arg[0].name for e in leaves(a.value for a in updates)}
         for p in scan.sequence:
             if _name(p) in read:
-                self.load(named[_name(p)], _name(p))
+                self.load(named[_name(p)], self.variable(p))
         self.body(updates, {})
         self.depth -= 1
         self.line("tl.debug_barrier()  # what one thread has stored, others load")
@@ -443,9 +460,9 @@ class _Kernel:
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
         for p in scan.carry:
-            self.load(named[f"{_name(p)}_work"], f"{_name(p)}_found", ("every", "j"))
+            self.load(named[f"{_name(p)}_work"], self.found(p), ("every", "j"))
         for p in (*scan.sequence, *_d_outputs(scan)):
-            self.load(named[_name(p)], _name(p))
+            self.load(named[_name(p)], self.variable(p))
         self.body(block, stores)
         self.depth -= 1
         self.line("tl.debug_barrier()")
@@ -454,6 +471,13 @@ class _Kernel:
 
 def _name(p: Expr) -> str:
     return str(p.arg[0].name)
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, or one that nothing else has."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 __all__ = ["emit", "module_text", "notes", "refusals", "rounded", "tensors", "unfused", "unspecialized"]

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Settings, Source
 from tttc.backends.memory import laid_out, like, reach
 from tttc.backends.triton.emit import rounded, tensors, unfused
-from tttc.backends.triton.tune import Config, default_config
+from tttc.backends.triton.tune import default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan
 
@@ -62,13 +63,12 @@ def load(source: Source, program: Program, settings: Settings | None = None) -> 
     its libraries and what is between them fused by torch.compile.
     """
     module = Module(source, program)
-    config = Config(**settings) if settings else None
     batched: Mapping[str, CompiledScan] = {}
     if any(unfused(s, program) for s in program.scans):
         steps = None if interpreted() else torch.compile
         batched = torch_backend.load(torch_backend.emit(program), program, steps=steps)
     return {
-        s.name: batched[s.name] if unfused(s, program) else TritonScan(s, program, module, config)
+        s.name: batched[s.name] if unfused(s, program) else TritonScan(s, program, module, settings or {})
         for s in program.scans
     }
 
@@ -103,8 +103,11 @@ def _write(path: Path, text: str) -> None:
 class TritonScan:
     """One scan, run by its forward and its backward kernel."""
 
-    def __init__(self, scan: Scan, program: Program, module: Module, config: Config | None) -> None:
-        self.scan, self.program, self.module, self.config = scan, program, module, config
+    def __init__(self, scan: Scan, program: Program, module: Module, settings: Settings) -> None:
+        self.scan, self.program, self.module = scan, program, module
+        directions = (False, True) if scan.differentiated else (False,)
+        self._tensors = {d: tensors(scan, d) for d in directions}
+        self._options = {d: replace(default_config(scan, program, d), **settings).options for d in directions}
 
     @property
     def halves(self) -> bool:
@@ -146,7 +149,7 @@ class TritonScan:
         dtype = self._operand(inputs)
         work = [
             x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if _name(p) in self._rounded else x.dtype)
-            for p, x in zip(scan.carry, inputs, strict=False)
+            for p, x in zip(scan.carry, inputs[:carried], strict=True)
         ]
         groups = -(-tokens // (every * int(scan.chunk)))
         given = [*saved, *inputs[carried:], *cotangents, *results, *work]
@@ -164,15 +167,14 @@ class TritonScan:
         import triton.language as tl
 
         arguments: list[Any] = []
-        for t, x in zip(tensors(self.scan, backward), given, strict=True):
+        for t, x in zip(self._tensors[backward], given, strict=True):
             arguments += [x, *x.stride()[: len(t.strides)]]
         sizes = [heads, *([tokens, every, groups] if self.scan.loops else [])]
         operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
         index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
         kernel = self.module.kernel(self.scan, backward)
-        options = (self.config or default_config(self.scan, self.program, backward)).options
         with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
-            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, index=index, **options)
+            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, index=index, **self._options[backward])
 
     def _operand(self, inputs: Tensors) -> torch.dtype:
         """The dtype of the factors of matrix products: that of the tokens."""

@@ -90,22 +90,6 @@ class TritonPrinter(Printer):
         feature = sorted((a for a in reversed(axes) if a.size != TOKENS), key=lambda a: -self.block(a))
         return (*feature, *(a for a in reversed(axes) if a.size == TOKENS))
 
-    def text(self, e: Expr) -> Text:
-        return self.ordered(e, self.arranged(e.axes))
-
-    def ordered(self, e: Expr, axes: Axes) -> Text:
-        """`e` with its dimensions in the order `axes`: by writing it so, or by transposing it."""
-        if e not in self.names:
-            if e.op in SCALARS:
-                return self._elementwise(e, axes)
-            if e.op == "rename":
-                back = {new: old for old, new in e.arg}
-                return self.ordered(e.src[0], tuple(back.get(a, a) for a in axes))
-            if e.op == "contract":
-                return self._contraction(e, axes)
-        text = Text(self.names[e]) if e in self.names else getattr(self, f"_{e.op}")(e)
-        return text if self.arranged(e.axes) == axes else self.transposed(text, self.arranged(e.axes), axes)
-
     def transposed(self, text: Text, axes: Axes, to: Axes) -> Text:
         if len(axes) == 2:
             return Text(f"tl.trans({text.text})")

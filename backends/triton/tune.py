@@ -12,6 +12,7 @@ from tttc.backends.triton.printer import block_size
 from tttc.ir.program import Program, Scan
 
 THREADS = 32
+VALUES = {"num_warps": (4, 8, 16, 2), "num_stages": (1, 2, 3)}
 STATE = {4: 48, 8: 72}  # numbers of the state that a thread may hold, by the number of warps
 
 
@@ -36,13 +37,14 @@ def default_config(scan: Scan, program: Program, backward: bool) -> Config:
 
 
 def choices(program: Program) -> Mapping[str, Sequence[int]]:
-    """The fields of a `Config`, each with its default and other values."""
-    default = Config()
-    return {"num_warps": (default.num_warps, 8, 2, 1), "num_stages": (default.num_stages, 1, 3)}
+    """The fields of a `Config`, each with what the forward of whole mini-batches has by default, and other values."""
+    default = asdict(default_config(program.scans[0], program, False))
+    return {n: (default[n], *(v for v in values if v != default[n])) for n, values in VALUES.items()}
 
 
 def identity(program: Program, settings: Settings) -> Hashable:
-    return tuple(sorted({**asdict(Config()), **settings}.items()))
+    """The settings that are given: where they are the default of one kernel, they need not be that of another."""
+    return tuple(sorted(settings.items()))
 
 
 def toolchain() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,3 +31,8 @@ def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype
         return x.new_empty(shape, dtype=dtype)
     batch, heads, tokens, *own = shape
     return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
+
+
+def lengths(target: Expr, dims: Mapping[str, int], tokens: int) -> list[int]:
+    """The sizes of the axes of a value; an axis that no dim gives counts tokens."""
+    return [dims.get(a.size) or tokens for a in target.axes]

@@ -23,7 +23,7 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.interface import CompiledScan, Settings, Source
+from tttc.backends.interface import CompiledScan, Settings, Source, content_of
 from tttc.backends.tvm.loops import heads_together
 from tttc.backends.tvm.machine import Config, Machine, host
 from tttc.ir.expr import Expr
@@ -85,19 +85,36 @@ class TVMScan:
         kernels = (False, True) if self.scan.differentiated else (False,)
         return "\n\n".join(str(self._kernel(backward, ()).function.script()) for backward in kernels)
 
-    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
-        scan, carried = self.scan, len(self.scan.carry)
-        inputs = _laid_out(scan.params, inputs)
-        stored = self._stored(inputs)
-        dtypes = {n: getattr(torch, d) for n, d in stored}
+    @property
+    def opaque(self) -> TVMScan:
+        return self
+
+    @property
+    def content(self) -> str:
+        return content_of(self.scan, self.program, "tvm", self.config)
+
+    def results(self, inputs: Tensors, checkpoint: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self._memory(inputs, checkpoint, self._stored(inputs))
+
+    def _memory(
+        self, inputs: Tensors, checkpoint: int | None, stored: Stored
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        scan, dtypes = self.scan, {n: getattr(torch, d) for n, d in stored}
         outputs = [self._empty(a.target, inputs, dtypes) for a in (*scan.outputs, *scan.updates)]
-        kept: list[torch.Tensor] = []
-        settings: tuple[int, ...] = ()
-        if scan.loops:
-            every = checkpoint or 1  # every carry; the values of a chunk are always made again
-            groups = 0 if checkpoint is None else -(-self._chunks(inputs) // every)
-            kept = [_compact(x, (*x.shape[:2], groups, *x.shape[2:])) for x in inputs[:carried]]
-            settings = self._forward_settings(every, inputs)
+        if not scan.loops:
+            return outputs, []
+        every = checkpoint or 1  # every carry; the values of a chunk are always made again
+        groups = 0 if checkpoint is None else -(-self._chunks(inputs) // every)
+        return outputs, [_compact(x, (*x.shape[:2], groups, *x.shape[2:])) for x in inputs[: len(scan.carry)]]
+
+    def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
+        return [_like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+        inputs = _laid_out(self.scan.params, inputs)
+        stored = self._stored(inputs)
+        outputs, kept = self._memory(inputs, checkpoint, stored)
+        settings = self._forward_settings(checkpoint or 1, inputs) if self.scan.loops else ()
         self._call(self._kernel_for(False, stored), [*inputs, *outputs, *kept], settings)
         return tuple(outputs), kept
 
@@ -105,7 +122,7 @@ class TVMScan:
         carried = len(self.scan.carry)
         inputs = _laid_out(self.scan.params, inputs)
         cotangents = _laid_out([a.target for a in (*self.scan.outputs, *self.scan.updates)], cotangents)
-        results = [_like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+        results = self.gradients(inputs)
         kernel = self._kernel_for(True, self._stored(inputs))
         if not self.scan.loops:
             self._call(kernel, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
@@ -149,7 +166,7 @@ class TVMScan:
 
     def _tokens(self, inputs: Tensors) -> int:
         """How many tokens the sequences have, the last of the inputs."""
-        return int(inputs[-1].shape[2])
+        return inputs[-1].shape[2]
 
     def _chunks(self, inputs: Tensors) -> int:
         return 1 if self.scan.chunk == "T" else -(-self._tokens(inputs) // int(self.scan.chunk))

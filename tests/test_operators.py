@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +18,16 @@ from tests.helpers import LIBRARY, dims_of
 from tttc.library import TTTMLP, GatedDeltaNet, TTTLinear
 from tttc.nn import TTT, Cache
 from tttc.operators import operator
-from tttc.verify import random_inputs
+from tttc.verify import random_inputs, relative_error
 
 BACKENDS = ["torch", "triton", "tvm"]
 VARIANTS = [TTTLinear, GatedDeltaNet, TTTMLP]
 # A graph runs the same kernels on the same numbers, so most results are equal to the last bit. Checkpoints may lie at
-# other chunks, and inductor sums in another order: of float32, which rounds at 6e-8, some hundred roundings.
-CLOSE = dict(rtol=1e-5, atol=1e-5)
+# other chunks, and inductor sums in another order: a hundred roundings of float32, each 6e-8.
+CLOSE = 6e-6
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),  # torch.compile's look
-    # graphs without gradients are of no use to the tests of gradients, and of use to the others
-    pytest.mark.filterwarnings("ignore:.*lru_cache.*:UserWarning"),
 ]
 
 
@@ -69,8 +68,8 @@ def same(found: Any, wanted: Any) -> None:
         if b is None:
             assert a is None
             continue
-        torch.testing.assert_close(a, b, **CLOSE)
-        assert a.stride() == b.stride()
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert relative_error(a, b) <= CLOSE
 
 
 def graph_of(function: Callable[..., Any], backend: Any = "aot_eager") -> Callable[..., Any]:
@@ -305,11 +304,17 @@ def test_a_module_in_a_graph(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_module_under_inductor(backend):
+    """It orders the sums of the module in its own way, and may be as far from float64 as the module itself is."""
     module, x = module_and_input(backend)
-    parameters = dict(module.named_parameters())
-    wanted, found = module(x), graph_of(module, "inductor")(x)
-    same(found, wanted)
-    same(gradients(found, parameters), gradients(wanted, parameters))
+    double = copy.deepcopy(module).double()
+    double.backend = "torch"  # no kernel of Triton is for float64
+    graph = graph_of(module, "inductor")
+    exact, wanted, found = (
+        [y, *gradients(y, dict(m.named_parameters()))]
+        for m, y in ((double, double(x.double())), (module, module(x)), (module, graph(x)))
+    )
+    for a, b, true in zip(found, wanted, exact, strict=True):
+        assert relative_error(a.double(), true) <= 2 * relative_error(b.double(), true) + CLOSE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

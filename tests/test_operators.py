@@ -301,6 +301,23 @@ def test_a_module_in_a_graph(backend):
     )
 
 
+def test_blocks_share_their_graphs():
+    """Modules of one kind, each compiled by itself, need one graph; a layer of another kind ends none."""
+    blocks = [module_and_input()[0] for _ in range(4)]
+    counted = CompileCounterWithBackend("aot_eager")
+    for block in blocks:
+        block.compile(fullgraph=True, backend=counted)
+    x = torch.randn(2, 32, 16)
+    with torch.no_grad():
+        for block in blocks:
+            block(x)
+        made = counted.frame_count
+        TTT(TTTLinear, 16, 4, backend="torch")(x)
+        for block in blocks:
+            block(x)
+    assert counted.frame_count == made == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_module_under_inductor(backend):

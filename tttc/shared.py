@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tttc.variant import Variant
 
 Dims = tuple[tuple[str, int], ...]
 _COMPILED: dict[tuple[Any, ...], Layer] = {}
+_named = SimpleNamespace()  # the same for graphs: one that read a dict would be made anew for every key that is added
 
 
 def shared(
@@ -25,7 +27,9 @@ def shared(
 ) -> Layer:
     """The layer of these settings, compiled when it is first asked for."""
     key = (variant, dims, dtype, device, backend, checkpoint)
-    if torch.compiler.is_compiling() or key not in _COMPILED:  # a graph takes the dict for what it is when first read
+    if torch.compiler.is_compiling():
+        return getattr(_named, _compile(*key))
+    if key not in _COMPILED:
         _compile(*key)
     return _COMPILED[key]
 
@@ -38,11 +42,13 @@ def _compile(
     device: torch.device,
     backend: str,
     checkpoint: int | str | None,
-) -> bool:
-    """Make the layer, unless it is there: not a part of any graph."""
+) -> str:
+    """The name of the layer, made unless it is there: not a part of any graph."""
     key = (variant, dims, dtype, device, backend, checkpoint)
     if key not in _COMPILED:
         _COMPILED[key] = untraced(
             lambda: compile_variant(variant, dict(dims), dtype, device, backend, checkpoint=checkpoint)
         )
-    return True
+    name = f"layer_{list(_COMPILED).index(key)}"
+    setattr(_named, name, _COMPILED[key])
+    return name

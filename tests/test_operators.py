@@ -28,6 +28,7 @@ CLOSE = 6e-6
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),  # torch.compile's look
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),  # torch.export.load, before torch 2.13
 ]
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from tttc.ir.program import Program
+import torch
+
+from tttc.ir.program import Program, Scan
+from tttc.ir.structure import written
 
 Settings = Mapping[str, int]
 """How kernels are made, beside the program: names that the backend gives, which never change a result."""
@@ -41,21 +44,53 @@ class CompiledScan(Protocol):
         """The same scan in operations that autograd records, for second derivatives; often itself."""
         ...
 
-    def expect_backward(self, inputs: Sequence[Any]) -> None:
+    @property
+    def opaque(self) -> OpaqueScan:
+        """The same scan for a graph that does not look into it; often itself."""
+        ...
+
+    def expect_backward(self, inputs: Sequence[torch.Tensor]) -> None:
         """Said before a forward that will be followed by a backward: what takes long to make may be begun."""
         ...
 
-    def forward(self, inputs: Sequence[Any], checkpoint: int | None) -> tuple[tuple[Any, ...], Any]:
+    def forward(self, inputs: Sequence[torch.Tensor], checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
         """Outputs and new carry, and what the backward needs: the carry of every `checkpoint` chunks, or all with 0;
         None where no backward will follow.
         """
         ...
 
     def backward(
-        self, inputs: Sequence[Any], saved: Any, checkpoint: int, cotangents: Sequence[Any]
-    ) -> tuple[Any, ...]:
+        self, inputs: Sequence[torch.Tensor], saved: Any, checkpoint: int, cotangents: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         """The cotangents of the inputs, from those of the outputs and of the new carry."""
         ...
+
+
+class OpaqueScan(CompiledScan, Protocol):
+    """A scan of which a graph knows sizes and strides alone: what its forward keeps is a list of tensors, one for each
+    variable that a loop carries, and nothing that it returns lies in the memory of an input.
+    """
+
+    @property
+    def content(self) -> str:
+        """What it computes and by which kernels: equal for scans that can stand for each other."""
+        ...
+
+    def results(
+        self, inputs: Sequence[torch.Tensor], checkpoint: int | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Memory for what `forward` returns, in both its parts."""
+        ...
+
+    def gradients(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Memory for what `backward` returns."""
+        ...
+
+
+def content_of(scan: Scan, program: Program, *kernels: object) -> str:
+    """The `content` of a scan: its program and adjoint, and what else decides how its kernels are made."""
+    what = program.adjoint_of(scan) if scan.differentiated else scan
+    return "\n".join([written((scan, what, sorted(program.dims.items()), program.dtype)), *map(str, kernels)])
 
 
 class Backend(Protocol):

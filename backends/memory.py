@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -37,3 +37,8 @@ def reach(x: torch.Tensor) -> int:
     """How far the last entry lies from the first, or the length of the memory that they lie in, where that will do."""
     whole = x.untyped_storage().nbytes() // x.element_size()
     return whole if whole < 2**31 else sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def lengths(target: Expr, dims: Mapping[str, int], tokens: int) -> list[int]:
+    """The sizes of the axes of a value; an axis that no dim gives counts tokens."""
+    return [dims.get(a.size) or tokens for a in target.axes]

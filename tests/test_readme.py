@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
+
+import torch
 
 import tttc
 from tttc import library
@@ -58,6 +61,15 @@ def test_the_rule_of_ones_own_runs(tmp_path, capsys) -> None:
 def test_the_pipeline_is_the_one_that_runs() -> None:
     """The stages are listed in their order."""
     assert re.findall(r'Stage\("(\w+)"', code_blocks("python")[3]) == [stage.name for stage in tttc.PIPELINE]
+
+
+def test_the_module_is_compiled_whole(monkeypatch) -> None:
+    """The fifth block runs; inductor, whose compiler takes its time, has a test of its own."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    scope: dict = {"torch": torch, "tttc": tttc}
+    exec(code_blocks("python")[4], scope)
+    assert scope["y"].shape == (2, 1, 64)
+    assert scope["cache"].position == 33
 
 
 def test_every_ready_declaration_is_listed() -> None:

@@ -39,7 +39,7 @@ class Call:
         for name, gate in declared.gates.items():
             self._shape(name, gates[name], gate.dims, None)
         if params is None:
-            params = dict(layer.init_params())
+            params = dict(layer.initial("param"))
         self._named("param", params, declared.params)
         self.sequences = {n: self._flat_sequence(x) for n, x in {**given, **gates}.items()}
         self.params = {
@@ -63,7 +63,7 @@ class Call:
         specs = self.layer.signature.states
         values = dict(state or {})
         if any(n not in values for n in specs):
-            values = {**self.layer.init_state(), **values}
+            values = {**self.layer.initial("state"), **values}
         self._named("state", values, specs)
 
         def flat(group: Mapping[str, torch.Tensor]) -> Tensors:
@@ -119,7 +119,8 @@ class Call:
             return self.params[name]
         whole = self.sequences[name]
         if not at:
-            return whole[:, :, stop - 1]
+            until = whole if stop == whole.shape[2] else whole[:, :, :stop]
+            return until[:, :, -1]  # an index that is computed would be one of a graph's constants
         return whole if (now, stop) == (0, whole.shape[2]) else whole[:, :, now:stop]
 
     def refuse_non_finite(self) -> None:
@@ -155,7 +156,8 @@ class Call:
             return _cast(x, self.layer.compute_dtype)
         leading = x.shape[: x.dim() - rank]
         allowed = [(), (self.heads,), (1,)] + ([(self.batch, self.heads), (1, self.heads), (1, 1)] if batched else [])
-        if x.dim() < rank or tuple(leading) not in allowed or tuple(x.shape[x.dim() - rank :]) != dims:
+        known = allowed.count(tuple(leading))  # not `in`: torch.compile finds no constant among numbers that vary
+        if x.dim() < rank or not known or tuple(x.shape[x.dim() - rank :]) != dims:
             leads = [(), (self.heads,), *([(self.batch, self.heads)] if batched else [])]
             shown = [[*lead, *dims] for lead in leads]
             raise self._error(f"{name} has shape {list(x.shape)}", f"It must be {' or '.join(map(str, shown))}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ import torch
 from tttc.backends.interface import CompiledScan, Source
 from tttc.call import Call
 from tttc.compile import History
+from tttc.errors import ShapeError
 from tttc.explain import explain
 from tttc.ir.update import memories, openings
+from tttc.operators import Operator, operator, untraced
 from tttc.packing import Arguments, packed, ungrouped
 from tttc.stability import warn_of_growth
 from tttc.state import PackedState, State, Tensors
@@ -48,6 +49,8 @@ class _Run(torch.autograd.Function):
 class Layer:
     """A compiled variant: `z, state = layer(q, k, v, gates=..., params=..., state=...)`.
 
+    `torch.compile(fullgraph=True)` and `torch.export` take a call whole: each scan is one operator of the graph.
+
     Attributes: `signature` (the declaration), `stages` (the history of the compiler), `source` (the generated code),
     `backend`, `dims`, `dtype`, `device`, `tuning` (what was taken from `tttc tune`, and why).
     """
@@ -78,9 +81,14 @@ class Layer:
         assert program.plan is not None
         self._name, self._plan = program.name, program.plan
         self._params = {s.name: s.params for s in program.scans}
+        self._operators: dict[str, Operator] = {}
+        self._begun: dict[str, Tensors] = {}
+        self._results = {s.name: s.results for s in program.scans}
         self._measures = [str(a.leaf.name) for a in program.scans[0].outputs[1:]]
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
         assert program.update is not None
+        # whether the end of a mini-batch changes what is carried beside the weights
+        self._ends_more = bool(set(self._made.get(f"{self._name}_close", ())) - set(signature.states))
         self._opened = openings(program.update)
         loop = next((s for s in program.scans if s.name == f"{self._name}_rows"), None)
         past = loop.carry if loop is not None and self._plan.substitution else ()
@@ -123,7 +131,6 @@ class Layer:
             values[name] = value.to(self.compute_dtype).to(self.device)
         return values
 
-    @torch.compiler.disable  # a loop over chunks is no graph: torch.compile takes the module around it
     def __call__(
         self,
         q: torch.Tensor,
@@ -160,8 +167,19 @@ class Layer:
         """
         arguments = Arguments({"q": q, "k": k, "v": v, **(tokens or {})}, dict(gates or {}), params, state)
         if cu_seqlens is not None:
+            if torch.compiler.is_compiling() and isinstance(cu_seqlens, torch.Tensor):
+                return self._packed(arguments, cu_seqlens, check)
             return packed(arguments, cu_seqlens, self.signature, lambda a: self._one(a, check))
         return self._one(arguments, check)
+
+    @torch.compiler.disable(reason="cu_seqlens is a tensor, whose values no graph knows: pass a list of ints.")
+    def _packed(self, given: Arguments, cu_seqlens: torch.Tensor, check: bool) -> tuple[torch.Tensor, PackedState]:
+        if torch.compiler.is_compiling():
+            raise ShapeError(
+                f"variant `{self.signature.name}`: cu_seqlens is a tensor, whose values no graph knows.\n"
+                "  Pass a list of ints: the boundaries are then part of the graph."
+            )
+        return packed(given, cu_seqlens, self.signature, lambda a: self._one(a, check))
 
     def _one(self, given: Arguments, check: bool) -> tuple[torch.Tensor, State]:
         """Sequences of one length."""
@@ -231,11 +249,6 @@ class Layer:
         groups = (call.sequences, call.params, state.weights, state.start, state.summed, state.memory)
         return not (torch.is_grad_enabled() and any(x.requires_grad for group in groups for x in group.values()))
 
-    @cached_property
-    def _ends_more(self) -> bool:
-        """Whether the end of a mini-batch changes what is carried beside the weights."""
-        return bool(set(self._made.get(f"{self._name}_close", ())) - set(self.signature.states))
-
     def _run_token(self, call: Call) -> tuple[torch.Tensor, State]:
         """One token: a decode step."""
         assert self._token is not None
@@ -248,7 +261,7 @@ class Layer:
         _, new = self._scan(self._token.name, call, start | memory | summed, 0, 1)
         z = new.pop(str(self._token.updates[0].leaf.name)).unsqueeze(2)
         after, memory = _updated(weights, new), _updated(memory, new)
-        if b in (None, 1, position + 1):
+        if b is None or b == 1 or b == position + 1:  # not `in`: as in call.py, position varies
             return z, State(after, memory=memory)
         return z, State(after, position + 1, start, _updated(summed, new), memory)
 
@@ -334,12 +347,34 @@ class Layer:
 
     def _outputs(self, name: str, call: Call, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
         inputs = [call.value(p, values, now, stop) for p in self._params[name]]
-        sequence = [p for p in self._params[name] if p.arg[0].at]
-        checkpoint = self._checkpoint(stop - now) if sequence else 0
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        if torch.compiler.is_compiling():
+            self._prepare()
+            kept = differentiated and not torch.compiler.is_exporting()  # what is exported is first of all run
+            return self._operators[name](inputs, self._checkpoint_of(name, stop - now) if kept else None)
+        if not differentiated:
             outputs, _ = self._scans[name].forward(inputs, None)
             return outputs
-        return _Run.apply(self._scans[name], checkpoint, *inputs)
+        return _Run.apply(self._scans[name], self._checkpoint_of(name, stop - now), *inputs)
+
+    def initial(self, role: str) -> Tensors:
+        """What a call starts with that is given no params, or no state."""
+        if torch.compiler.is_compiling():  # a graph has no generator that begins anew
+            self._prepare()
+            return {n: x.clone() for n, x in self._begun[role].items()}
+        return self.init_params() if role == "param" else self.init_state()
+
+    @torch.compiler.assume_constant_result
+    def _prepare(self) -> bool:
+        """What a graph that is being traced will find here: the operators of the scans, and initial values."""
+        if not self._operators:
+            self._begun = untraced(lambda: {"param": self.init_params(), "state": self.init_state()})
+            self._operators = {n: operator(n, s.opaque, len(self._results[n])) for n, s in self._scans.items()}
+        return True
+
+    def _checkpoint_of(self, name: str, tokens: int) -> int:
+        """Of a scan over so many tokens; one that reads no tokens has nothing to keep."""
+        return self._checkpoint(tokens) if any(p.arg[0].at for p in self._params[name]) else 0
 
     def _checkpoint(self, tokens: int) -> int:
         """Chunks between two kept states, about the square root of their number unless given; 0 keeps everything."""
@@ -351,6 +386,11 @@ class Layer:
         if entry is not None and entry.choice.checkpoint is not None and tokens <= entry.tokens:
             return entry.choice.checkpoint  # for longer calls it would keep more than was tuned with
         chunk = tokens if self._plan.chunk == "T" else int(self._plan.chunk)
+        if torch.compiler.is_compiling():
+            every = 1
+            while 4 * every * every * chunk < tokens:  # of a number of tokens that is not known, this asks only a bound
+                every *= 4
+            return every
         return max(1, math.isqrt(math.ceil(tokens / chunk)))
 
 

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tttc.api import compile as compile_variant
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
+from tttc.shared import shared
+from tttc.state import register_tree
 from tttc.variant import GateSpec, Init, Signature, Variant, signature
 
 __all__ = ["TTT", "Cache"]
@@ -55,6 +56,9 @@ class Cache:
     def detach(self) -> Cache:
         """The same values without their history: for truncated backpropagation through time."""
         return Cache(self.state.detach(), self.position, None if self.taps is None else self.taps.detach())
+
+
+register_tree(Cache, ("state", "taps"), "position", lambda children, seen: Cache(children[0], seen, children[1]))
 
 
 class TTT(nn.Module):
@@ -226,17 +230,7 @@ class TTT(nn.Module):
 
     def compiled(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The compiled variant for a device and dtype, made on first use; layers of equal dims share it."""
-        key = (self.variant, tuple(self.dims.items()), dtype, device, self.backend, self.checkpoint)
-        if key not in _COMPILED:
-            _COMPILED[key] = compile_variant(
-                self.variant,
-                dims=self.dims,
-                dtype=dtype,
-                device=device,
-                backend=self.backend,
-                checkpoint=self.checkpoint,
-            )
-        return _COMPILED[key]
+        return shared(self.variant, tuple(self.dims.items()), dtype, device, self.backend, self.checkpoint)
 
     def _check(self, x: Tensor, state: Cache | None) -> None:
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
@@ -312,9 +306,6 @@ class TTT(nn.Module):
         shown += [f"conv_kernel={self.conv_kernel}"] if self.conv_kernel is not None else []
         shown += [f"backend={self.backend!r}"]
         return ", ".join(shown)
-
-
-_COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
 class CausalConvolution(nn.Module):

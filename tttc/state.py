@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 Tensors = dict[str, torch.Tensor]
 
@@ -107,3 +108,33 @@ class PackedState(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         return f"PackedState({len(self.sequences)} sequences, {self.sequences[0]!r})"
+
+
+def register_tree(
+    kind: type, children: Sequence[str], aside: str | None, build: Callable[[list[Any], Any], Any]
+) -> None:
+    """Make a class known to torch, which maps and exports trees of tensors, by the names of its children. What is told
+    `aside` is no tensor: where it differs, the tree is another one.
+    """
+
+    def flatten(x: Any) -> tuple[list[Any], Any]:
+        return [getattr(x, n) for n in children], aside and getattr(x, aside)
+
+    def flatten_with_keys(x: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        values, context = flatten(x)
+        return [(GetAttrKey(n), value) for n, value in zip(children, values, strict=True)], context
+
+    def unflatten(values: Iterable[Any], context: Any) -> Any:
+        return build(list(values), context)
+
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    register_pytree_node(kind, flatten, unflatten, serialized_type_name=name, flatten_with_keys_fn=flatten_with_keys)
+
+
+register_tree(
+    State,
+    ("weights", "start", "summed", "memory", "rows", "taps", "telemetry"),
+    "position",
+    lambda groups, position: State(groups[0], position, *groups[1:]),
+)
+register_tree(PackedState, ("sequences",), None, lambda children, _: PackedState(*children))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from tttc.backends.interface import Settings, Source
+from tttc.backends.torch.opaque import CopiedScan
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
@@ -22,12 +25,23 @@ def _flat(tensors: Tensors) -> tuple[tuple[int, int], list[torch.Tensor]]:
     return (leading[0], leading[1]), [x.flatten(0, 1).contiguous() for x in tensors]
 
 
+def _exact(tensors: Tensors) -> AbstractContextManager[Any]:
+    """Where autocast would take the products of a scan to 16 bits: without it. Arithmetic is as it was compiled."""
+    device = tensors[0].device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 @dataclass(frozen=True)
 class TorchScan:
     """One scan, run by the functions of a generated module."""
 
     scan: Scan
     module: ModuleType
+    program: Program
+
+    @cached_property
+    def opaque(self) -> CopiedScan:
+        return CopiedScan(self)
 
     @property
     def halves(self) -> bool:
@@ -41,6 +55,10 @@ class TorchScan:
         """Nothing: all is there."""
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+        with _exact(inputs):
+            return self._forward(inputs, checkpoint)
+
+    def _forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
         leading, inputs = _flat(inputs)
         if self.scan.loops:
             every = self._tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
@@ -52,6 +70,10 @@ class TorchScan:
         return tuple(x.unflatten(0, leading) for x in outputs), saved
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+        with _exact(inputs):
+            return self._backward(inputs, saved, checkpoint, cotangents)
+
+    def _backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
         leading, inputs = _flat(inputs)
         _, cotangents = _flat(cotangents)
         carried, fixed = len(self.scan.carry), len(self.scan.fixed)
@@ -96,4 +118,4 @@ def load(
         for name in (f"{s.name}{end}" for s in program.scans for end in ("_step", "_step_saving", "_step_adjoint")):
             if name in module.__dict__:
                 setattr(module, name, steps(getattr(module, name)))
-    return {scan.name: TorchScan(scan, module) for scan in program.scans}
+    return {scan.name: TorchScan(scan, module, program) for scan in program.scans}

@@ -19,8 +19,8 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.interface import CompiledScan, Settings, Source
-from tttc.backends.memory import laid_out, like, reach
+from tttc.backends.interface import CompiledScan, Settings, Source, content_of
+from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.triton.emit import rounded, tensors, unfused
 from tttc.backends.triton.tune import default_config
 from tttc.ir.expr import Expr
@@ -118,23 +118,38 @@ class TritonScan:
         """The same scan in operations that autograd records, for second derivatives."""
         return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
 
+    @property
+    def opaque(self) -> TritonScan:
+        return self
+
+    @property
+    def content(self) -> str:
+        return content_of(self.scan, self.program, "triton", self._options)
+
     def expect_backward(self, inputs: Tensors) -> None:
         """Nothing: it is compiled in a second."""
 
-    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def results(self, inputs: Tensors, checkpoint: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self._memory(inputs, self._groups(inputs, checkpoint), self._operand(inputs))
+
+    def _memory(
+        self, inputs: Tensors, groups: int, dtype: torch.dtype
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         scan = self.scan
-        carried = len(scan.carry)
-        inputs = laid_out(scan.params, inputs)
-        tokens = self._tokens(inputs)
-        dtype = self._operand(inputs)
         outputs = [self._empty(a.target, inputs, dtype) for a in scan.outputs]
         outputs += [self._empty(a.target, inputs, torch.float32) for a in scan.updates]
-        kept: list[torch.Tensor] = []
-        every, groups = checkpoint or 1, 0
-        if scan.loops:
-            groups = 0 if checkpoint is None else -(-tokens // (every * int(scan.chunk)))
-            kept = [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[:carried]]
-        self._launch(False, [*inputs, *outputs, *kept], tokens, every, groups, dtype)
+        if not scan.loops:
+            return outputs, []
+        return outputs, [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
+
+    def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
+        return [like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+        inputs = laid_out(self.scan.params, inputs)
+        groups, dtype = self._groups(inputs, checkpoint), self._operand(inputs)
+        outputs, kept = self._memory(inputs, groups, dtype)
+        self._launch(False, [*inputs, *outputs, *kept], self._tokens(inputs), checkpoint or 1, groups, dtype)
         return tuple(outputs), kept
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
@@ -142,7 +157,7 @@ class TritonScan:
         carried, every = len(scan.carry), checkpoint or 1
         inputs, cotangents = laid_out(scan.params, inputs), laid_out(scan.results, cotangents)
         tokens = self._tokens(inputs)
-        results = [like(p, x.shape, x, x.dtype) for p, x in zip(scan.params, inputs, strict=True)]
+        results = self.gradients(inputs)
         if not scan.loops:
             self._launch(True, [*inputs, *cotangents, *results], tokens, 1, 1, self._operand(inputs))
             return tuple(results)
@@ -151,7 +166,7 @@ class TritonScan:
             x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if _name(p) in self._rounded else x.dtype)
             for p, x in zip(scan.carry, inputs[:carried], strict=True)
         ]
-        groups = -(-tokens // (every * int(scan.chunk)))
+        groups = self._groups(inputs, every)
         given = [*saved, *inputs[carried:], *cotangents, *results, *work]
         self._launch(True, given, tokens, every, groups, dtype)
         return tuple(results)
@@ -182,10 +197,16 @@ class TritonScan:
         return tokens[0] if tokens and len(set(tokens)) == 1 else torch.float32
 
     def _tokens(self, inputs: Tensors) -> int:
-        return int(inputs[-1].shape[2]) if self.scan.loops else 1
+        return inputs[-1].shape[2] if self.scan.loops else 1
+
+    def _groups(self, inputs: Tensors, checkpoint: int | None) -> int:
+        """How many carries are kept of a loop."""
+        if checkpoint is None or not self.scan.loops:
+            return 0
+        return -(-self._tokens(inputs) // ((checkpoint or 1) * int(self.scan.chunk)))
 
     def _empty(self, target: Expr, inputs: Tensors, dtype: torch.dtype) -> torch.Tensor:
-        own = [self.program.dims.get(a.size) or self._tokens(inputs) for a in target.axes]
+        own = lengths(target, self.program.dims, self._tokens(inputs))
         return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtype)
 
 

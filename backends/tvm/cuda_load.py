@@ -16,7 +16,7 @@ import torch
 
 from tttc.backends import nvidia
 from tttc.backends.cache import cached
-from tttc.backends.interface import Settings, Source
+from tttc.backends.interface import Settings, Source, content_of
 from tttc.backends.tvm.cuda_text import CudaSource, stride_name
 from tttc.backends.tvm.device import Device, gpu
 from tttc.backends.tvm.emit import emit, notes, refusals
@@ -110,6 +110,10 @@ class CudaScan(TVMScan):
         super().__init__(scan, program)
         self.device, self.launch = device, launch
         self._sources: dict[tuple[bool, Stored], CudaSource] = {}
+
+    @property
+    def content(self) -> str:
+        return content_of(self.scan, self.program, "cuda", self.device)
 
     def source(self, backward: bool = False, stored: Stored = ()) -> CudaSource:
         """The text of a kernel: from the cache, or written by TVM."""

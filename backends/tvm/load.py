@@ -23,8 +23,8 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.interface import CompiledScan, Settings, Source
-from tttc.backends.memory import laid_out, like, reach
+from tttc.backends.interface import CompiledScan, Settings, Source, content_of
+from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.tvm.loops import heads_together
 from tttc.backends.tvm.machine import Config, Machine, host
 from tttc.ir.expr import Expr
@@ -88,31 +88,46 @@ class TVMScan:
         kernels = (False, True) if self.scan.differentiated else (False,)
         return "\n\n".join(str(self._kernel(backward, ()).function.script()) for backward in kernels)
 
+    @property
+    def opaque(self) -> TVMScan:
+        return self
+
+    @property
+    def content(self) -> str:
+        return content_of(self.scan, self.program, "tvm", self.config)
+
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
         outputs = self.outputs(inputs)
         return tuple(outputs), self.forward_into(outputs, inputs, checkpoint)
 
+    def results(self, inputs: Tensors, checkpoint: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self.outputs(inputs), self._kept(inputs, checkpoint)
+
     def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
         """Memory for the outputs and the new carry."""
         dtypes = {n: getattr(torch, d) for n, d in self.stored(inputs)}
-        return [self._empty(a.target, inputs, dtypes) for a in (*self.scan.outputs, *self.scan.updates)]
+        return [self._empty(target, inputs, dtypes) for target in self.scan.results]
+
+    def _kept(self, inputs: Tensors, checkpoint: int | None) -> list[torch.Tensor]:
+        """Memory for the carry of every so many chunks; the values of a chunk are always made again."""
+        if not self.scan.loops:
+            return []
+        groups = 0 if checkpoint is None else -(-self._chunks(inputs) // (checkpoint or 1))
+        return [_compact(x, (*x.shape[:2], groups, *x.shape[2:])) for x in inputs[: len(self.scan.carry)]]
 
     def forward_into(self, outputs: Tensors, inputs: Tensors, checkpoint: int | None) -> list[torch.Tensor]:
         """Fill the outputs; what is returned is kept for the backward."""
-        scan, carried = self.scan, len(self.scan.carry)
-        inputs = laid_out(scan.params, inputs)
-        kept: list[torch.Tensor] = []
-        settings: tuple[int, ...] = ()
-        if scan.loops:
-            every = checkpoint or 1  # every carry; the values of a chunk are always made again
-            groups = 0 if checkpoint is None else -(-self._chunks(inputs) // every)
-            kept = [_compact(x, (*x.shape[:2], groups, *x.shape[2:])) for x in inputs[:carried]]
-            settings = self._forward_settings(every, inputs)
+        inputs = laid_out(self.scan.params, inputs)
+        kept = self._kept(inputs, checkpoint)
+        settings = self._forward_settings(checkpoint or 1, inputs) if self.scan.loops else ()
         self._call(self._kernel_for(False, self.stored(inputs)), [*inputs, *outputs, *kept], settings)
         return kept
 
+    def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
+        return [like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
-        results = [like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+        results = self.gradients(inputs)
         self.backward_into(results, self.stored(inputs), inputs, saved, checkpoint, cotangents)
         return tuple(results)
 
@@ -128,7 +143,7 @@ class TVMScan:
         """Fill the cotangents of the inputs; `stored` is what has another dtype than arithmetic."""
         carried = len(self.scan.carry)
         inputs = laid_out(self.scan.params, inputs)
-        cotangents = laid_out([a.target for a in (*self.scan.outputs, *self.scan.updates)], cotangents)
+        cotangents = laid_out(self.scan.results, cotangents)
         kernel = self._kernel_for(True, stored)
         if not self.scan.loops:
             self._call(kernel, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
@@ -166,12 +181,12 @@ class TVMScan:
         return stored_as(self.scan, half)
 
     def _empty(self, target: Expr, inputs: Tensors, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
-        own = [self.program.dims.get(a.size) or self._tokens(inputs) for a in target.axes]
+        own = lengths(target, self.program.dims, self._tokens(inputs))
         return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
 
     def _tokens(self, inputs: Tensors) -> int:
-        """How many tokens the sequences have, the last of the inputs."""
-        return int(inputs[-1].shape[2])
+        """How many tokens the sequences have, the last of the inputs of a loop; without a loop there is one."""
+        return inputs[-1].shape[2] if self.scan.loops else 1
 
     def _chunks(self, inputs: Tensors) -> int:
         return 1 if self.scan.chunk == "T" else -(-self._tokens(inputs) // int(self.scan.chunk))

@@ -47,6 +47,11 @@ class StripScan(TVMScan):
         self._parts: dict[int, TVMScan] = {}
         self._lock = Lock()
 
+    @cached_property
+    def opaque(self) -> TVMScan:
+        """Head by head: a graph has to know what is kept whatever the number of threads."""
+        return TVMScan(self.scan, self.program, self.config)
+
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
         n = self.strips(inputs)
         if n == 1:

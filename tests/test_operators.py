@@ -1,0 +1,426 @@
+"""Scans as operators of PyTorch: a layer in a graph is the layer without one."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+import tttc
+from tests.helpers import LIBRARY, dims_of
+from tttc.library import TTTMLP, GatedDeltaNet, TTTLinear
+from tttc.nn import TTT, Cache
+from tttc.operators import operator
+from tttc.verify import random_inputs, relative_error
+
+BACKENDS = ["torch", "triton", "tvm"]
+VARIANTS = [TTTLinear, GatedDeltaNet, TTTMLP]
+# A graph runs the same kernels on the same numbers, so most results are equal to the last bit. Checkpoints may lie at
+# other chunks, and inductor sums in another order: a hundred roundings of float32, each 6e-8.
+CLOSE = 6e-6
+
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),  # torch.compile's look
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),  # torch.export.load, before torch 2.13
+]
+
+
+@pytest.fixture(autouse=True)
+def no_graphs() -> None:
+    """Every test makes its own."""
+    torch._dynamo.reset()
+
+
+def layer_of(variant: type[tttc.Variant], backend: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    if backend == "tvm":
+        pytest.importorskip("tvm")
+    return tttc.compile(variant, dims_of(variant, 4), dtype, backend=backend, **settings)
+
+
+def arguments(layer: Any, tokens: int, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Everything that a call is given, with gradients, in the dtypes of the layer."""
+    found = random_inputs(layer.signature, layer.dims, batch, tokens, 2, seed)
+    half, full = (lambda x: x.detach().to(layer.dtype)), (lambda x: x.detach().to(layer.compute_dtype))
+    tokens_of = {"q": found.q, "k": found.k, "v": found.v, "tokens": found.tokens}
+    weights = {"gates": found.gates, "params": found.params, "state": found.state}
+    given = {n: tree_map(half, x) for n, x in tokens_of.items()} | {n: tree_map(full, x) for n, x in weights.items()}
+    return tree_map(lambda x: x.requires_grad_(), given)
+
+
+def gradients(result: Any, of: Any) -> list[torch.Tensor]:
+    """Of a random function of every tensor of the result."""
+    generator = torch.Generator().manual_seed(0)
+    found = [x for x in tree_leaves(result) if x.requires_grad]
+    loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in found)
+    return list(torch.autograd.grad(loss, [x for x in tree_leaves(of) if x.requires_grad], materialize_grads=True))
+
+
+def same(found: Any, wanted: Any) -> None:
+    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        if b is None:
+            assert a is None
+            continue
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert relative_error(a, b) <= CLOSE
+
+
+def graph_of(function: Callable[..., Any], backend: Any = "aot_eager") -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+# ---- the operators by themselves ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_operator_is_what_it_says(backend, variant, dtype):
+    """No input is changed or returned, sizes and strides are foretold, gradients are registered: torch's own check."""
+    layer = layer_of(variant, backend, dtype)
+    with torch.no_grad():
+        given = inputs_of_scans(layer)
+    assert f"{layer._name}" in given
+    for scan in layer.stages.program.scans:
+        if scan.name not in given:
+            continue
+        made = operator(scan.name, layer._scans[scan.name].opaque, len(scan.results))
+        inputs = [
+            x.detach().clone().as_strided(x.shape, x.stride()) if x.is_contiguous() else x for x in given[scan.name]
+        ]
+        torch.library.opcheck(made.forward, (inputs, 2, False), test_utils=CHECKS)
+        if not scan.differentiated:
+            continue
+        torch.library.opcheck(made.forward, ([x.detach().requires_grad_() for x in inputs], 2, True))
+        found = made.forward(inputs, 2, True)
+        outputs, kept = found[: made.results], found[made.results :]
+        torch.library.opcheck(
+            made.backward, (inputs, kept, 2, [torch.ones_like(x) for x in outputs]), test_utils=CHECKS
+        )
+
+
+CHECKS = ("test_schema", "test_faketensor")  # of what has no gradient of its own
+
+
+def inputs_of_scans(layer: Any) -> dict[str, list[torch.Tensor]]:
+    """What each scan is given in a call that needs all of them: whole mini-batches, an open one, one token."""
+    given: dict[str, list[torch.Tensor]] = {}
+    for name, scan in layer._scans.items():
+        forward = scan.forward
+
+        def watched(inputs: Any, every: Any, name: str = name, forward: Any = forward) -> Any:
+            given.setdefault(name, [x.detach() for x in inputs])
+            return forward(inputs, every)
+
+        layer._scans[name] = Watched(scan, watched)
+    values = arguments(layer, 21, batch=1)
+    _, state = layer(**values)
+    one = {n: x[:, :1] for n, x in values.items() if n in "qkv"}
+    layer(**one, gates={n: x[:, :1] for n, x in values["gates"].items()}, params=values["params"], state=state)
+    layer._scans = {n: s.scan for n, s in layer._scans.items()}
+    return given
+
+
+class Watched:
+    """A scan whose forward tells what it is given."""
+
+    def __init__(self, scan: Any, forward: Any) -> None:
+        self.scan, self.forward = scan, forward
+
+
+def test_equal_layers_share_their_operators():
+    names = []
+    for variant in (TTTLinear, TTTLinear, TTTLinear.replace(mini_batch=8)):
+        layer = layer_of(variant, "torch")
+        layer._prepare()
+        names.append({n: o.forward._name for n, o in layer._operators.items()})
+    assert names[0] == names[1]
+    assert names[0]["ttt_linear"] != names[2]["ttt_linear"]
+
+
+def test_a_graph_holds_one_operator_for_each_scan():
+    layer = layer_of(TTTLinear, "torch")
+    seen: list[str] = []
+
+    def look(graph: Any, example: Any) -> Any:
+        seen.extend(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("tttc."))
+        return graph
+
+    graph_of(layer, look)(**arguments(layer, 37))
+    assert [name.split(".")[1].rsplit("_", 2)[0] for name in seen] == [
+        "ttt_linear",
+        "ttt_linear_open",
+        "ttt_linear_close",
+    ]
+
+
+# ---- layers in a graph ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_in_a_graph(backend, variant, dtype):
+    """Outputs, states and every gradient; a call that leaves a mini-batch open."""
+    layer = layer_of(variant, backend, dtype)
+    given = arguments(layer, 21)
+    wanted = layer(**given)
+    found = graph_of(layer)(**given)
+    assert type(found[1]) is type(wanted[1])
+    assert found[1].position == wanted[1].position
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIBRARY)
+def test_every_ready_declaration_in_a_graph(name):
+    layer = layer_of(LIBRARY[name], "torch", torch.float64, telemetry=True)
+    tokens = 16 if layer.signature.read == "end" and isinstance(layer.signature.mini_batch, int) else 21
+    given = arguments(layer, tokens)
+    wanted, found = layer(**given), graph_of(layer)(**given)
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
+
+
+def test_without_params_and_state():
+    """They start at their `init`, which a graph takes as constants."""
+    layer = layer_of(TTTLinear, "torch")
+    given = {n: x for n, x in arguments(layer, 21).items() if n not in ("params", "state")}
+    same(graph_of(layer)(**given), layer(**given))
+
+
+def test_continuing_inside_a_graph():
+    layer = layer_of(TTTLinear, "torch")
+    given = arguments(layer, 40)
+
+    def part(values: Any, cut: slice) -> Any:
+        sequences = {n: values[n][:, cut] for n in "qkv"}
+        return sequences | {"gates": {n: x[:, cut] for n, x in values["gates"].items()}, "params": values["params"]}
+
+    def both(values: Any) -> Any:
+        first, state = layer(**part(values, slice(0, 21)), state=values["state"])
+        second, state = layer(**part(values, slice(21, 40)), state=state)
+        return torch.cat([first, second], 1), state
+
+    wanted, found = both(given), graph_of(both)(given)
+    assert found[1].position == 8
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
+
+
+@pytest.mark.parametrize("decode", ["sums", "rows"])
+def test_decoding_token_by_token(decode):
+    """A state goes into a graph and comes out of it. Graphs are for places in a mini-batch, not for each of them."""
+    layer = layer_of(TTTLinear, "torch", decode=decode)
+    given = tree_map(torch.Tensor.detach, arguments(layer, 37))
+    wanted, last = layer(**given)
+    counted = CompileCounterWithBackend("aot_eager")
+    step = graph_of(layer, counted)
+    state, outputs = given["state"], []
+    for t in range(37):
+        token = {n: given[n][:, t : t + 1] for n in "qkv"}
+        gates = {n: x[:, t : t + 1] for n, x in given["gates"].items()}
+        z, state = step(**token, gates=gates, params=given["params"], state=state)
+        outputs.append(z)
+    same((torch.cat(outputs, 1), dict(state)), (wanted, dict(last)))
+    assert state.position == last.position
+    assert counted.frame_count <= 8
+
+
+def test_other_lengths_and_batches():
+    """A graph is for a range of lengths, never for the wrong ones."""
+    layer = layer_of(TTTLinear, "torch")
+    counted = CompileCounterWithBackend("aot_eager")
+    graph = graph_of(layer, counted)
+    for tokens, batch in [(48, 2), (64, 2), (32, 2), (64, 3), (48, 5), (80, 3)]:
+        given = arguments(layer, tokens, batch)
+        wanted, found = layer(**given), graph(**given)
+        same(found, wanted)
+        same(gradients(found, given), gradients(wanted, given))
+    assert counted.frame_count <= 5
+    for tokens in (37, 5):
+        given = arguments(layer, tokens)
+        same(graph_of(layer)(**given), layer(**given))
+
+
+def test_packed_sequences():
+    """Boundaries as ints are part of the graph; those in a tensor are not known to it."""
+    layer = layer_of(TTTLinear, "torch")
+    given = arguments(layer, 30, batch=1)
+    wanted = layer(**given, cu_seqlens=[0, 5, 10, 30])
+    found = graph_of(lambda values: layer(**values, cu_seqlens=[0, 5, 10, 30]))(given)
+    assert len(found[1].sequences) == 3
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
+    ends = torch.tensor([0, 5, 10, 30])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cu_seqlens is a tensor, .* pass a list of ints"):
+        graph_of(layer)(**given, cu_seqlens=ends)
+    same(torch.compile(layer, backend="aot_eager")(**given, cu_seqlens=ends), wanted)
+
+
+def test_errors_say_what_they_say_without_a_graph():
+    layer = layer_of(TTTLinear, "torch")
+    given = arguments(layer, 5)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="missing gate tau"):
+        graph_of(layer)(**given | {"gates": {"lr": given["gates"]["lr"]}})
+
+
+# ---- modules ----
+
+
+def module_and_input(backend: str = "torch", tokens: int = 21, **options: Any) -> tuple[TTT, torch.Tensor]:
+    if backend == "tvm":
+        pytest.importorskip("tvm")
+    torch.manual_seed(0)
+    return TTT(TTTLinear, 16, 2, backend=backend, **options), torch.randn(2, tokens, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_module_in_a_graph(backend):
+    """With its cache, over two calls; the layer is compiled while the graph is made."""
+    module, x = module_and_input(backend, 40, conv_kernel=4, output_gate=True, dims={"D": 8})
+    graph = graph_of(module)
+    y, cache = graph(x[:, :21], return_state=True)
+    rest, after = graph(x[:, 21:], state=cache, return_state=True)
+    first, state = module(x[:, :21], return_state=True)
+    second, last = module(x[:, 21:], state=state, return_state=True)
+    assert isinstance(after, Cache)
+    assert (cache.position, after.position) == (21, 40)
+    same((y, rest, after), (first, second, last))
+    same(
+        gradients((y, rest), dict(module.named_parameters())),
+        gradients((first, second), dict(module.named_parameters())),
+    )
+
+
+def test_blocks_share_their_graphs():
+    """Modules of one kind, each compiled by itself, need one graph; a layer of another kind ends none."""
+    blocks = [module_and_input()[0] for _ in range(4)]
+    counted = CompileCounterWithBackend("aot_eager")
+    for block in blocks:
+        block.compile(fullgraph=True, backend=counted)
+    x = torch.randn(2, 32, 16)
+    with torch.no_grad():
+        for block in blocks:
+            block(x)
+        made = counted.frame_count
+        TTT(TTTLinear, 16, 4, backend="torch")(x)
+        for block in blocks:
+            block(x)
+    assert counted.frame_count == made == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_module_under_inductor(backend):
+    """It orders the sums of the module in its own way, and may be as far from float64 as the module itself is."""
+    module, x = module_and_input(backend)
+    double = copy.deepcopy(module).double()
+    double.backend = "torch"  # no kernel of Triton is for float64
+    graph = graph_of(module, "inductor")
+    exact, wanted, found = (
+        [y, *gradients(y, dict(m.named_parameters()))]
+        for m, y in ((double, double(x.double())), (module, module(x)), (module, graph(x)))
+    )
+    for a, b, true in zip(found, wanted, exact, strict=True):
+        assert relative_error(a.double(), true) <= 2 * relative_error(b.double(), true) + CLOSE
+
+
+@pytest.mark.parametrize("backend", ["torch", "tvm", pytest.param("triton", marks=pytest.mark.slow)])
+def test_autocast(backend):
+    """Inputs as autocast makes them; what is in an operator computes in float32 with and without a graph."""
+    module, x = module_and_input(backend)
+    parameters = dict(module.named_parameters())
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(x)
+
+    wanted, found = mixed(x), graph_of(mixed)(x)
+    assert found.dtype == torch.bfloat16
+    same(found, wanted)
+    same(gradients(found, parameters), gradients(wanted, parameters))
+
+
+def test_autocast_leaves_the_products_of_a_scan():
+    layer = layer_of(TTTLinear, "torch")
+    given = arguments(layer, 21)
+    wanted = layer(**given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(**given)
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
+
+
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_activation_checkpointing(in_a_graph):
+    module, x = module_and_input()
+    parameters = dict(module.named_parameters())
+
+    def again(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(module, x, use_reentrant=False)
+
+    found = (graph_of(again) if in_a_graph else again)(x)
+    same(gradients(found, parameters), gradients(module(x), parameters))
+
+
+# ---- torch.export ----
+
+
+class WithState(torch.nn.Module):
+    """A module that takes and gives a cache."""
+
+    def __init__(self, inner: TTT) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, cache: Any = None) -> Any:
+        return self.inner(x, state=cache, return_state=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_exported_module(backend):
+    """Saved, loaded and run; also for lengths that it was not exported with."""
+    module, x = module_and_input(backend, 32)
+    module(x)
+    tokens = {1: 16 * torch.export.Dim("mini_batches", min=2, max=100)}
+    written = io.BytesIO()
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=(tokens,)), written)
+    written.seek(0)
+    loaded = torch.export.load(written).module()
+    parameters = dict(module.named_parameters())
+    for length in (32, 64):
+        y = torch.randn(2, length, 16)
+        same(loaded(y), module(y))
+    found = gradients(loaded(x), dict(loaded.named_parameters()))
+    same(found, gradients(module(x), {n: parameters[n] for n, _ in loaded.named_parameters()}))
+
+
+def test_an_exported_module_with_its_state():
+    module, x = module_and_input()
+    wrapped = WithState(module)
+    _, cache = module(x[:, :5], return_state=True)
+    cache = cache.detach()
+    exported = torch.export.export(wrapped, (x[:, 5:], cache)).module()
+    found, wanted = exported(x[:, 5:], cache), wrapped(x[:, 5:], cache)
+    assert found[1].position == 21
+    same(found, wanted)
+
+
+def test_boundaries_in_a_tensor_cannot_be_exported():
+    layer = layer_of(TTTLinear, "torch")
+    given = tree_map(torch.Tensor.detach, arguments(layer, 10, batch=1))
+
+    class Packed(torch.nn.Module):
+        def forward(self, values: Any, ends: torch.Tensor) -> Any:
+            return layer(**values, cu_seqlens=ends)
+
+    with pytest.raises(tttc.errors.ShapeError, match="Pass a list of ints"):
+        torch.export.export(Packed(), (given, torch.tensor([0, 10])), strict=False)

@@ -33,6 +33,9 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 37  # two chunks of 16 and a tail of 5
 FEWER = {"Titans": 21, "Moneta": 21, "Yaad": 21}  # with random gates their states grow beyond what float32 can follow
+# Its Newton-Schulz steps enlarge the least singular values of a gradient, which for fewer tokens than features are a
+# rounding: at D=64 and 37 tokens the definition itself in float32 is 1.8e-5 from the one in float64.
+MORE = {"LaCT": 75}
 BATCHED = ("LaCT", "MTTT", "ViTTT")  # their chunk is the whole sequence, or 2048 tokens
 # float32 rounds at 6e-8; some hundred operations in a row, and twice as many in the backward
 OUTPUT, GRADIENT = 5e-6, 1e-5
@@ -77,9 +80,8 @@ def compared(variant, dims, tokens=TOKENS, batch=1, **settings):
 def test_every_library_variant_equals_the_oracle(name, D):
     """Outputs, final states and every gradient, with a tail; where the chunk is free, in chunks of 16."""
     free = tttc.compile(LIBRARY[name], dims_of(LIBRARY[name], D, 2 * D)).stages.program.plan.free
-    assert not compared(
-        LIBRARY[name], dims_of(LIBRARY[name], D, 2 * D), FEWER.get(name, TOKENS), chunk=16 if free else None
-    )
+    tokens = FEWER.get(name, MORE.get(name, TOKENS) if D > TOKENS else TOKENS)
+    assert not compared(LIBRARY[name], dims_of(LIBRARY[name], D, 2 * D), tokens, chunk=16 if free else None)
 
 
 @pytest.mark.parametrize("name", [n for n in LIBRARY if n not in BATCHED])

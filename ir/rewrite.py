@@ -1,27 +1,32 @@
 """Rewriting: named rules with Python's `match` as the pattern language, applied until nothing changes.
 
-A rule is a function `Expr -> Expr | None` with the rewriting written in words; the engine records which rules fired.
+A rule is a function `Expr -> Expr | None` with the rewriting written in words and the operations that it is about; the
+engine records which rules fired.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from tttc.ir.expr import Expr, rebuild, transform
 
 
 class Rule(NamedTuple):
-    """`title` says what becomes what; `apply` returns the new expression, or None where the rule does not match."""
+    """`title` says what becomes what; `apply` returns the new expression, or None where the rule does not match. It is
+    asked about nodes of the operations `ops`; without any, about all.
+    """
 
     title: str
     apply: Callable[[Expr], Expr | None]
+    ops: tuple[str, ...] = ()
 
 
-def rule(title: str) -> Callable[[Callable[[Expr], Expr | None]], Rule]:
-    """Name a rewriting: @rule("x * 1 -> x")."""
-    return lambda function: Rule(title, function)
+def rule(title: str, *ops: str) -> Callable[[Callable[[Expr], Expr | None]], Rule]:
+    """Name a rewriting, and the operations at its root: @rule("x * 1 -> x", "mul")."""
+    return lambda function: Rule(title, function, ops)
 
 
 def rewrite(
@@ -33,16 +38,21 @@ def rewrite(
     """Apply the rules bottom-up until none matches. `moved` collects what each node became."""
     roots = list(roots)
     count: Counter[str] = fired if fired is not None else Counter()
+    of_op = cache(lambda op: [r for r in rules if not r.ops or op in r.ops])
+    settled: set[Expr] = set()  # no rule matches, whatever is above
 
     def simplified(node: Expr) -> Expr:
         for _ in range(100):
-            for one in rules:
+            if node in settled:
+                return node
+            for one in of_op(node.op):
                 replaced = one.apply(node)
                 if replaced is not None and replaced is not node:
                     count[one.title] += 1
                     node = replaced
                     break
             else:
+                settled.add(node)
                 return node
         raise RuntimeError(f"the rules do not settle on {node!r}")
 

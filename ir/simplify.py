@@ -36,7 +36,7 @@ def fold_constants(e: Expr) -> Expr | None:
     return None
 
 
-@rule("x * 1 -> x")
+@rule("x * 1 -> x", "mul", "div")
 def multiply_by_one(e: Expr) -> Expr | None:
     match e:
         case Expr("mul" | "div", (x, one)) if is_const(one, 1):
@@ -46,7 +46,7 @@ def multiply_by_one(e: Expr) -> Expr | None:
     return None
 
 
-@rule("x + 0 -> x")
+@rule("x + 0 -> x", "add", "sub")
 def add_zero(e: Expr) -> Expr | None:
     match e:
         case Expr("add" | "sub", (x, zero)) if is_const(zero, 0):
@@ -58,7 +58,7 @@ def add_zero(e: Expr) -> Expr | None:
     return None
 
 
-@rule("x * 0 -> 0")
+@rule("x * 0 -> 0", "mul", "contract", "sum", "mean", "mask", "last", "put_last", "neg")
 def multiply_by_zero(e: Expr) -> Expr | None:
     match e:
         case Expr("mul", src) if any(is_const(_value(s), 0) for s in src):
@@ -77,11 +77,9 @@ def _value(e: Expr) -> Expr:
     return e
 
 
-@rule("f(broadcast(x), y) -> f(x, y)")
+@rule("f(broadcast(x), y) -> f(x, y)", "add", "sub", "mul", "div")
 def drop_broadcast(e: Expr) -> Expr | None:
     """Elementwise operations broadcast by themselves."""
-    if e.op not in ("add", "sub", "mul", "div"):
-        return None
     for i, s in enumerate(e.src):
         if s.op == "broadcast":
             src = (*e.src[:i], s.src[0], *e.src[i + 1 :])
@@ -91,7 +89,7 @@ def drop_broadcast(e: Expr) -> Expr | None:
     return None
 
 
-@rule("--x -> x")
+@rule("--x -> x", "neg")
 def double_negation(e: Expr) -> Expr | None:
     match e:
         case Expr("neg", (Expr("neg", (x,)),)):
@@ -99,7 +97,7 @@ def double_negation(e: Expr) -> Expr | None:
     return None
 
 
-@rule("x + -y -> x - y")
+@rule("x + -y -> x - y", "add", "sub")
 def add_negative(e: Expr) -> Expr | None:
     match e:
         case Expr("add", (x, Expr("neg", (y,)))):
@@ -113,7 +111,7 @@ def add_negative(e: Expr) -> Expr | None:
     return None
 
 
-@rule("x * -1 -> -x")
+@rule("x * -1 -> -x", "mul")
 def multiply_by_minus_one(e: Expr) -> Expr | None:
     match e:
         case Expr("mul", (x, c)) if is_const(c, -1):
@@ -123,7 +121,7 @@ def multiply_by_minus_one(e: Expr) -> Expr | None:
     return None
 
 
-@rule("a * -b -> -(a * b)")
+@rule("a * -b -> -(a * b)", "mul", "div", "contract", "sum", "mean", "mask", "rename", "last", "put_last")
 def pull_sign(e: Expr) -> Expr | None:
     match e:
         case Expr("mul" | "div", (Expr("neg", (x,)), y)):
@@ -144,7 +142,7 @@ def _number(e: Expr) -> bool:
     return e.op in ("const", "size") or (e.op in ("mul", "div") and all(map(_number, e.src)))
 
 
-@rule("x * c -> c * x")
+@rule("x * c -> c * x", "mul", "div")
 def number_first(e: Expr) -> Expr | None:
     match e:
         case Expr("mul", (x, c)) if _number(c) and not _number(x):
@@ -154,7 +152,7 @@ def number_first(e: Expr) -> Expr | None:
     return None
 
 
-@rule("a * (b * x) -> (a * b) * x")
+@rule("a * (b * x) -> (a * b) * x", "mul", "neg")
 def merge_numbers(e: Expr) -> Expr | None:
     match e:
         case Expr("mul", (a, Expr("mul", (c, x)))) if _number(a) and _number(c):
@@ -172,7 +170,7 @@ def merge_numbers(e: Expr) -> Expr | None:
     return None
 
 
-@rule("x ** 1 -> x, x ** 0 -> 1")
+@rule("x ** 1 -> x, x ** 0 -> 1", "pow")
 def trivial_power(e: Expr) -> Expr | None:
     match e:
         case Expr("pow", (x,), 1):
@@ -182,7 +180,7 @@ def trivial_power(e: Expr) -> Expr | None:
     return None
 
 
-@rule("sum over no axis -> x")
+@rule("sum over no axis -> x", "sum", "mean", "contract")
 def empty_sum(e: Expr) -> Expr | None:
     match e:
         case Expr("sum" | "mean", (x,), ()):
@@ -192,7 +190,7 @@ def empty_sum(e: Expr) -> Expr | None:
     return None
 
 
-@rule("contraction with a number -> number * contraction")
+@rule("contraction with a number -> number * contraction", "contract")
 def pull_scalar(e: Expr) -> Expr | None:
     """Numbers and values without axes leave a contraction over the others."""
     match e:
@@ -208,7 +206,7 @@ def pull_scalar(e: Expr) -> Expr | None:
     return None
 
 
-@rule("contraction of c * x -> c * contraction of x")
+@rule("contraction of c * x -> c * contraction of x", "contract", "sum", "mean")
 def pull_constant(e: Expr) -> Expr | None:
     match e:
         case Expr("contract", src, over):
@@ -220,7 +218,7 @@ def pull_constant(e: Expr) -> Expr | None:
     return None
 
 
-@rule("rename(rename(x)) -> rename(x)")
+@rule("rename(rename(x)) -> rename(x)", "rename")
 def merge_renames(e: Expr) -> Expr | None:
     """Push a renaming onto leaves, through broadcasts of numbers, and onto another renaming."""
     match e:
@@ -232,7 +230,7 @@ def merge_renames(e: Expr) -> Expr | None:
     return None
 
 
-@rule("broadcast(x) -> x where x has the axes")
+@rule("broadcast(x) -> x where x has the axes", "broadcast")
 def trivial_broadcast(e: Expr) -> Expr | None:
     match e:
         case Expr("broadcast", (x,), axes) if set(axes) <= set(x.axes):
@@ -242,7 +240,7 @@ def trivial_broadcast(e: Expr) -> Expr | None:
     return None
 
 
-@rule("product of values without axes to the smaller side")
+@rule("product of values without axes to the smaller side", "mul")
 def scalar_factor(e: Expr) -> Expr | None:
     """(a * x) * y -> x * (a * y) where a and y have fewer axes than x: the large array is multiplied once."""
     match e:
@@ -252,7 +250,7 @@ def scalar_factor(e: Expr) -> Expr | None:
     return None
 
 
-@rule("x + x -> 2 * x")
+@rule("x + x -> 2 * x", "add")
 def double(e: Expr) -> Expr | None:
     match e:
         case Expr("add", (x, y)) if x is y:
@@ -262,7 +260,7 @@ def double(e: Expr) -> Expr | None:
     return None
 
 
-@rule("sum(x) / n -> mean(x)")
+@rule("sum(x) / n -> mean(x)", "div")
 def mean_from_sum(e: Expr) -> Expr | None:
     match e:
         case Expr("div", (x, Expr("size", (), axis))):
@@ -288,7 +286,7 @@ def _mean_inside(x: Expr, axis: Axis) -> Expr | None:
     return None
 
 
-@rule("(a * x) / n -> a * (x / n) where x is the smaller")
+@rule("(a * x) / n -> a * (x / n) where x is the smaller", "div")
 def divide_smaller(e: Expr) -> Expr | None:
     match e:
         case Expr("div", (Expr("mul", (a, x)), n)) if not n.axes and len(x.axes) < len(a.axes):
@@ -298,13 +296,11 @@ def divide_smaller(e: Expr) -> Expr | None:
     return None
 
 
-@rule("g @ x + ... + h @ x -> (g + h) @ x + ...")
+@rule("g @ x + ... + h @ x -> (g + h) @ x + ...", "add", "sub")
 def factor_contraction(e: Expr) -> Expr | None:
     """Contractions in a sum that share an operand: one product instead of two. Here a bias becomes the +1 of a Gram
     matrix.
     """
-    if e.op not in ("add", "sub"):
-        return None
     terms = _sum_terms(e)
     for i, (sign, x) in enumerate(terms):
         for k in range(i + 1, len(terms)):
@@ -355,7 +351,7 @@ def _joined(x: Expr, y: Expr, sign: int) -> Expr | None:
     return None
 
 
-@rule("a * m + a -> a * (m + 1)")
+@rule("a * m + a -> a * (m + 1)", "add")
 def factor_product(e: Expr) -> Expr | None:
     match e:
         case Expr("add", (Expr("mul", (a, m)), c)) if a is c and len(a.axes) >= len(m.axes):
@@ -369,7 +365,7 @@ def factor_product(e: Expr) -> Expr | None:
     return None
 
 
-@rule("mask(1) * x -> mask(x)")
+@rule("mask(1) * x -> mask(x)", "mul")
 def mask_of_ones(e: Expr) -> Expr | None:
     match e:
         case Expr("mul", (Expr("mask", (m,), arg), x)) if _value(m).op == "const" and set(x.axes) == set(e.axes):
@@ -379,11 +375,9 @@ def mask_of_ones(e: Expr) -> Expr | None:
     return None
 
 
-@rule("a[t] * (product of a before t) -> product of a up to t")
+@rule("a[t] * (product of a before t) -> product of a up to t", "mul")
 def extend_product(e: Expr) -> Expr | None:
     """Of `segprod`, which holds a one where t = s, that leaves what lies below."""
-    if e.op != "mul":
-        return None
     for factor, shifted in (e.src, e.src[::-1]):
         match shifted:
             case Expr("shift", (Expr("cumprod", (x,), axis) as product,), (along, fill)):
@@ -395,7 +389,7 @@ def extend_product(e: Expr) -> Expr | None:
     return None
 
 
-@rule("c * (a * x) -> (c * a) * x where a is the smaller")
+@rule("c * (a * x) -> (c * a) * x where a is the smaller", "mul")
 def number_to_smallest(e: Expr) -> Expr | None:
     match e:
         case Expr("mul", (c, Expr("mul", (a, x)))) if _number(c) and not _number(a):

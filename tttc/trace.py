@@ -385,4 +385,7 @@ def captured_names(functions: Sequence[Callable[..., Any]]) -> Iterator[dict[Exp
     try:
         yield names
     finally:
-        sys.setprofile(before)
+        if before is None or callable(before):
+            sys.setprofile(before)
+        else:
+            before.enable()  # cProfile, which is no function that could be set

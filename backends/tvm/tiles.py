@@ -23,7 +23,7 @@ from tttc.backends.tvm.products import products
 from tttc.backends.tvm.scratch import Scratch
 from tttc.backends.tvm.sums import triangle
 from tttc.backends.tvm.walks import WALKS
-from tttc.ir.expr import Axes, Axis
+from tttc.ir.expr import Axes, Axis, leaves
 
 
 class Emitter:
@@ -64,16 +64,20 @@ class Emitter:
     def reserve(self, name: str, axes: Axes, *, rows: int = 0) -> Store:
         """Memory for a variable of this function."""
         shape = self.shape(axes[rows:]) or [1]
-        offset = None
         if self.scratch is not None and all(isinstance(n, int) for n in shape):
-            offset = self.scratch.take(prod(shape))
-            block = self.scratch.block
-            buffer = T.decl_buffer(tuple(shape), self.machine.dtype, data=block.data, elem_offset=offset)
-            IRBuilder.name(name, buffer)
+            self.stores[name] = self._part(name, shape, rows, self.scratch.take(prod(shape)))
         else:
             buffer = T.alloc_buffer(tuple(shape), self.machine.dtype, scope="global")
-        self.stores[name] = Store(buffer, self.machine, rows=rows, offset=offset)
+            self.stores[name] = Store(buffer, self.machine, rows=rows)
         return self.stores[name]
+
+    def _part(self, name: str, shape: Sequence[Any], rows: int, offset: int) -> Store:
+        """A variable in the scratch memory."""
+        assert self.scratch is not None
+        block = self.scratch.block
+        buffer = T.decl_buffer(tuple(shape), self.machine.dtype, data=block.data, elem_offset=offset)
+        IRBuilder.name(name, buffer)
+        return Store(buffer, self.machine, rows=rows, offset=offset)
 
     def release(self, names: Iterable[str]) -> None:
         """Forget variables; others may have their memory."""
@@ -92,7 +96,17 @@ class Emitter:
     # -- groups
 
     def group(self, group: Group) -> None:
+        """Run it, in a function of its own: for one that holds a whole chunk, LLVM takes twice as long."""
         self._reserve(group)
+        outside = dict(self.stores)
+        with T.attr(tirx.const(0, "int32"), "compute_scope", f"chunk_{group.statements[-1].name}"):
+            for e in leaves(x for s in group.statements for x in (s.value, s.target)):
+                self._declare_again(str(e.arg[0].name))
+            self._reserve_rows(group)
+            self._run(group)
+        self.stores |= outside
+
+    def _run(self, group: Group) -> None:
         if not group.rows:
             for s in group.statements:
                 self.statement(s, {})
@@ -102,13 +116,23 @@ class Emitter:
                 assert s.row is not None
                 self.statement(s, {s.row: Place(t, ("row",))})
 
+    def _declare_again(self, name: str) -> None:
+        """A function is given memory alone, not what was said of its parts outside."""
+        store = self.stores.get(name)
+        if isinstance(store, Store) and store.offset is not None:
+            self.stores[name] = self._part(name, store.buffer.shape, store.rows, store.offset)
+
     def _reserve(self, group: Group) -> None:
+        """Memory for what is read elsewhere too."""
         for s in group.statements:
             self.triangles[s.name] = triangle(s, self.triangles)
-            if s.name in self.stores:
-                continue
-            if s.name not in group.local:
+            if s.name not in self.stores and s.name not in group.local:
                 self.reserve(s.name, s.target.axes)
+
+    def _reserve_rows(self, group: Group) -> None:
+        """For a row of what is not: registers, where it is short."""
+        for s in group.statements:
+            if s.name in self.stores:
                 continue
             width = self.blocks(s.target.axes[-1]) if len(s.target.axes) == 2 else 0
             if len(s.target.axes) == 2 and isinstance(width, int) and width <= self.machine.config.unrolled:

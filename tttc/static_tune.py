@@ -317,7 +317,8 @@ def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, float]]:
     for name, share in shares(program).items():
         if name != f"{program.name}_begin":
             scan = next(s for s in program.scans if s.name == name)
-            yield scan, float(cost.evaluate(share * cost.TOKENS, sizes, plan_lengths(program)))
+            turns = cost.evaluate(share * cost.TOKENS, {}, plan_lengths(program))  # of which one may be "T"
+            yield scan, float(cost.evaluate(turns, sizes))
 
 
 def _config(part: _Part, program: Program, candidate: Candidate) -> Config:

@@ -286,7 +286,7 @@ def _own_version() -> str:
 
 def device_name(device: torch.device) -> str:
     """The kind of a device and its name: "cpu: Intel(R) Xeon(R) Processor @ 2.50GHz"."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {processor() if device.type == 'cpu' else ''}".rstrip(": ")
 

@@ -173,7 +173,7 @@ class Fake:
     def identity(self, candidate):
         return tuple(candidate.items())
 
-    def row(self, candidate, compilers, seconds):
+    def row(self, candidate, compilers, seconds, best):
         with self.lock:
             self.compiled.append(dict(candidate))
         return Row(candidate, (), self.seconds(candidate))

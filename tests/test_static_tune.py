@@ -29,6 +29,7 @@ from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 from tttc.errors import BackendRefusal, TuningError
 from tttc.library import TTTMLP, GatedDeltaNet, LinearAttention, RetNet, TTTLinear
+from tttc.ranking import Row
 from tttc.static_tune import tune_statically
 from tttc.tuning import Choice, architecture_name, found_for
 
@@ -226,7 +227,7 @@ def fixed(monkeypatch, refused=False):
     def compiled(self, order, left):
         if refused:
             raise NotCompiled("no such layout")
-        spilled = 0 if order["options"]["num_warps"] == 8 else 800
+        spilled = {8: 0, 2: 8000}.get(order["options"]["num_warps"], 800)
         return Made(Resources(order["kernel"], order["target"], 128, spilled, 1024), False)
 
     monkeypatch.setattr(Compilers, "compiled", compiled)
@@ -241,6 +242,9 @@ def test_a_run_on_made_up_kernels(monkeypatch, target):
     assert result.ranking.stopped == "exhausted"
     assert {r.candidate["chunk"] for r in result.ranking.rows} == {16, 32, 64}
     assert result.choice.chunk in (16, 32, 64)
+    assert result.choice.config["num_warps"] == 8
+    poor = [r for r in result.ranking.rows if r.candidate["num_warps"] == 2]
+    assert {(r.reason, len(r.kernels)) for r in poor} == {("slower than the best before all of it was compiled", 1)}
     assert result.key.device == f"cuda: {target}"
     other = tttc.tune(GatedDeltaNet, {"D": 16}, BF16, target, budget=60, progress=False, forward_only=True, tokens=7)
     assert replace(other.key, work="training") == result.key  # neither B nor T
@@ -252,6 +256,7 @@ def test_a_run_on_made_up_kernels(monkeypatch, target):
     ("changes", "turns"),
     [
         ({"mini_batch": 16}, {"ttt_linear": 8}),
+        ({"mini_batch": 24}, {"ttt_linear": 6}),  # the last one is shorter
         ({"mini_batch": 128}, {"ttt_linear": 1}),
         ({"mini_batch": 128, "chunk": 64}, {"ttt_linear_open": 2, "ttt_linear_close": 1}),
         ({"mini_batch": 64, "chunk": 16}, {"ttt_linear_open": 8, "ttt_linear_close": 2}),
@@ -260,6 +265,7 @@ def test_a_run_on_made_up_kernels(monkeypatch, target):
 )
 def test_every_kernel_counts_as_often_as_a_call_runs_it(monkeypatch, changes, turns):
     fixed(monkeypatch)
+    monkeypatch.setattr("tttc.static_tune.ranked", lambda candidate, kernels, *rest: Row(candidate, kernels, 1.0))
     chunk = changes.pop("chunk", None)
     variant = TTTLinear.replace(**changes)
     result = tttc.tune(variant, {"D": 16}, BF16, "sm_90", budget=60, tokens=128, progress=False)

@@ -5,7 +5,8 @@ A kernel is a loop; one turn of it, for one program, has
 
     matrix, elementwise    FLOPs (ir/cost.py), with every dim as wide as its block is
     moved                  bytes of sequences read and written; in a backward also of the carry kept between its sweeps
-    spilled                2 * spilled bytes * threads: each is written once and read once
+    spilled                2 * spilled bytes * threads: each is written once and read once, as if in memory: what spills
+                           comes after what does not, unless it is little
     chain                  contractions that wait for one another, each `CONTRACTION` seconds at least
     steps                  tokens of triangular systems, one after the other, each `STEP` seconds
     loads                  times `LOAD` seconds for the first bytes, unless they are read while the turn before computes

@@ -77,8 +77,10 @@ class Subject(Protocol):
         """Equal for candidates whose kernels are the same."""
         ...
 
-    def row(self, candidate: Candidate, compilers: Compilers, seconds: float) -> Row:
-        """A candidate compiled, kernel by kernel, in at most so many seconds."""
+    def row(self, candidate: Candidate, compilers: Compilers, seconds: float, best: float) -> Row:
+        """A candidate compiled, kernel by kernel, in at most so many seconds, and for as long as its estimate is below
+        the best.
+        """
         ...
 
 
@@ -161,8 +163,10 @@ class _Descent:
         left = self.found.budget - (time.perf_counter() - self.began)
         if left <= 0 and not always:
             return None
+        known = self.found.best
+        best = float("inf") if known is None or known.seconds is None else known.seconds
         try:
-            return self.subject.row(candidate, self.compilers, max(left, LONGEST) if always else left)
+            return self.subject.row(candidate, self.compilers, max(left, LONGEST) if always else left, best)
         except Exception as error:
             return Row(candidate, reason=f"failed: {' '.join(str(error).split()) or type(error).__name__}")
 

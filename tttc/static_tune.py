@@ -11,12 +11,14 @@ estimate is. What is taken is kept as an entry that says it was not measured, an
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -91,7 +93,7 @@ class StaticTuning:
 
     def _verdict(self, row: Row) -> Text:
         if row.seconds is None:
-            return Text(row.reason, style="red")
+            return Text(row.reason, style="red" if row.reason.startswith(("failed", "does not fit")) else "")
         return Text("taken", style="green") if row is self.ranking.best else Text("")
 
     def summary(self) -> str:
@@ -109,8 +111,8 @@ class StaticTuning:
             f"taken: {self.choice}{faster}",
             f"{count} candidate{'' if count == 1 else 's'} in {found.elapsed:.0f} s of {found.budget:g}: "
             f"{ends[found.stopped]}",
-            f"Nothing was measured: the estimate ranks kernels, by what their compiler says they take of the "
-            f"{self.gpu.multiprocessors} multiprocessors of a {self.gpu.product} and by what the program costs.",
+            f"Nothing was measured: the estimate ranks kernels, by what their compiler says they take of "
+            f"{self.gpu.multiprocessors} multiprocessors ({self.gpu.product}) and by what the program costs.",
             *self.notes,
         ]
         if self.path is not None:
@@ -219,9 +221,7 @@ class _Target:
         self.notes = [f"Not in the estimate: {n}." for n in first[0].left_out]
         settings = BACKENDS["triton"].choices(program)
         choices = {"chunk": chunks} if len(chunks) > 1 else {}
-        self.choices: Mapping[str, Sequence[Value]] = choices | {
-            n: (None, *sorted(values)) for n, values in settings.items()
-        }
+        self.choices: Mapping[str, Sequence[Value]] = choices | {n: (None, *values) for n, values in settings.items()}
 
     @property
     def settings(self) -> str:
@@ -251,14 +251,14 @@ class _Target:
         parts = self._of(candidate.get("chunk"))
         return candidate.get("chunk"), *(_config(p, parts.program, candidate) for p in parts.kernels)
 
-    def row(self, candidate: Candidate, compilers: Compilers, seconds: float) -> Row:
+    def row(self, candidate: Candidate, compilers: Compilers, seconds: float, best: float) -> Row:
         parts, kernels = self._of(candidate.get("chunk")), list[Kernel]()
         if parts.refused:
             return Row(candidate, reason=f"no kernel: {parts.refused}")
         began = time.perf_counter()
         for part in parts.kernels:
             config = _config(part, parts.program, candidate)
-            order = order_of(parts.module, part.scan, part.backward, self.dtype, self.gpu.target, config)
+            order = {**part.order, "options": dict(config.options)}
             try:
                 made = compilers.compiled(order, max(seconds - (time.perf_counter() - began), 0.0))
             except TooLate:
@@ -266,14 +266,19 @@ class _Target:
             except NotCompiled as error:
                 return Row(candidate, kernels, reason=f"failed: {order['kernel']}: {error}")
             kernels.append(Kernel(part.turn, part.turns, made, config.num_warps))
-        return ranked(candidate, kernels, self.gpu, self.batch * self.heads, self.dtype)
+            row = ranked(candidate, kernels, self.gpu, self.batch * self.heads, self.dtype)
+            if row.seconds is None:
+                break
+            if row.seconds > best and part is not parts.kernels[-1]:
+                return Row(candidate, kernels, reason="slower than the best before all of it was compiled")
+        return row
 
     def _of(self, chunk: Value) -> _Parts:
         """The program with a chunk; made before threads ask for it, by whoever asks for the identity first."""
         if chunk not in self._parts:
             with untuned():
                 program = compile(self.variant, self.dims, self.dtype, backend="torch", chunk=chunk).stages.program
-            self._parts[chunk] = _parts(program, self.dtype, self.tokens, self.forward_only)
+            self._parts[chunk] = _parts(program, self.dtype, self.gpu.target, self.tokens, self.forward_only)
         return self._parts[chunk]
 
 
@@ -283,8 +288,10 @@ class _Part:
 
     scan: Scan
     backward: bool
-    turns: float
+    turns: int
     turn: Turn
+    order: Mapping[str, Any]
+    """What has to be known to compile it, with its own settings."""
 
 
 @dataclass(frozen=True)
@@ -292,33 +299,34 @@ class _Parts:
     """The kernels that a sequence of whole mini-batches runs, `refused` where its loop is none."""
 
     program: Program
-    module: Module
     kernels: Sequence[_Part]
     refused: str
     left_out: Sequence[str]
 
 
-def _parts(program: Program, dtype: torch.dtype, tokens: int, forward_only: bool) -> _Parts:
+def _parts(program: Program, dtype: torch.dtype, target: str, tokens: int, forward_only: bool) -> _Parts:
+    module = Module(emit(program), program)
     refused = unfused(program.scans[0], program)
     found = [] if refused else list(_regular(program, tokens))
     fused = [(s, turns) for s, turns in found if not unfused(s, program)]
     left_out = [f"{s.name}, which is batched operations ({w})" for s, _ in found if (w := unfused(s, program))]
-    kernels = [
-        _Part(scan, backward, turns, turn_of(scan, program, backward, dtype))
-        for scan, turns in fused
-        for backward in ((False, True) if scan.differentiated and not forward_only else (False,))
-    ]
-    return _Parts(program, Module(emit(program), program), kernels, refused, left_out)
+    kernels = []
+    for scan, turns in fused:
+        for backward in (False, True) if scan.differentiated and not forward_only else (False,):
+            own = default_config(scan, program, backward)
+            order = order_of(module, scan, backward, dtype, target, own)
+            kernels.append(_Part(scan, backward, turns, turn_of(scan, program, backward, dtype), order))
+    return _Parts(program, kernels, refused, left_out)
 
 
-def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, float]]:
+def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
     """The scans that every mini-batch runs, each with its turns in a call; not what only the beginning of one does."""
     sizes = {**program.dims, "T": tokens}
     for name, share in shares(program).items():
         if name != f"{program.name}_begin":
             scan = next(s for s in program.scans if s.name == name)
             turns = cost.evaluate(share * cost.TOKENS, {}, plan_lengths(program))  # of which one may be "T"
-            yield scan, float(cost.evaluate(turns, sizes))
+            yield scan, math.ceil(float(cost.evaluate(turns, sizes)))
 
 
 def _config(part: _Part, program: Program, candidate: Candidate) -> Config:

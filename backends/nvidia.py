@@ -43,14 +43,19 @@ def nvcc() -> str | None:
     return _tool("nvcc")
 
 
-def ptxas() -> str | None:
-    """The path of the assembler: of CUDA, or the one that triton brings."""
-    found = _tool("ptxas")
-    if found is None and (spec := find_spec("triton")) is not None:
-        for folder in spec.submodule_search_locations or ():
-            file = Path(folder) / "backends" / "nvidia" / "bin" / "ptxas"
-            found = str(file) if file.exists() else None
-    return found
+def ptxas(target: str = "") -> str | None:
+    """The path of the assembler: of CUDA, or the one that triton brings. From sm_100 on triton writes PTX for one of
+    its own, which may be of a later CUDA than the other.
+    """
+    newest = re.match(r"sm_1\d\d", target) and _of_triton("ptxas-blackwell")
+    return newest or _tool("ptxas") or _of_triton("ptxas")
+
+
+def _of_triton(name: str) -> str | None:
+    spec = find_spec("triton")
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    files = (Path(folder) / "backends" / "nvidia" / "bin" / name for folder in folders)
+    return next((str(file) for file in files if file.exists()), None)
 
 
 def missing() -> list[str]:
@@ -78,15 +83,15 @@ def ptx(text: str, target: str) -> str:
         return made.read_text(encoding="utf-8")
 
 
-def assembled(text: str, target: str) -> tuple[bytes, list[Resources]]:
+def assembled(text: str, target: str, seconds: float = SECONDS) -> tuple[bytes, list[Resources]]:
     """PTX as a cubin, and what its kernels take; shared memory that a launch asks for is not in that."""
-    tool = ptxas()
+    tool = ptxas(target)
     if tool is None:
         raise ToolkitMissing(missing_assembler()[0])
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(text, encoding="utf-8")
-        said = _run([tool, f"-arch={target}", "-v", "-o", str(made), str(source)])
+        said = _run([tool, f"-arch={target}", "-v", "-o", str(made), str(source)], seconds)
         return made.read_bytes(), report(said, target)
 
 
@@ -104,8 +109,8 @@ def report(said: str, target: str) -> list[Resources]:
     return found
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+def _run(command: list[str], seconds: float = SECONDS) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
         raise ToolkitMissing(f"{Path(command[0]).name} failed:\n{(done.stderr or done.stdout).strip()[:2000]}")
     return done.stdout + done.stderr

@@ -25,6 +25,7 @@ from rich.progress import track
 import tttc
 from benchmarks.measure import ROOT
 from tttc import terminal
+from tttc.backends.gpus import GPUS
 from tttc.backends.triton.compiled import compiled_scans
 from tttc.backends.triton.emit import unfused
 from tttc.loading import library_variants
@@ -34,7 +35,7 @@ from tttc.verify import default_dims
 RESULTS = ROOT / "benchmarks" / "results" / "resources.json"
 TARGETS = ("sm_80", "sm_90", "gfx942")
 WIDER = {"TTTLinear": 128}  # also measured at this width
-LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes of shared memory that a program may have
+LIMIT = {t: GPUS[t].shared_of_program for t in TARGETS}  # bytes of shared memory that a program may have
 COLUMNS = ("variant", "target", "pass", "registers", "spilled bytes", "shared bytes")
 
 

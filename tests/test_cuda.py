@@ -355,6 +355,17 @@ def test_every_library_variant_compiles(name, dtype, target):
     assert found.spilled <= (8192 if name == "LaCT" else 512)
 
 
+def test_from_sm_100_on_triton_has_an_assembler_of_its_own(monkeypatch):
+    monkeypatch.setattr(nvidia, "_of_triton", lambda name: f"/triton/{name}")
+    monkeypatch.setattr(nvidia, "_tool", lambda name: None)
+    assert nvidia.ptxas("sm_100a") == nvidia.ptxas("sm_120") == "/triton/ptxas-blackwell"
+    assert nvidia.ptxas("sm_90a") == nvidia.ptxas() == "/triton/ptxas"
+    monkeypatch.setattr(nvidia, "_tool", lambda name: f"/cuda/{name}")
+    assert (nvidia.ptxas("sm_90a"), nvidia.ptxas("sm_100a")) == ("/cuda/ptxas", "/triton/ptxas-blackwell")
+    monkeypatch.setattr(nvidia, "_of_triton", lambda name: None)
+    assert nvidia.ptxas("sm_100a") == "/cuda/ptxas"
+
+
 def test_what_ptxas_says_is_understood():
     said = (
         "ptxas info    : Compiling entry function 'f' for 'sm_90'\n"

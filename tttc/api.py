@@ -85,8 +85,8 @@ def compile(
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
             square root of their number, None (or 0) keeps every value and recomputes nothing.
         config: how the backend makes its kernels, such as {"tile_rows": 4}; never changes a result. Chunk, checkpoint
-            and config that are not given are what `tttc tune` found, on this device and for these dims or near them;
-            `layer.tuning` says what that was.
+            and config that are not given are what `tttc tune` found, on this device and for these dims or near them, or
+            for a GPU what it estimated for its architecture; `layer.tuning` says what that was.
         decode: how a state carries a mini-batch that a call leaves open: the "sums" of what it added, as large as
             its weights; its "rows", the tokens, which run again with those that follow; "auto" takes what is smaller.
         telemetry: the state that a call returns also says what its inner loop did, mini-batch by mini-batch:

@@ -296,16 +296,21 @@ def tune(
         str | None,
         typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
     ] = None,
-    device: Annotated[str, typer.Option(help="What to tune for; in this version cpu.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(help="What to tune for: cpu, or a GPU that need not be there, sm_80, sm_90, sm_100 or gfx942."),
+    ] = "cpu",
     budget: Annotated[str, typer.Option(metavar="TIME", help="How long it may take: 60s, 2m, 1h.")] = "60s",
     dim: DimOption = None,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    backend: Annotated[str, typer.Option(help="Whose kernels: tvm, torch, or auto, native ones if they run.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Whose kernels: tvm, torch, triton for a GPU, or auto, native ones if they run.")
+    ] = "auto",
     forward_only: Annotated[
         bool, typer.Option("--forward-only", help="Time the forward alone, not forward and backward.")
     ] = False,
-    tokens: Annotated[int, typer.Option(help="Length of the sequence that is timed.", min=1)] = 2048,
-    batch: Annotated[int, typer.Option(help="Its batch.", min=1)] = 1,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence that is timed or estimated.", min=1)] = 2048,
+    batch: Annotated[int | None, typer.Option(help="Its batch, 1 on a CPU and 16 on a GPU.", min=1)] = None,
     heads: Annotated[int, typer.Option(help="Its heads.", min=1)] = 12,
     export: Annotated[
         Path | None, typer.Option("--export", metavar="FILE", help="Write everything tuned so far to a file.")
@@ -319,7 +324,11 @@ def tune(
     Each candidate is compared with the declaration in float64 before it is timed. What is kept holds for any batch and
     any number of tokens. Ctrl-C ends it with the best so far. TTTC_TUNING=0 ignores all results.
 
+    For a GPU nothing runs: each candidate is compiled for it, and an estimate from what the compiler says and from the
+    program's cost ranks those that fit. What was measured on a device is taken before what was estimated for it.
+
         tttc tune ttt_linear --budget 60s
+        tttc tune ttt_linear --device sm_90 --dtype bfloat16 --budget 2m
         tttc tune mine.py:Mine --dims D=128 --dtype bfloat16 --forward-only
         tttc tune --export tuned.json
     """

@@ -111,13 +111,22 @@ def _entries_or_aside(path: Path) -> tuple[Entry, ...]:
 
 
 def merged(old: Sequence[Entry], new: Sequence[Entry], *, replace: bool = False) -> list[Entry]:
-    """Both, with one entry for each key: the faster one for a token of one head, or with `replace` the new one."""
+    """Both, with one entry for each key: the faster one for a token of one head, or with `replace` the new one. What
+    was measured stays before an estimate, and of two estimates the later one.
+    """
     found = {_identity(e): e for e in old}
     for e in new:
         known = found.get(_identity(e))
-        if known is None or replace or e.per_token < known.per_token:
+        if known is None or _instead(e, known, replace):
             found[_identity(e)] = e
     return list(found.values())
+
+
+def _instead(new: Entry, known: Entry, replace: bool) -> bool:
+    """Whether a new entry takes the place of one of the same key."""
+    if new.static != known.static:
+        return known.static
+    return replace or (new.tuned > known.tuned if new.static else new.per_token < known.per_token)
 
 
 def _identity(entry: Entry) -> str:

@@ -182,7 +182,7 @@ def plan_lengths(program: Program) -> dict[sympy.Symbol, Formula]:
     return lengths if plan.mini_batch is None else {**lengths, MINI_BATCH: cost.tokens(plan.mini_batch)}
 
 
-def _shares(program: Program) -> dict[str, Formula]:
+def shares(program: Program) -> dict[str, Formula]:
     """How often per token a sequence of whole mini-batches runs each scan; those for what a call leaves open not."""
     plan, name = program.plan, program.name
     assert plan is not None
@@ -197,7 +197,7 @@ def _shares(program: Program) -> dict[str, Formula]:
 def _per_token(works: Mapping[str, Work], program: Program) -> Work:
     """The work of scans by their shares."""
     total = Work()
-    for name, share in _shares(program).items():
+    for name, share in shares(program).items():
         work = works[name].times(share)
         if name == f"{program.name}_rows":  # its chunk is one token, which reads the rows of all of C
             one = {CHUNK: sympy.S.One}

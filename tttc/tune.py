@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -24,6 +24,7 @@ from rich.text import Text
 from tttc import database
 from tttc.accuracy import Accuracy, in_dtype
 from tttc.api import BACKENDS, DTYPES, compile
+from tttc.backends.gpus import GPUS, architecture_of
 from tttc.declare import checked_signature
 from tttc.errors import TuningError
 from tttc.ir.program import Plan, Program
@@ -35,10 +36,14 @@ from tttc.tuning import Choice, Entry, Key, found_for, key_of, untuned
 from tttc.variant import Variant
 from tttc.verify import Inputs, random_inputs
 
+if TYPE_CHECKING:
+    from tttc.static_tune import StaticTuning
+
 CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
 SMALLEST_TILE = 16  # of a mini-batch: smaller ones read and write its weights too often
 CHECKPOINTS = (4, 2, 1, 8, 16)  # chunks between two carries that are kept
 KEPT = 2  # times the tensors of the call that carries kept for the backward may take
+BATCH = 16  # sequences of a call on a GPU: enough heads for every multiprocessor
 SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
@@ -121,21 +126,24 @@ def tune(
     budget: str | float = "60s",
     *,
     backend: str = "auto",
-    batch: int = 1,
+    batch: int | None = None,
     tokens: int = 2048,
     heads: int = 12,
     forward_only: bool = False,
     save: bool = True,
     progress: bool = True,
-) -> TuningResult:
+) -> TuningResult | StaticTuning:
     """Find what is fastest, and keep it where `tttc.compile` looks for it.
 
     Args:
-        variant, dims, dtype, device: as for `tttc.compile`. In this version the device is a CPU.
+        variant, dims, dtype: as for `tttc.compile`.
+        device: "cpu", or the architecture of a GPU, which need not be there: "sm_80", "sm_90", "sm_100" or "gfx942".
+            For one of these nothing is timed: candidates are compiled, and an estimate (tttc/estimate.py) ranks them.
         budget: seconds, or a text such as "60s" or "2m", everything included. The default is compiled and timed
             whatever that takes, and a candidate that was begun is finished.
         backend: whose kernels; "auto" takes native ones where they can run the program.
-        batch, tokens, heads: the call that is timed. What is found is taken for calls of any size.
+        batch, tokens, heads: the call that is timed, by default of one sequence, or estimated, by default of sixteen.
+            What is found is taken for calls of any size.
         forward_only: time the forward alone; otherwise forward and backward.
         save: write the result to the database (`tttc doctor` shows where it is).
         progress: show a bar on stderr, if that is a terminal.
@@ -148,10 +156,17 @@ def tune(
     _refuse_other_devices(device)
     if dtype not in DTYPES:
         raise TuningError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    target = str(device) if str(device) in GPUS else None
+    batch = (1 if target is None else BATCH) if batch is None else batch
     counts = {"batch": batch, "tokens": tokens, "heads": heads}
     bad = [f"{n}={v!r}" for n, v in counts.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
     if bad:
         raise TuningError(f"{', '.join(bad)}: what is timed has at least one of each.\n  Give positive ints.")
+    if target is not None:
+        from tttc.static_tune import tune_statically  # which has its chunks from here
+
+        size, settings = (batch, tokens, heads), dict(forward_only=forward_only, save=save, progress=progress)
+        return tune_statically(variant, dims, dtype, target, seconds, backend=backend, size=size, **settings)
     began = perf_counter()
     subject = _Subject(variant, dims, dtype, backend, (batch, tokens, heads), forward_only)
     choices = subject.choices()
@@ -182,12 +197,14 @@ def tune(
 
 
 def _refuse_other_devices(device: str | torch.device) -> None:
-    """Only a CPU has a backend with something to tune, and only this one can be timed."""
+    """Only this CPU can be timed; for a GPU there are estimates, where it is known what its multiprocessors hold."""
     name = str(device)
-    if name.split(":")[0] != "cpu":
-        raise TuningError(
-            f'cannot tune for device "{name}": this version tunes for the CPU that it runs on.\n  Use device="cpu".'
-        )
+    if name.split(":")[0] == "cpu" or name in GPUS:
+        return
+    known = f"times candidates on the CPU that it runs on, and estimates them for {', '.join(GPUS)}"
+    present = architecture_of(torch.device("cuda")) if name.startswith("cuda") else ""
+    way = f'Use device="{present}".' if present in GPUS else 'Use device="cpu", or one of these.'
+    raise TuningError(f'cannot tune for device "{name}": this version {known}.\n  {way}')
 
 
 def _budget_seconds(budget: str | float) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tttc.backends.gpus import architecture_of
 from tttc.backends.interface import Backend
 from tttc.backends.processor import processor
 from tttc.ir.program import Program
@@ -93,6 +94,8 @@ class Entry:
     variant: str
     tuned: str
     """When, as ISO 8601 in UTC."""
+    static: bool = False
+    """Whether the seconds are an estimate, from what a compiler says of kernels that never ran."""
 
     @property
     def per_token(self) -> float:
@@ -119,7 +122,7 @@ class Entry:
             if not all(n is None or (type(n) is int and n > 0) for n in counts):
                 raise ValueError(f"{found!r} is no entry")
             texts = (key.structure, key.backend, key.device, key.dtype, entry.tuned, *key.toolchain.values())
-            if not all(isinstance(t, str) for t in texts):
+            if not all(isinstance(t, str) for t in texts) or not isinstance(entry.static, bool):
                 raise ValueError(f"{found!r} is no entry")
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{error!r} in an entry") from error
@@ -128,7 +131,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a layer took from earlier tuning: `how` is "exact", "nearest", "default" or "off"; as text, why."""
+    """What a layer took from earlier tuning: `how` is "exact", "nearest", "static" (not measured), "default" or "off";
+    as text, why.
+    """
 
     how: str
     why: str
@@ -146,22 +151,43 @@ OFF = Tuning("off", "nothing was looked up")
 UNTUNED = Tuning("default", "default: nothing was tuned for this program; `tttc tune` does it")
 
 
-def found_for(key: Key, own: Iterable[Entry], shipped: Iterable[Entry] = ()) -> Tuning:
+def found_for(key: Key, own: Iterable[Entry], shipped: Iterable[Entry] = (), target: str = "") -> Tuning:
     """The entry of this key, whichever work was tuned last; the user's own before one that came with the package.
-    Otherwise the nearest one of the same program.
+    Otherwise the nearest one of the same program on this device; then, for a GPU, what was chosen for its architecture
+    `target` without one; then the nearest one of another device.
     """
-    groups = [[e for e in entries if key.same_program(e.key)] for entries in (own, shipped)]
+    own, shipped = list(own), list(shipped)
+    groups = [[e for e in entries if key.same_program(e.key) and not e.static] for entries in (own, shipped)]
     for group in groups:
         exact = [e for e in group if not key.differences(e.key)]
         if exact:
             entry = max(exact, key=lambda e: e.tuned)
             return Tuning("exact", f"{entry.choice}: tuned for this program on this device{_measured(entry)}", entry)
     alike = [*groups[0], *groups[1]]
+    if not any(e.key.device == key.device for e in alike):
+        for entries in (own, shipped):
+            if found := _static(key, entries, target):
+                return found
     if not alike:
         return UNTUNED
     entry = min(alike, key=lambda e: (key.distance(e.key), WORKS.index(e.key.work)))
     differs = "; ".join(key.differences(entry.key))
     return Tuning("nearest", f"{entry.choice}: the nearest entry of the same structure, {differs}", entry)
+
+
+def _static(key: Key, entries: Iterable[Entry], target: str) -> Tuning | None:
+    """What was chosen for an architecture, for this program with these very dims: what fits for some sizes need not for
+    others. Only the versions of what makes the kernels may be others.
+    """
+    wanted = replace(key, device=architecture_name(target), toolchain={})
+    found = [e for e in entries if e.static and target and wanted.same_program(e.key)]
+    found = [e for e in found if not wanted.differences(replace(e.key, toolchain={}))]
+    if not found:
+        return None
+    entry = max(found, key=lambda e: (not replace(wanted, toolchain=key.toolchain).differences(e.key), e.tuned))
+    differs = replace(wanted, toolchain=key.toolchain).differences(entry.key)
+    why = f"chosen for {target} without one, from what the compiler says of its kernels, not measured"
+    return Tuning("static", "; ".join([f"{entry.choice}: {why}", *differs]), entry)
 
 
 def _measured(entry: Entry) -> str:
@@ -211,7 +237,7 @@ class Lookup:
         from tttc.database import entries
 
         if self.tuning is not OFF and any(known := entries()):
-            self.tuning = self._without_given(found_for(self.key(program), *known))
+            self.tuning = self._without_given(found_for(self.key(program), *known, architecture_of(self.device)))
         return self.chunk if self.chunk is not None else self.tuning.choice.chunk
 
     def key(self, program: Program) -> Key:
@@ -260,6 +286,11 @@ def _own_version() -> str:
 
 def device_name(device: torch.device) -> str:
     """The kind of a device and its name: "cpu: Intel(R) Xeon(R) Processor @ 2.50GHz"."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {processor() if device.type == 'cpu' else ''}".rstrip(": ")
+
+
+def architecture_name(target: str) -> str:
+    """The same of a GPU that need not be there: "cuda: sm_90". AMD's GPUs are of that kind in torch, too."""
+    return f"cuda: {target}"

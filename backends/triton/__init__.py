@@ -6,6 +6,7 @@
     ops.py      elementwise functions
     load.py     kernels launched on torch tensors
     compiled.py kernels compiled for a GPU that need not be there
+    worker.py   one of them, in a process of its own
     tune.py     what may be tuned
 
 On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set before Python started.

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from tttc.backends import nvidia
-from tttc.backends.triton.emit import Tensor, emit, rounded, tensors, unfused, unspecialized
+from tttc.backends.triton import worker
+from tttc.backends.triton.emit import emit, rounded, tensors, unfused, unspecialized
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.tune import Config, default_config
+from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan, cotangent
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
-WIDEST_WARP = 64  # threads, on AMD's GPUs
 
 
 @dataclass(frozen=True)
@@ -50,39 +50,51 @@ def compiled_scans(
 
 def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
     """A kernel compiled for a target: what Triton makes of it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    order = order_of(module, scan, backward, dtype, target, config)
+    return worker.compiled(order, module.kernel(scan, backward))
 
+
+def order_of(
+    module: Module, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config
+) -> dict[str, Any]:
+    """All that has to be known to compile a kernel, as plain data: its source, and what a launch would tell of it."""
     signature: dict[str, str] = {}
     short = rounded(scan, module.program) if backward and scan.loops else set()
     for t in tensors(scan, backward):
         work = t.name.endswith("_work") and str(t.of.arg[0].name) in short
-        signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else _stored(t, scan, dtype)]}"
+        signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else stored(t.of, scan, dtype)]}"
         signature |= dict.fromkeys(t.strides, "i32")
     plain = unspecialized(scan, backward)
-    divisible = {(i,): DIVISIBLE for i, name in enumerate(signature) if name not in plain}
+    divisible = [name for name in signature if name not in plain]
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
     signature |= {"operand": "constexpr", "index": "constexpr"}
-    operand = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16, "fp16": triton.language.float16}
-    constants = {"operand": operand[TYPES[dtype]], "index": triton.language.int32}
-    source = ASTSource(module.kernel(scan, backward), signature, constants, divisible)
-    amd = target.startswith("gfx")
-    place = GPUTarget("hip", target, WIDEST_WARP) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return triton.compile(source, target=place, options=dict(config.options))
+    return {
+        "source": module.source.text,
+        "kernel": f"{scan.name}{'_adjoint' if backward else ''}",
+        "signature": signature,
+        "divisible": divisible,
+        "operand": TYPES[dtype],
+        "target": target,
+        "options": dict(config.options),
+    }
 
 
 def resources(made: Any, target: str) -> nvidia.Resources:
     """Registers, spilled bytes and shared memory, as the assembler says."""
-    if "ptx" in made.asm:
-        _, (found,) = nvidia.assembled(made.asm["ptx"], _architecture(made.asm["ptx"]))
-        return nvidia.Resources(found.kernel, target, found.registers, found.spilled, made.metadata.shared)
-    text = made.asm["amdgcn"]
+    return resources_of(made.asm, made.metadata.name, made.metadata.shared, target)
+
+
+def resources_of(
+    texts: Mapping[str, str], name: str, shared: int, target: str, seconds: float = nvidia.SECONDS
+) -> nvidia.Resources:
+    """The same of assembly alone; NVIDIA's is assembled for it, in at most so many seconds."""
+    if "ptx" in texts:
+        _, (found,) = nvidia.assembled(texts["ptx"], _architecture(texts["ptx"]), seconds)
+        return nvidia.Resources(found.kernel, target, found.registers, found.spilled, shared)
+    text = texts["amdgcn"]
     registers, spilled = (re.search(rf"\.{n}:\s+(\d+)", text) for n in ("vgpr_count", "vgpr_spill_count"))
     bytes_spilled = None if spilled is None else 4 * int(spilled[1])
-    return nvidia.Resources(
-        made.metadata.name, target, int(registers[1]) if registers else None, bytes_spilled, made.metadata.shared
-    )
+    return nvidia.Resources(name, target, int(registers[1]) if registers else None, bytes_spilled, shared)
 
 
 def _architecture(ptx: str) -> str:
@@ -92,11 +104,11 @@ def _architecture(ptx: str) -> str:
     return found[1]
 
 
-def _stored(t: Tensor, scan: Scan, dtype: torch.dtype) -> torch.dtype:
+def stored(of: Expr, scan: Scan, dtype: torch.dtype) -> torch.dtype:
     """Tokens and outputs are of the dtype of the layer, and so are their cotangents; all else is float32."""
     tokens = [p for p in scan.params if p.arg[0].role == "token"] + [a.target for a in scan.outputs]
-    of = {str(p.arg[0].name) for p in (*tokens, *map(cotangent, tokens))}
-    return dtype if str(t.of.arg[0].name) in of else torch.float32
+    found = {str(p.arg[0].name) for p in (*tokens, *map(cotangent, tokens))}
+    return dtype if str(of.arg[0].name) in found else torch.float32
 
 
-__all__ = ["Compiled", "compiled", "compiled_scans", "resources"]
+__all__ = ["Compiled", "compiled", "compiled_scans", "order_of", "resources", "resources_of", "stored"]

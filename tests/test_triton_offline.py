@@ -10,10 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+import tttc
 from benchmarks.resources import LIMIT, RESULTS, TARGETS
 from tests.helpers import LIBRARY
 from tttc.backends import nvidia
+from tttc.backends.triton import worker
+from tttc.backends.triton.compiled import compiled
+from tttc.backends.triton.emit import emit
+from tttc.backends.triton.load import Module
+from tttc.backends.triton.tune import Config
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or nvidia.ptxas() is None, reason="there is no triton for this platform"
@@ -77,3 +84,18 @@ def test_the_command_compiles_for_amd(tmp_path: Path) -> None:
     assert "gfx942" in said
     for suffix in (".amdgcn", ".hsaco"):
         assert (tmp_path / f"ret_net{suffix}").stat().st_size > 0
+
+
+def test_a_compiler_that_fails_is_an_error_of_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton prints its whole program where it gives up; what is said here is the first line, and the way out."""
+    program = tttc.compile(LIBRARY["RetNet"], {"D": 16, "E": 16}, backend="torch").stages.program
+    scan = program.scans[0]
+
+    def fails(order: object, function: object) -> None:
+        raise RuntimeError("PassManager::run failed\nmodule {\n")
+
+    monkeypatch.setattr(worker, "compiled", fails)
+    with pytest.raises(nvidia.ToolkitMissing) as raised:
+        compiled(Module(emit(program), program), scan, False, torch.bfloat16, "sm_100", Config())
+    assert str(raised.value).startswith(f"Triton could not compile {scan.name} for sm_100: PassManager::run failed\n")
+    assert "module {" not in str(raised.value)

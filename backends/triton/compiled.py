@@ -51,7 +51,14 @@ def compiled_scans(
 def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
     """A kernel compiled for a target: what Triton makes of it."""
     order = order_of(module, scan, backward, dtype, target, config)
-    return worker.compiled(order, module.kernel(scan, backward))
+    try:
+        return worker.compiled(order, module.kernel(scan, backward))
+    except Exception as error:  # whatever is wrong in a compiler, and there are several one after the other
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise nvidia.ToolkitMissing(
+            f"Triton could not compile {order['kernel']} for {target}: {said}\n"
+            "  Try another chunk, with tttc.compile(chunk=), or another release of Triton."
+        ) from error
 
 
 def order_of(

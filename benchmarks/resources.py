@@ -26,7 +26,7 @@ import tttc
 from benchmarks.measure import ROOT
 from tttc import terminal
 from tttc.backends.triton.compiled import compiled_scans
-from tttc.backends.triton.emit import unfused
+from tttc.backends.triton.forms import unfused
 from tttc.loading import library_variants
 from tttc.variant import signature
 from tttc.verify import default_dims

@@ -17,7 +17,7 @@ import tttc
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result, result_of, split_call
 from tttc.backends import torch as torch_backend
 from tttc.backends.interface import Source
-from tttc.backends.triton.emit import unfused
+from tttc.backends.triton.forms import unfused
 from tttc.backends.triton.load import Module, TritonScan
 from tttc.errors import BackendRefusal
 from tttc.library import TTTMLP, DeltaNet, LinearAttention, TTTLinear
@@ -220,7 +220,7 @@ def test_settings_that_are_not_given_stay_as_they_are():
     """A large state has more warps than a small one, whatever else is set."""
     layer = compiled(TTTMLP, {"D": 64, "F": 256}, config={"num_stages": 3})
     scan = layer._scans["tttmlp"]
-    assert scan._options == {d: {"num_warps": 16, "num_stages": 3} for d in (False, True)}
+    assert scan.kernels.options == {d: {"num_warps": 16, "num_stages": 3} for d in (False, True)}
 
 
 # -- what can go wrong -------------------------------------------------------------------------------------------------
@@ -241,9 +241,9 @@ def test_a_fault_in_a_kernel_is_found(right, wrong):
     variant = TTTLinear
     layer = compiled(variant, {"D": 16}, checkpoint=2)
     assert right in layer.source
-    module = Module(Source(lambda: layer.source.replace(right, wrong), "python"), layer.stages.program)
+    module = Module(Source(lambda: layer.source.replace(right, wrong), "python"), layer.stages.program.name)
     for scan in layer._scans.values():
-        scan.module = module
+        scan.kernels.module = module
     inputs = converted(inputs_for(layer, 75), torch.float32, DEVICE)
     wanted = oracle_result(variant, converted(inputs, torch.float64, "cpu"))
     assert differences(called(layer, inputs), wanted, OUTPUT, GRADIENT)

@@ -1,6 +1,7 @@
-"""Fused kernels for GPUs: scans as Triton source, a program for each batch element and head.
+"""Fused kernels for GPUs: scans as Triton source, a program for each batch element and head, or for a strip of one.
 
     emit.py     a scan as two kernels: forward, and the derived backward
+    forms.py    what a kernel is made of: a head or a strip of it, its blocks, its tensors
     printer.py  expressions as blocks
     padding.py  what lies beyond the ends of blocks
     ops.py      elementwise functions

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tttc.backends import nvidia
-from tttc.backends.triton.emit import Tensor, emit, rounded, tensors, unfused, unspecialized
+from tttc.backends.triton.emit import emit, rounded
+from tttc.backends.triton.forms import Form, Tensor, form_of, unfused
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.tune import Config, default_config
 from tttc.ir.program import Program, Scan, cotangent
@@ -35,32 +36,33 @@ def compiled_scans(
     if interpreted():
         raise nvidia.ToolkitMissing("Triton interprets here and compiles nothing.\n  Unset TRITON_INTERPRET.")
     source = emit(program)
-    module = Module(source, program)
+    module = Module(source, program.name)
     for scan in program.scans if scans is None else scans:
         if unfused(scan, program):
             continue
+        form = form_of(scan, program)
         for backward in (False, True) if scan.differentiated else (False,):
-            config = default_config(scan, program, backward)
-            made = compiled(module, scan, backward, dtype, target, config)
+            made = compiled(module, form, backward, dtype, target, default_config(form, backward))
             texts = {f".{n}": made.asm[n] for n in ("ttir", "ttgir", "ptx", "amdgcn") if n in made.asm}
             files = {n: text.encode() for n, text in ({".py": source.text} | texts).items()}
             binaries = {f".{n}": made.asm[n] for n in ("cubin", "hsaco") if n in made.asm}
             yield Compiled(resources(made, target), files | binaries)
 
 
-def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
+def compiled(module: Module, form: Form, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
     """A kernel compiled for a target: what Triton makes of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature: dict[str, str] = {}
-    short = rounded(scan, module.program) if backward and scan.loops else set()
-    for t in tensors(scan, backward):
+    scan = form.scan
+    short = rounded(form) if backward and scan.loops else set()
+    for t in form.tensors(backward):
         work = t.name.endswith("_work") and str(t.of.arg[0].name) in short
         signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else _stored(t, scan, dtype)]}"
         signature |= dict.fromkeys(t.strides, "i32")
-    plain = unspecialized(scan, backward)
+    plain = form.unspecialized(backward)
     divisible = {(i,): DIVISIBLE for i, name in enumerate(signature) if name not in plain}
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
     signature |= {"operand": "constexpr", "index": "constexpr"}
@@ -93,7 +95,11 @@ def _architecture(ptx: str) -> str:
 
 
 def _stored(t: Tensor, scan: Scan, dtype: torch.dtype) -> torch.dtype:
-    """Tokens and outputs are of the dtype of the layer, and so are their cotangents; all else is float32."""
+    """Tokens and outputs are of the dtype of the layer, and so are their cotangents; all else is float32, also what is
+    still to be added up.
+    """
+    if t.parts:
+        return torch.float32
     tokens = [p for p in scan.params if p.arg[0].role == "token"] + [a.target for a in scan.outputs]
     of = {str(p.arg[0].name) for p in (*tokens, *map(cotangent, tokens))}
     return dtype if str(t.of.arg[0].name) in of else torch.float32

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 
 from tttc.backends.interface import Settings
-from tttc.backends.triton.printer import block_size
-from tttc.ir.program import Program, Scan
+from tttc.backends.triton.forms import Form, form_of
+from tttc.ir.program import Program
 
 THREADS = 32
 VALUES = {"num_warps": (4, 8, 16, 2), "num_stages": (1, 2, 3)}
@@ -29,16 +28,15 @@ class Config:
         return asdict(self)
 
 
-def default_config(scan: Scan, program: Program, backward: bool) -> Config:
+def default_config(form: Form, backward: bool) -> Config:
     """As many warps as hold the state in their registers; loads run ahead where these are not full."""
-    size = sum(prod(block_size(program.dims[a.size]) for a in p.axes) for p in scan.carry)
-    warps = next((n for n, most in STATE.items() if size <= n * THREADS * most), 16)
+    warps = next((n for n, most in STATE.items() if form.state <= n * THREADS * most), 16)
     return Config(warps, 2 if warps == 4 and not backward else 1)
 
 
 def choices(program: Program) -> Mapping[str, Sequence[int]]:
     """The fields of a `Config`, each with what the forward of whole mini-batches has by default, and other values."""
-    default = asdict(default_config(program.scans[0], program, False))
+    default = asdict(default_config(form_of(program.scans[0], program), False))
     return {n: (default[n], *(v for v in values if v != default[n])) for n, values in VALUES.items()}
 
 

@@ -22,9 +22,9 @@ import torch
 import typer
 from rich.progress import track
 
-import tttc
 from benchmarks.measure import ROOT
 from tttc import terminal
+from tttc.api import program_for
 from tttc.backends.triton.compiled import compiled_scans
 from tttc.backends.triton.forms import unfused
 from tttc.loading import library_variants
@@ -62,7 +62,7 @@ def measured(work: Work) -> list[dict[str, Any]]:
     """The rows of one variant for one target: a forward and a backward, or why there is no kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
     variant = library_variants()[work.variant]
-    program = tttc.compile(variant, default_dims(signature(variant), work.D), backend="torch").stages.program
+    program = program_for(variant, default_dims(signature(variant), work.D), "triton")
     scan = program.scans[0]
     about = {"variant": work.label, "target": work.target}
     if reason := unfused(scan, program):

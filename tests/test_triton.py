@@ -223,6 +223,26 @@ def test_settings_that_are_not_given_stay_as_they_are():
     assert scan.kernels.options == {d: {"num_warps": 16, "num_stages": 3} for d in (False, True)}
 
 
+# -- the chunk ---------------------------------------------------------------------------------------------------------
+
+
+def chunk_of(variant, dims=None, **settings):
+    """The chunk of a layer, and whether explain says that the backend chose it."""
+    layer = compiled(variant, dims or {"D": 16}, **settings)
+    said = " ".join(layer.explain(stages=()).replace("#", " ").split())
+    return layer.stages.program.plan.chunk, "tokens fits the registers of a program" in said
+
+
+def test_a_free_chunk_is_as_the_kernels_want_it():
+    """Unless the user chose; and where the schedule has no choice, or has chosen fewer, nothing is asked."""
+    assert tttc.compile(LinearAttention, {"D": 16}, backend="torch").stages.program.plan.chunk == 64
+    assert chunk_of(LinearAttention) == (32, True)
+    assert chunk_of(LinearAttention, chunk=64) == (64, False)
+    assert chunk_of(LinearAttention, {"D": 128}) == (16, True)  # four times the state
+    assert chunk_of(LIBRARY["KDA"], dims_of(LIBRARY["KDA"], 16)) == (16, False)
+    assert chunk_of(TTTLinear.replace(mini_batch=64)) == (64, False)
+
+
 # -- what can go wrong -------------------------------------------------------------------------------------------------
 
 

@@ -218,7 +218,8 @@ def test_an_operator_of_a_graph_runs_in_strips_too(multiprocessors):
 
 def smaller(monkeypatch, numbers):
     """A GPU with fewer registers than there is."""
-    monkeypatch.setattr(import_module("tttc.backends.triton.forms"), "LARGEST_STATE", numbers)
+    for name in ("LARGEST_STATE", "LARGEST_STRIP"):
+        monkeypatch.setattr(import_module("tttc.backends.triton.forms"), name, numbers)
 
 
 def test_a_state_that_is_too_large_is_cut(monkeypatch):
@@ -241,7 +242,7 @@ def test_a_state_that_is_too_large_even_in_strips_is_batched(monkeypatch):
     assert "its state of 4096 numbers is larger than the registers" in unfused(program.scans[0], program)
 
 
-@pytest.mark.parametrize(("D", "width"), [(128, 0), (200, 128), (256, 128), (300, 64), (512, 64)])
+@pytest.mark.parametrize(("D", "width"), [(128, 0), (200, 32), (256, 32), (300, 16), (512, 16)])
 def test_the_widest_strip_that_fits_is_taken(D, width):
     program = tttc.compile(LinearAttention, {"D": D}, chunk=16, backend="torch").stages.program
     form = form_of(program.scans[0], program)

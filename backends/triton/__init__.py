@@ -14,6 +14,6 @@ On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set befo
 
 from tttc.backends.triton.emit import emit, notes, refusals
 from tttc.backends.triton.load import load, missing, unavailable
-from tttc.backends.triton.tune import choices, identity, toolchain
+from tttc.backends.triton.tune import choices, chunk, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "missing", "notes", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "chunk", "emit", "identity", "load", "missing", "notes", "refusals", "toolchain", "unavailable"]

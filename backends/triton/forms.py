@@ -23,6 +23,9 @@ TOKENS = "C"
 LARGEST_CHUNK = 128  # tokens: a Gram matrix of them is a block
 LARGEST_VALUE = 1 << 13  # numbers of a value of all tokens of a chunk, some of which go through shared memory at once
 LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the registers of a multiprocessor hold
+# Of what has to be cut anyway: at D=256 strips of four times as many spill several times as much, and take more shared
+# memory than a program may have on gfx942.
+LARGEST_STRIP = 1 << 13
 
 
 def block_size(n: int) -> int:
@@ -123,7 +126,7 @@ class Form:
         widest = max((self.block(a) for p in scan.carry for a in p.axes), default=1)
         if block_size(self.chunk) * widest > LARGEST_VALUE:
             return f"the values of {scan.chunk} tokens and {widest} channels are larger than what fits beside the state"
-        if self.state > LARGEST_STATE:
+        if self.state > (LARGEST_STRIP if self.cut else LARGEST_STATE):
             return f"its state of {self.state} numbers is larger than the registers of one program"
         return ""
 
@@ -139,7 +142,7 @@ def half_of(scan: Scan, program: Program) -> Form | None:
 
 
 def form_of(scan: Scan, program: Program) -> Form:
-    """A whole head where one program can hold it, otherwise the widest strip that it can hold, if there is one."""
+    """A whole head where one program can hold it, otherwise the widest strip that fits well, if there is one."""
     whole = Form(scan, program)
     strip = half_of(scan, program) if whole.too_large() else None
     while strip is not None and strip.too_large():

@@ -125,6 +125,39 @@ def test_half_precision(name, dtype):
     assert not differences(called(layer, short), wanted, allowed, 2 * allowed)
 
 
+class Scalar(tttc.Variant):
+    """Learns one number for each token."""
+
+    W = tttc.state("D", "E")
+    v = tttc.token("E")
+    anchor = "token"
+
+    def learner(self, x):
+        return x @ self.W
+
+    def loss(self, k, v):
+        return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"))
+
+
+@pytest.mark.parametrize(("variant", "dims"), [(DeltaNet, {"D": 16}), (Scalar, {"D": 5, "E": 1})])
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_triangular_systems_of_several_blocks(variant, dims, chunk):
+    """Forward and, transposed, backward; a tail that ends within a block."""
+    assert not compared(variant, dims, 70, chunk=chunk)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
+def test_triangular_systems_of_several_blocks_in_half_precision(dtype, allowed):
+    """The products that link blocks take factors of the dtype of the tokens, as all others do."""
+    layer = compiled(DeltaNet, {"D": 32}, dtype, chunk=64)
+    wide = converted(inputs_for(layer, 128), torch.float32, DEVICE)
+    short = replace(wide, **{n: getattr(wide, n).detach().to(dtype).requires_grad_() for n in ("q", "k", "v")})
+    wanted = oracle_result(DeltaNet, converted(short, torch.float64, "cpu"))
+    assert not differences(called(layer, short), wanted, allowed, 2 * allowed)
+
+
 def test_calls_of_any_length_and_decoding():
     """Open mini-batches, their end, and the kernel of one token."""
     layer = compiled(TTTLinear, {"D": 16}, decode="sums")
@@ -275,6 +308,16 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(import_module("tttc.backends.triton.load"), "interpreted", lambda: False)
     with pytest.raises(BackendRefusal, match="TRITON_INTERPRET=1 set before Python starts"):
         tttc.compile(TTTLinear, {"D": 16}, backend="triton")
+
+
+def test_a_fault_in_a_system_of_several_blocks_is_found():
+    layer = compiled(DeltaNet, {"D": 16}, chunk=64)
+    wrong = layer.source.replace("(second >> n == (first >> n) + 1)", "(second >> n == (first >> n) + 2)")
+    assert wrong != layer.source
+    scan, inputs = layer._scans[layer._name], converted(inputs_for(layer, 40), torch.float32, DEVICE)
+    scan.kernels.module = Module(Source(lambda: wrong, "python"), "faulty")
+    wanted = oracle_result(DeltaNet, converted(inputs, torch.float64, "cpu"))
+    assert differences(called(layer, inputs), wanted, OUTPUT, GRADIENT)
 
 
 # -- the source --------------------------------------------------------------------------------------------------------

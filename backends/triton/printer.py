@@ -274,7 +274,7 @@ class TritonPrinter(Printer):
         x = self.clean(right, (*columns, known), (known,))
         if len(columns) != 1:
             x = Text(f"tl.reshape({x.text}, ({prod(self.block(a) for a in columns)}, {self.block(unknown)}))")
-        found = f"solve_lower({matrix.text}, {x.text}, {self.indices[unknown.size]}, {is_upper(e)})"
+        found = f"solve_lower({matrix.text}, {x.text}, {self.indices[unknown.size]}, operand, {is_upper(e)})"
         return Text(found if len(columns) == 1 else f"tl.reshape({found}, {self.shape(e)})")
 
     def _risky(self, e: Expr) -> list[Axis]:

@@ -28,6 +28,14 @@ class Source:
         return self.write()
 
 
+@dataclass(frozen=True)
+class Preferred:
+    """A chunk that a backend would rather have than the one that costs the least, and why, in words."""
+
+    chunk: int
+    why: str
+
+
 class CompiledScan(Protocol):
     """One scan of the program. Tensors have two leading axes, batch and heads, in the order of `Scan.params`.
 
@@ -94,7 +102,7 @@ def content_of(scan: Scan, program: Program, *kernels: object) -> str:
 
 
 class Backend(Protocol):
-    """The functions of a backend package: three that make kernels, three that say what about them may be tuned."""
+    """The functions of a backend package: those that make kernels, and those that say what about them may be chosen."""
 
     def refusals(self, program: Program) -> list[str]:
         """Why this backend cannot run the program; empty when it can."""
@@ -110,6 +118,12 @@ class Backend(Protocol):
 
     def load(self, source: Source, program: Program, settings: Settings | None = None) -> Mapping[str, CompiledScan]:
         """Source text as callables, by the names of the scans; settings that are not given are the default."""
+        ...
+
+    def chunk(self, program: Program) -> Preferred | None:
+        """Of a scheduled program whose chunk is free: a better one for these kernels, None where there is none. A chunk
+        that the user gave, or that tuning found, is not asked about.
+        """
         ...
 
     def choices(self, program: Program) -> Mapping[str, Sequence[int]]:

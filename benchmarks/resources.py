@@ -22,19 +22,19 @@ import torch
 import typer
 from rich.progress import track
 
-import tttc
 from benchmarks.measure import ROOT
 from tttc import terminal
+from tttc.api import program_for
 from tttc.backends.gpus import GPUS
 from tttc.backends.triton.compiled import compiled_scans
-from tttc.backends.triton.emit import unfused
+from tttc.backends.triton.forms import unfused
 from tttc.loading import library_variants
 from tttc.variant import signature
 from tttc.verify import default_dims
 
 RESULTS = ROOT / "benchmarks" / "results" / "resources.json"
 TARGETS = ("sm_80", "sm_90", "gfx942")
-WIDER = {"TTTLinear": 128}  # also measured at this width
+WIDER = {"TTTLinear": 128, "DeltaNet": 256}  # also measured at this width; the second is cut in strips
 LIMIT = {t: GPUS[t].shared_of_program for t in TARGETS}  # bytes of shared memory that a program may have
 COLUMNS = ("variant", "target", "pass", "registers", "spilled bytes", "shared bytes")
 
@@ -63,7 +63,7 @@ def measured(work: Work) -> list[dict[str, Any]]:
     """The rows of one variant for one target: a forward and a backward, or why there is no kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
     variant = library_variants()[work.variant]
-    program = tttc.compile(variant, default_dims(signature(variant), work.D), backend="torch").stages.program
+    program = program_for(variant, default_dims(signature(variant), work.D), "triton")
     scan = program.scans[0]
     about = {"variant": work.label, "target": work.target}
     if reason := unfused(scan, program):

@@ -17,7 +17,7 @@ import tttc
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result, result_of, split_call
 from tttc.backends import torch as torch_backend
 from tttc.backends.interface import Source
-from tttc.backends.triton.emit import unfused
+from tttc.backends.triton.forms import unfused
 from tttc.backends.triton.load import Module, TritonScan
 from tttc.errors import BackendRefusal
 from tttc.library import TTTMLP, DeltaNet, LinearAttention, TTTLinear
@@ -125,6 +125,39 @@ def test_half_precision(name, dtype):
     assert not differences(called(layer, short), wanted, allowed, 2 * allowed)
 
 
+class Scalar(tttc.Variant):
+    """Learns one number for each token."""
+
+    W = tttc.state("D", "E")
+    v = tttc.token("E")
+    anchor = "token"
+
+    def learner(self, x):
+        return x @ self.W
+
+    def loss(self, k, v):
+        return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"))
+
+
+@pytest.mark.parametrize(("variant", "dims"), [(DeltaNet, {"D": 16}), (Scalar, {"D": 5, "E": 1})])
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_triangular_systems_of_several_blocks(variant, dims, chunk):
+    """Forward and, transposed, backward; a tail that ends within a block."""
+    assert not compared(variant, dims, 70, chunk=chunk)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
+def test_triangular_systems_of_several_blocks_in_half_precision(dtype, allowed):
+    """The products that link blocks take factors of the dtype of the tokens, as all others do."""
+    layer = compiled(DeltaNet, {"D": 32}, dtype, chunk=64)
+    wide = converted(inputs_for(layer, 128), torch.float32, DEVICE)
+    short = replace(wide, **{n: getattr(wide, n).detach().to(dtype).requires_grad_() for n in ("q", "k", "v")})
+    wanted = oracle_result(DeltaNet, converted(short, torch.float64, "cpu"))
+    assert not differences(called(layer, short), wanted, allowed, 2 * allowed)
+
+
 def test_calls_of_any_length_and_decoding():
     """Open mini-batches, their end, and the kernel of one token."""
     layer = compiled(TTTLinear, {"D": 16}, decode="sums")
@@ -220,7 +253,27 @@ def test_settings_that_are_not_given_stay_as_they_are():
     """A large state has more warps than a small one, whatever else is set."""
     layer = compiled(TTTMLP, {"D": 64, "F": 256}, config={"num_stages": 3})
     scan = layer._scans["tttmlp"]
-    assert scan._options == {d: {"num_warps": 16, "num_stages": 3} for d in (False, True)}
+    assert scan.kernels.options == {d: {"num_warps": 16, "num_stages": 3} for d in (False, True)}
+
+
+# -- the chunk ---------------------------------------------------------------------------------------------------------
+
+
+def chunk_of(variant, dims=None, **settings):
+    """The chunk of a layer, and whether explain says that the backend chose it."""
+    layer = compiled(variant, dims or {"D": 16}, **settings)
+    said = " ".join(layer.explain(stages=()).replace("#", " ").split())
+    return layer.stages.program.plan.chunk, "tokens fits the registers of a program" in said
+
+
+def test_a_free_chunk_is_as_the_kernels_want_it():
+    """Unless the user chose; and where the schedule has no choice, or has chosen fewer, nothing is asked."""
+    assert tttc.compile(LinearAttention, {"D": 16}, backend="torch").stages.program.plan.chunk == 64
+    assert chunk_of(LinearAttention) == (32, True)
+    assert chunk_of(LinearAttention, chunk=64) == (64, False)
+    assert chunk_of(LinearAttention, {"D": 128}) == (16, True)  # four times the state
+    assert chunk_of(LIBRARY["KDA"], dims_of(LIBRARY["KDA"], 16)) == (16, False)
+    assert chunk_of(TTTLinear.replace(mini_batch=64)) == (64, False)
 
 
 # -- what can go wrong -------------------------------------------------------------------------------------------------
@@ -241,9 +294,9 @@ def test_a_fault_in_a_kernel_is_found(right, wrong):
     variant = TTTLinear
     layer = compiled(variant, {"D": 16}, checkpoint=2)
     assert right in layer.source
-    module = Module(Source(lambda: layer.source.replace(right, wrong), "python"), layer.stages.program)
+    module = Module(Source(lambda: layer.source.replace(right, wrong), "python"), layer.stages.program.name)
     for scan in layer._scans.values():
-        scan.module = module
+        scan.kernels.module = module
     inputs = converted(inputs_for(layer, 75), torch.float32, DEVICE)
     wanted = oracle_result(variant, converted(inputs, torch.float64, "cpu"))
     assert differences(called(layer, inputs), wanted, OUTPUT, GRADIENT)
@@ -255,6 +308,16 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(import_module("tttc.backends.triton.load"), "interpreted", lambda: False)
     with pytest.raises(BackendRefusal, match="TRITON_INTERPRET=1 set before Python starts"):
         tttc.compile(TTTLinear, {"D": 16}, backend="triton")
+
+
+def test_a_fault_in_a_system_of_several_blocks_is_found():
+    layer = compiled(DeltaNet, {"D": 16}, chunk=64)
+    wrong = layer.source.replace("(second >> n == (first >> n) + 1)", "(second >> n == (first >> n) + 2)")
+    assert wrong != layer.source
+    scan, inputs = layer._scans[layer._name], converted(inputs_for(layer, 40), torch.float32, DEVICE)
+    scan.kernels.module = Module(Source(lambda: wrong, "python"), "faulty")
+    wanted = oracle_result(DeltaNet, converted(inputs, torch.float64, "cpu"))
+    assert differences(called(layer, inputs), wanted, OUTPUT, GRADIENT)
 
 
 # -- the source --------------------------------------------------------------------------------------------------------

@@ -200,6 +200,7 @@ def test_a_key_has_neither_tokens_nor_batch():
 def test_chunks_are_a_choice_only_where_the_schedule_leaves_them_free():
     assert chunk_choices(dualized(LinearAttention, {"D": 3}), 2048)[0] == 64
     assert set(chunk_choices(dualized(LinearAttention, {"D": 3}), 100)) == {1, 8, 16, 32, 64}
+    assert chunk_choices(dualized(LinearAttention, {"D": 3}), 2048, 32)[0] == 32  # as a backend prefers
     assert chunk_choices(dualized(TTTLinear, {"D": 3}), 2048) == ()
     assert chunk_choices(dualized(TTTLinear.replace(mini_batch=64), {"D": 3}), 2048) == (64, 32, 16)
 
@@ -245,6 +246,7 @@ def faulty(fault):
         notes=torch_backend.notes,
         emit=torch_backend.emit,
         load=load,
+        chunk=torch_backend.chunk,
         choices=lambda program: {"fault": (1, 2)},
         identity=lambda program, settings: tuple(settings.items()),
         toolchain=lambda: {},

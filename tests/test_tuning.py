@@ -255,6 +255,17 @@ def test_compile_takes_an_entry_and_computes_the_same():
     assert "n here: 2 as tuned, for calls of at most 100 tokens, otherwise about sqrt(T/C)" in said
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton for this platform")
+def test_what_was_tuned_wins_over_what_a_backend_prefers():
+    place = (torch.float32, "cuda" if torch.cuda.is_available() else "cpu", "triton")
+    assert tttc.compile(LinearAttention, {"D": 16}, *place).stages.program.plan.chunk == 32
+    device = torch.device(place[1])
+    key = tuning_module.key_of(dualized(LinearAttention, {"D": 16}), "triton", BACKENDS["triton"], device, place[0])
+    database.add([entry(key, Choice(chunk=64))])
+    layer = tttc.compile(LinearAttention, {"D": 16}, *place)
+    assert (layer.tuning.how, layer.stages.program.plan.chunk) == ("exact", 64)
+
+
 def test_what_is_given_wins():
     tuned_for(LinearAttention, {"D": 3}, Choice(chunk=8, checkpoint=2))
 

@@ -120,7 +120,7 @@ def compile(
         chosen = _backend(taken, place, dtype)
         lookup = Lookup(taken, chosen, place, dtype, chunk, checkpoint, config)
         numbers = "f64" if dtype == torch.float64 else "f32"
-        stages = run_pipeline(declared, Options(sizes, numbers, chunk, telemetry, lookup.chosen_chunk))
+        stages = run_pipeline(declared, Options(sizes, numbers, chunk, telemetry, lookup.chosen_chunk, chosen.chunk))
         reasons = [*_misplaced(taken, place), *chosen.refusals(stages.program)]
         if not reasons:
             break
@@ -147,6 +147,13 @@ def compile(
         decode=decode,
         tuning=lookup.tuning,
     )
+
+
+def program_for(variant: type[Variant], dims: Mapping[str, int], backend: str) -> Program:
+    """The program that a backend is given to make kernels for a device that need not be there; float32, untuned."""
+    declared = checked_signature(variant)
+    options = Options(_checked_dims(declared, dims), preferred=BACKENDS[backend].chunk)
+    return run_pipeline(declared, options).program
 
 
 def _candidates(backend: str, device: torch.device) -> tuple[list[str], str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tttc import declare
-from tttc.backends.interface import Source
+from tttc.backends.interface import Preferred, Source
 from tttc.errors import NotDifferentiable, SourceLine, problems_text, refusal
 from tttc.ir import differentiate
 from tttc.ir.adjoint import adjoint
@@ -42,6 +42,8 @@ class Options:
     telemetry: bool = False
     tuned: Callable[[Program], int | None] | None = None
     """What tuning has found for the chunk of a program, asked before it is scheduled; it has the last word."""
+    preferred: Callable[[Program], Preferred | None] | None = None
+    """What the backend would rather have, asked of the scheduled program where nothing else has chosen its chunk."""
 
     def chunk_for(self, program: Program) -> int | None:
         return self.chunk if self.tuned is None else self.tuned(program)
@@ -143,13 +145,28 @@ def differentiate_loss(program: Program) -> Program:
         raise NotDifferentiable(problems_text(program.title, [declare.no_gradient(str(states))])) from None
 
 
+def scheduled(program: Program, options: Options) -> Program:
+    """The program as scans of chunks: the chunk as given or tuned, or as the backend would have a free one."""
+    chunk = options.chunk_for(program)
+    made = schedule(program, chunk)
+    assert made.plan is not None
+    if chunk is not None or not made.plan.free or options.preferred is None:
+        return made
+    wanted = options.preferred(made)
+    if wanted is None:
+        return made
+    made = schedule(program, wanted.chunk)
+    assert made.plan is not None
+    return replace(made, plan=replace(made.plan, reason=f"{made.plan.reason}; {wanted.why}"))
+
+
 PIPELINE: tuple[Stage, ...] = (
     Stage("declare", lambda d, o: traced(d, o)),  # the user's loss and output, as written
     Stage("differentiate", lambda p, o: differentiate_loss(p)),  # the gradient of the loss, kept as products
     Stage("simplify", lambda p, o: replace(simplify_program(p), stage="simplify")),
     Stage("primal", lambda p, o: token_loop(p)),  # the definition: a loop over tokens
     Stage("dualize", lambda p, o: dualize(p)),  # a mini-batch at once, no weights of a single token
-    Stage("schedule", lambda p, o: schedule(p, o.chunk_for(p))),  # chunks, open mini-batches, what is carried
+    Stage("schedule", lambda p, o: scheduled(p, o)),  # chunks, open mini-batches, what is carried
     Stage("adjoint", lambda p, o: adjoint(p), COMPOSITES),  # the derivative of every chunk
 )
 

@@ -8,7 +8,7 @@ A kernel is a loop; one turn of it, for one program, has
     spilled                2 * spilled bytes * threads: each is written once and read once, as if in memory: what spills
                            comes after what does not, unless it is little
     chain                  contractions that wait for one another, each `CONTRACTION` seconds at least
-    steps                  tokens of triangular systems, one after the other, each `STEP` seconds
+    steps                  rows of triangular systems, one after the other, each `STEP` seconds
     loads                  times `LOAD` seconds for the first bytes, unless they are read while the turn before computes
 
     work   = matrix / rate of matrix units + elementwise / rate of float32 + (moved + spilled) / bandwidth
@@ -36,12 +36,12 @@ from tttc.backends.gpus import GPU
 from tttc.backends.triton.apart import Made
 from tttc.backends.triton.compiled import stored
 from tttc.backends.triton.emit import rounded
-from tttc.backends.triton.printer import block_size
+from tttc.backends.triton.forms import SMALLEST, Form, block_size
 from tttc.ir import cost
 from tttc.ir.adjoint import backward_block
 from tttc.ir.cost import CHUNK, Formula
-from tttc.ir.expr import Expr, leaves, postorder
-from tttc.ir.program import Assign, Program, Scan
+from tttc.ir.expr import Axis, Expr, leaves, postorder
+from tttc.ir.program import Assign
 
 CONTRACTION = 0.3e-6  # seconds: factors through shared memory, a barrier, a few dependent matrix instructions
 STEP = 0.1e-6  # seconds: two sums over a block
@@ -68,16 +68,18 @@ class Kernel:
     turns: float
     made: Made
     warps: int
+    strips: int = 1
+    """Programs for each head."""
 
     def resident(self, gpu: GPU) -> int:
         return gpu.resident(self.made.resources, self.warps)
 
     def seconds(self, gpu: GPU, programs: int, dtype: torch.dtype) -> float:
-        """The estimate for a call of so many programs; infinite where none of them fits."""
+        """The estimate for a call of so many heads; infinite where no program fits."""
         fit = self.resident(gpu)
         if not fit:
             return float("inf")
-        each = -(-programs // gpu.multiprocessors)
+        each = -(-programs * self.strips // gpu.multiprocessors)
         resident = min(fit, each)
         turn, work = self.turn, self._work(gpu, dtype)
         waits = turn.chain * CONTRACTION + turn.steps * STEP + (0.0 if self.made.ahead else turn.loads * LOAD)
@@ -97,40 +99,46 @@ def estimate(kernels: Sequence[Kernel], gpu: GPU, programs: int, dtype: torch.dt
     return sum(k.seconds(gpu, programs, dtype) for k in kernels)
 
 
-def turn_of(scan: Scan, program: Program, backward: bool, dtype: torch.dtype) -> Turn:
-    """What a kernel of a scan does in one turn. A backward makes the carry before a chunk again, which it writes and
+def turn_of(form: Form, backward: bool, dtype: torch.dtype) -> Turn:
+    """What a kernel does in one turn. A backward makes the carry before a chunk again, which it writes and
     reads, and then takes the chunk backwards.
     """
+    scan, program = form.scan, form.program
     forward = [scan.updates] if scan.loops else []
     sweeps = [*forward, backward_block(program.adjoint_of(scan))] if backward else [scan.block.assigns]
     chunk = int(scan.chunk) if scan.loops else 1
-    blocks = {d: block_size(n) for d, n in program.dims.items()}
+    blocks = {d: form.block(Axis(d, d)) for d in program.dims}
+    dims = {**program.dims, **({form.cut: form.width} if form.cut else {})}
     work = cost.Work()
-    moved = _kept(scan, program, dtype) if backward and scan.loops else 0.0
+    moved = _kept(form, dims, dtype) if backward and scan.loops else 0.0
     chain = steps = 0
     for assigns in sweeps:
         values = [a.value for a in assigns]
         work += cost.work(values)
-        chain += longest_chain(values)
-        steps += sum(e.op == "solve" for e in postorder(values)) * (chunk - 1)
+        solves = sum(e.op == "solve" for e in postorder(values))
+        chain += longest_chain(values) + solves * _products_of_solve(chunk)
+        steps += solves * (min(chunk, SMALLEST) - 1)
         found = [p for p in _touched(assigns) if p.arg[0].at is not None or not scan.loops]
-        moved += sum(
-            stored(p, scan, dtype).itemsize * _number(cost.elements(p.axes), program.dims, chunk) for p in found
-        )
+        moved += sum(stored(p, scan, dtype).itemsize * _number(cost.elements(p.axes), dims, chunk) for p in found)
     matrix, elementwise = (_number(f, blocks, block_size(chunk)) for f in (work.contraction, work.elementwise))
     return Turn(matrix, elementwise, moved, chain, steps, len(sweeps))
 
 
-def _kept(scan: Scan, program: Program, dtype: torch.dtype) -> float:
+def _products_of_solve(chunk: int) -> int:
+    """Of matrices: two for every doubling of the blocks that are inverted by rows, and one with what is solved for."""
+    return 2 * (block_size(chunk) // SMALLEST).bit_length() - 1 if chunk > SMALLEST else 0
+
+
+def _kept(form: Form, dims: Mapping[str, int], dtype: torch.dtype) -> float:
     """Bytes of the carry that a backward writes before each chunk and reads again."""
-    short = rounded(scan, program)
+    short = rounded(form)
     items = {True: dtype.itemsize, False: torch.float32.itemsize}
-    sizes = ((items[str(p.arg[0].name) in short], cost.elements(p.axes)) for p in scan.carry)
-    return sum(2 * item * _number(size, program.dims, 1) for item, size in sizes)
+    sizes = ((items[str(p.arg[0].name) in short], cost.elements(p.axes)) for p in form.scan.carry)
+    return sum(2 * item * _number(size, dims, 1) for item, size in sizes)
 
 
 def longest_chain(values: Iterable[Expr]) -> int:
-    """The most contractions that wait for one another; triangular systems count apart, token by token."""
+    """The most contractions that wait for one another; triangular systems count apart."""
     depths: dict[Expr, int] = {}
     for e in postorder(values):
         own = cost.is_contraction(e) and e.op != "solve"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tttc.api import compile as compile_layer
+from tttc.api import program_for
 from tttc.backends import nvidia
 from tttc.backends import triton as triton_backend
 from tttc.backends import tvm as tvm_backend
@@ -101,7 +101,7 @@ def compile_for(
         raise TTTCError(f"backend {backend!r} compiles for no GPU.\n  There are {', '.join(BUILDERS)}.")
     if backend == "tvm" and not target.startswith("sm_"):
         raise TTTCError(f"backend 'tvm' compiles for NVIDIA GPUs, not for {target}.\n  Use --backend triton.")
-    program = compile_layer(variant, dims, names[dtype], backend="torch").stages.program
+    program = program_for(variant, dims, backend)
     if reasons := missing_for(backend, target, program):
         listed = "\n".join(f"  - {r}" for r in reasons)
         raise BackendRefusal(f"cannot compile for {target} here:\n{listed}")

@@ -25,11 +25,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tttc import database
-from tttc.api import BACKENDS, compile
+from tttc.api import BACKENDS, compile, program_for
 from tttc.backends.gpus import GPU, GPUS
 from tttc.backends.triton.apart import Compilers, NotCompiled, TooLate
 from tttc.backends.triton.compiled import order_of
-from tttc.backends.triton.emit import emit, unfused
+from tttc.backends.triton.emit import emit
+from tttc.backends.triton.forms import Form, form_of, unfused
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config, default_config
 from tttc.declare import checked_signature
@@ -198,9 +199,10 @@ class _Target:
         self.name, self.variant, self.dims = checked_signature(variant).name, variant, dims
         self.dtype, self.gpu, self.forward_only = dtype, gpu, forward_only
         self.batch, self.tokens, self.heads = size
+        program = program_for(variant, dims, "triton")
         with untuned():
-            layer = compile(variant, dims, dtype, backend="torch")
-        dualized, program = layer.stages["dualize"].program, layer.stages.program
+            dualized = compile(variant, dims, dtype, backend="torch").stages["dualize"].program
+        assert program.plan is not None
         assert dualized is not None
         if reasons := missing_for("triton", gpu.target, program):
             listed = "\n".join(f"  - {r}" for r in reasons)
@@ -208,7 +210,7 @@ class _Target:
         work = "forward" if forward_only else "training"
         here = key_of(dualized, "triton", BACKENDS["triton"], torch.device("cpu"), dtype, work)
         self.key = replace(here, device=architecture_name(gpu.target))
-        found = chunk_choices(dualized, self.tokens)
+        found = chunk_choices(dualized, self.tokens, int(program.plan.chunk) if program.plan.free else None)
         chunks: tuple[Value, ...] = tuple(c for c in found if c == found[0] or c in CHUNKS)
         chunks = chunks if len(chunks) > 1 else (None,)
         self._parts: dict[Value, _Parts] = {}
@@ -249,7 +251,7 @@ class _Target:
 
     def identity(self, candidate: Candidate) -> Hashable:
         parts = self._of(candidate.get("chunk"))
-        return candidate.get("chunk"), *(_config(p, parts.program, candidate) for p in parts.kernels)
+        return candidate.get("chunk"), *(_config(p, candidate) for p in parts.kernels)
 
     def row(self, candidate: Candidate, compilers: Compilers, seconds: float, best: float) -> Row:
         parts, kernels = self._of(candidate.get("chunk")), list[Kernel]()
@@ -257,7 +259,7 @@ class _Target:
             return Row(candidate, reason=f"no kernel: {parts.refused}")
         began = time.perf_counter()
         for part in parts.kernels:
-            config = _config(part, parts.program, candidate)
+            config = _config(part, candidate)
             order = {**part.order, "options": dict(config.options)}
             try:
                 made = compilers.compiled(order, max(seconds - (time.perf_counter() - began), 0.0))
@@ -265,7 +267,7 @@ class _Target:
                 return Row(candidate, kernels, reason=f"no time was left to compile {order['kernel']}")
             except NotCompiled as error:
                 return Row(candidate, kernels, reason=f"failed: {order['kernel']}: {error}")
-            kernels.append(Kernel(part.turn, part.turns, made, config.num_warps))
+            kernels.append(Kernel(part.turn, part.turns, made, config.num_warps, part.form.strips))
             row = ranked(candidate, kernels, self.gpu, self.batch * self.heads, self.dtype)
             if row.seconds is None:
                 break
@@ -276,8 +278,11 @@ class _Target:
     def _of(self, chunk: Value) -> _Parts:
         """The program with a chunk; made before threads ask for it, by whoever asks for the identity first."""
         if chunk not in self._parts:
-            with untuned():
-                program = compile(self.variant, self.dims, self.dtype, backend="torch", chunk=chunk).stages.program
+            if chunk is None:
+                program = program_for(self.variant, self.dims, "triton")
+            else:
+                with untuned():
+                    program = compile(self.variant, self.dims, self.dtype, backend="torch", chunk=chunk).stages.program
             self._parts[chunk] = _parts(program, self.dtype, self.gpu.target, self.tokens, self.forward_only)
         return self._parts[chunk]
 
@@ -286,7 +291,7 @@ class _Target:
 class _Part:
     """One kernel of a program, and how often a call runs its loop."""
 
-    scan: Scan
+    form: Form
     backward: bool
     turns: int
     turn: Turn
@@ -305,17 +310,17 @@ class _Parts:
 
 
 def _parts(program: Program, dtype: torch.dtype, target: str, tokens: int, forward_only: bool) -> _Parts:
-    module = Module(emit(program), program)
+    module = Module(emit(program), program.name)
     refused = unfused(program.scans[0], program)
     found = [] if refused else list(_regular(program, tokens))
     fused = [(s, turns) for s, turns in found if not unfused(s, program)]
     left_out = [f"{s.name}, which is batched operations ({w})" for s, _ in found if (w := unfused(s, program))]
     kernels = []
     for scan, turns in fused:
+        form = form_of(scan, program)
         for backward in (False, True) if scan.differentiated and not forward_only else (False,):
-            own = default_config(scan, program, backward)
-            order = order_of(module, scan, backward, dtype, target, own)
-            kernels.append(_Part(scan, backward, turns, turn_of(scan, program, backward, dtype), order))
+            order = order_of(module, form, backward, dtype, target, default_config(form, backward))
+            kernels.append(_Part(form, backward, turns, turn_of(form, backward, dtype), order))
     return _Parts(program, kernels, refused, left_out)
 
 
@@ -329,10 +334,10 @@ def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
             yield scan, math.ceil(float(cost.evaluate(turns, sizes)))
 
 
-def _config(part: _Part, program: Program, candidate: Candidate) -> Config:
+def _config(part: _Part, candidate: Candidate) -> Config:
     """The settings of a kernel: those of the candidate, otherwise its own."""
     given = {n: v for n, v in candidate.items() if n != "chunk" and v is not None}
-    return replace(default_config(part.scan, program, part.backward), **given)
+    return replace(default_config(part.form, part.backward), **given)
 
 
 __all__ = ["StaticTuning", "tune_statically"]

@@ -239,12 +239,13 @@ def _candidate(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[s
     return {n: wanted.get(n, values[0]) for n, values in choices.items()}
 
 
-def chunk_choices(program: Program, tokens: int) -> tuple[int, ...]:
-    """Chunks that differ, for a program that is not scheduled yet; the default first, then what is near it.
+def chunk_choices(program: Program, tokens: int, preferred: int | None = None) -> tuple[int, ...]:
+    """Chunks that differ, for a program that is not scheduled yet; the default first, which is what the backend
+    prefers where it does, then what is near it.
 
     Empty where the mini-batch leaves no choice.
     """
-    default = choose_plan(program, None)
+    default = choose_plan(program, preferred)
     if isinstance(default.chunk, str):
         return ()
     found = {_layout(default): default.chunk}
@@ -320,11 +321,17 @@ class _Subject:
 
     def choices(self) -> dict[str, tuple[Value, ...]]:
         """Every coordinate with its values; those that need nothing compiled come first."""
-        chunks = chunk_choices(self.dualized, self.tokens)
+        chunks = self._chunks()
         config = {n: tuple(values) for n, values in self.backend.choices(self.exact.stages.program).items()}
         found: dict[str, tuple[Value, ...]] = {"checkpoint": (None, *self._checkpoints())}
         found |= {"chunk": chunks} if chunks else {}
         return {n: values for n, values in {**found, **config}.items() if len(values) > 1}
+
+    def _chunks(self) -> tuple[int, ...]:
+        plan = self.scheduled.plan
+        assert plan is not None
+        preferred = self.backend.chunk(self.scheduled) if plan.free else None
+        return chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
 
     def _checkpoints(self) -> tuple[int, ...]:
         """Distances at which the carries that are kept take about as much memory as the call itself."""
@@ -380,7 +387,7 @@ class _Subject:
         plan = self.scheduled.plan
         assert plan is not None
         if plan.free:
-            return min(self.tokens, 3 * max(chunk_choices(self.dualized, self.tokens) or (64,)) + 5)
+            return min(self.tokens, 3 * max(self._chunks() or (64,)) + 5)
         if isinstance(plan.mini_batch, int):
             return min(self.tokens, plan.mini_batch * -(-48 // plan.mini_batch))
         return min(self.tokens, 300)

@@ -2,6 +2,6 @@
 
 from tttc.backends.torch.emit import emit, notes, refusals
 from tttc.backends.torch.load import load
-from tttc.backends.torch.tune import choices, identity, toolchain
+from tttc.backends.torch.tune import choices, chunk, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "notes", "refusals", "toolchain"]
+__all__ = ["choices", "chunk", "emit", "identity", "load", "notes", "refusals", "toolchain"]

@@ -6,13 +6,18 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
-from tttc.backends.interface import Settings
+from tttc.backends.interface import Preferred, Settings
 from tttc.ir.program import Program
 
 
 def choices(program: Program) -> Mapping[str, Sequence[int]]:
     """No settings."""
     return {}
+
+
+def chunk(program: Program) -> Preferred | None:
+    """The one that costs the least."""
+    return None
 
 
 def identity(program: Program, settings: Settings) -> Hashable:
@@ -25,4 +30,4 @@ def toolchain() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
-__all__ = ["choices", "identity", "toolchain"]
+__all__ = ["choices", "chunk", "identity", "toolchain"]

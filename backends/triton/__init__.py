@@ -1,6 +1,7 @@
-"""Fused kernels for GPUs: scans as Triton source, a program for each batch element and head.
+"""Fused kernels for GPUs: scans as Triton source, a program for each batch element and head, or for a strip of one.
 
     emit.py     a scan as two kernels: forward, and the derived backward
+    forms.py    what a kernel is made of: a head or a strip of it, its blocks, its tensors
     printer.py  expressions as blocks
     padding.py  what lies beyond the ends of blocks
     ops.py      elementwise functions
@@ -14,6 +15,6 @@ On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set befo
 
 from tttc.backends.triton.emit import emit, notes, refusals
 from tttc.backends.triton.load import load, missing, unavailable
-from tttc.backends.triton.tune import choices, identity, toolchain
+from tttc.backends.triton.tune import choices, chunk, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "missing", "notes", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "chunk", "emit", "identity", "load", "missing", "notes", "refusals", "toolchain", "unavailable"]

@@ -11,7 +11,8 @@ import torch
 
 from tttc.backends import nvidia
 from tttc.backends.triton import worker
-from tttc.backends.triton.emit import emit, rounded, tensors, unfused, unspecialized
+from tttc.backends.triton.emit import emit, rounded
+from tttc.backends.triton.forms import Form, form_of, unfused
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.tune import Config, default_config
 from tttc.ir.expr import Expr
@@ -35,24 +36,24 @@ def compiled_scans(
     if interpreted():
         raise nvidia.ToolkitMissing("Triton interprets here and compiles nothing.\n  Unset TRITON_INTERPRET.")
     source = emit(program)
-    module = Module(source, program)
+    module = Module(source, program.name)
     for scan in program.scans if scans is None else scans:
         if unfused(scan, program):
             continue
+        form = form_of(scan, program)
         for backward in (False, True) if scan.differentiated else (False,):
-            config = default_config(scan, program, backward)
-            made = compiled(module, scan, backward, dtype, target, config)
+            made = compiled(module, form, backward, dtype, target, default_config(form, backward))
             texts = {f".{n}": made.asm[n] for n in ("ttir", "ttgir", "ptx", "amdgcn") if n in made.asm}
             files = {n: text.encode() for n, text in ({".py": source.text} | texts).items()}
             binaries = {f".{n}": made.asm[n] for n in ("cubin", "hsaco") if n in made.asm}
             yield Compiled(resources(made, target), files | binaries)
 
 
-def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
+def compiled(module: Module, form: Form, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
     """A kernel compiled for a target: what Triton makes of it."""
-    order = order_of(module, scan, backward, dtype, target, config)
+    order = order_of(module, form, backward, dtype, target, config)
     try:
-        return worker.compiled(order, module.kernel(scan, backward))
+        return worker.compiled(order, module.kernel(form.scan, backward))
     except Exception as error:  # whatever is wrong in a compiler, and there are several one after the other
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise nvidia.ToolkitMissing(
@@ -62,16 +63,18 @@ def compiled(module: Module, scan: Scan, backward: bool, dtype: torch.dtype, tar
 
 
 def order_of(
-    module: Module, scan: Scan, backward: bool, dtype: torch.dtype, target: str, config: Config
+    module: Module, form: Form, backward: bool, dtype: torch.dtype, target: str, config: Config
 ) -> dict[str, Any]:
     """All that has to be known to compile a kernel, as plain data: its source, and what a launch would tell of it."""
     signature: dict[str, str] = {}
-    short = rounded(scan, module.program) if backward and scan.loops else set()
-    for t in tensors(scan, backward):
+    scan = form.scan
+    short = rounded(form) if backward and scan.loops else set()
+    for t in form.tensors(backward):
         work = t.name.endswith("_work") and str(t.of.arg[0].name) in short
-        signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else stored(t.of, scan, dtype)]}"
+        full = torch.float32 if t.parts else stored(t.of, scan, dtype)  # what is still to be added up is not rounded
+        signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else full]}"
         signature |= dict.fromkeys(t.strides, "i32")
-    plain = unspecialized(scan, backward)
+    plain = form.unspecialized(backward)
     divisible = [name for name in signature if name not in plain]
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
     signature |= {"operand": "constexpr", "index": "constexpr"}

@@ -13,14 +13,15 @@ from the one that was kept, and then takes the chunks backwards.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 from tttc.backends.interface import Source
+from tttc.backends.triton.forms import TOKENS, Form, Tensor, form_of, free_name, name_of, unfused
 from tttc.backends.triton.ops import HELPERS, formula
 from tttc.backends.triton.padding import Padding
-from tttc.backends.triton.printer import TOKENS, TritonPrinter, block_size, wide
+from tttc.backends.triton.printer import TritonPrinter, wide
 from tttc.ir.adjoint import backward_block
 from tttc.ir.differentiate import lower_composites
 from tttc.ir.expr import Axis, Expr, leaves, postorder
@@ -35,11 +36,24 @@ import triton.language as tl
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
 _LOCALS = (
     *("tl", "triton", "operand", "index", "range", "float", "H", "T", "every", "groups"),
-    *("i", "b", "h", "t", "chunk", "first", "length", "inside", "token", "back", "group", "count", "j", "j_back"),
+    *(
+        "i",
+        "b",
+        "h",
+        "t",
+        "chunk",
+        "strip",
+        "first",
+        "length",
+        "inside",
+        "token",
+        "back",
+        "group",
+        "count",
+        "j",
+        "j_back",
+    ),
 )
-LARGEST_CHUNK = 128  # tokens: a Gram matrix of them is a block
-LARGEST_VALUE = 1 << 13  # numbers of a value of all tokens of a chunk, some of which go through shared memory at once
-LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the registers of a multiprocessor hold
 
 
 def refusals(program: Program) -> list[str]:
@@ -49,55 +63,46 @@ def refusals(program: Program) -> list[str]:
     return []
 
 
-def unfused(scan: Scan, program: Program) -> str:
-    """Why a scan is no kernel but a sequence of batched operations; "" where it is one."""
-    axes = {a for p in (*scan.params, *scan.results) for a in p.axes}
-    if any(a.size == "n" for a in axes):
-        return "its rows come one after the other, each from all before it"
-    if not scan.loops and any(a.size == TOKENS for a in axes):
-        return "it is elementwise over the tokens of a chunk"
-    if scan.chunk == "T" or int(scan.chunk) > LARGEST_CHUNK:
-        return f"its chunk is {'the whole sequence' if scan.chunk == 'T' else f'{scan.chunk} tokens'}"
-    widest = max((block_size(program.dims[a.size]) for p in scan.carry for a in p.axes), default=1)
-    if scan.loops and block_size(int(scan.chunk)) * widest > LARGEST_VALUE:
-        return f"the values of {scan.chunk} tokens and {widest} channels are larger than what fits beside the state"
-    size = sum(prod(block_size(program.dims[a.size]) for a in p.axes) for p in scan.carry)
-    if scan.loops and size > LARGEST_STATE:
-        return f"its state of {size} numbers is larger than the registers of one program"
-    if any(
-        e.op == "solve" and set(e.src[0].axes) - set(e.arg) for e in postorder([a.value for a in scan.block.assigns])
-    ):
-        return "its triangular system has further axes"
-    return ""
-
-
 def notes(program: Program) -> list[str]:
-    """The scans that are no kernels, and why."""
-    left = {s.name: unfused(s, program) for s in program.scans}
-    return [f"{name} as batched operations: {why}" for name, why in left.items() if why]
+    """The scans that are no kernels, those of which a program has but a strip, and why."""
+    found = []
+    for scan in program.scans:
+        if why := unfused(scan, program):
+            found.append(f"{scan.name} as batched operations: {why}")
+        elif why := Form(scan, program).too_large():
+            found.append(f"{scan.name} in {form_of(scan, program).strips} strips: {why}")
+    return found
 
 
 def emit(program: Program) -> Source:
     """The whole program as one Python file."""
-    return Source(lambda: module_text(program), "python")
+    return Source(lambda: _program_text(program), "python")
 
 
-def module_text(program: Program) -> str:
-    """The file: the functions that its kernels use, then the kernels."""
-    fused = [s for s in program.scans if not unfused(s, program)]
-    kernels = [text for s in fused for text in _kernels(s, program)]
-    roots = [a.value for s in fused for a in (*_forward(s), *(_backward(s, program) if s.differentiated else ()))]
+def emit_forms(name: str, forms: Sequence[Form]) -> Source:
+    """The kernels of these forms as one Python file."""
+    return Source(lambda: module_text(name, forms), "python")
+
+
+def _program_text(program: Program) -> str:
+    """The file of a whole program; what is no kernel is said at its end."""
+    left = {s.name: unfused(s, program) for s in program.scans}
+    text = module_text(program.name, [form_of(s, program) for s in program.scans if not left[s.name]])
+    said = [f"# {name}: {why}" for name, why in left.items() if why]
+    return "\n".join([text, "\n# As batched operations of PyTorch (tttc.backends.torch):", *said, ""]) if said else text
+
+
+def module_text(name: str, forms: Sequence[Form]) -> str:
+    """A file: the functions that its kernels use, then the kernels."""
+    kernels = [text for form in forms for text in _kernels(form)]
+    roots = [a.value for f in forms for a in (*_forward(f), *(_backward(f) if f.scan.differentiated else ()))]
     functions = [f"\n@triton.jit\n{formula_text(f, formula)}\n" for f in formulas(roots)]
     used = "\n".join([*functions, *kernels])
     helpers: list[str] = []
     for function, text in reversed(_functions().items()):
         if f"{function}(" in used + "".join(helpers):
             helpers.insert(0, text)
-    parts = [HEADER.format(name=program.name), *helpers, *functions, *kernels]
-    left = [f"# {s.name}: {unfused(s, program)}" for s in program.scans if s not in fused]
-    if left:
-        parts.append("\n# As batched operations of PyTorch (tttc.backends.torch):\n" + "\n".join(left) + "\n")
-    return "\n".join(parts)
+    return "\n".join([HEADER.format(name=name), *helpers, *functions, *kernels])
 
 
 def _functions() -> dict[str, str]:
@@ -105,88 +110,48 @@ def _functions() -> dict[str, str]:
     return {text.split("def ")[1].split("(")[0]: text for text in HELPERS.values()}
 
 
-def _kernels(scan: Scan, program: Program) -> list[str]:
-    texts = [_Kernel(scan, program, False).forward()]
-    return [*texts, _Kernel(scan, program, True).backward()] if scan.differentiated else texts
+def _kernels(form: Form) -> list[str]:
+    texts = [_Kernel(form, False).forward()]
+    return [*texts, _Kernel(form, True).backward()] if form.scan.differentiated else texts
 
 
-def _forward(scan: Scan) -> list[Assign]:
+def _forward(form: Form) -> list[Assign]:
     """The block of a scan in operations that are no composites."""
-    assigns = scan.block.assigns
+    assigns = form.scan.block.assigns
     values = lower_composites([a.value for a in assigns], leaves(a.value for a in assigns))
     return [Assign(a.target, v) for a, v in zip(assigns, values, strict=True)]
 
 
-def _backward(scan: Scan, program: Program) -> list[Assign]:
-    return backward_block(program.adjoint_of(scan))
+def _backward(form: Form) -> list[Assign]:
+    return backward_block(form.program.adjoint_of(form.scan))
 
 
-def tensors(scan: Scan, backward: bool) -> list[Tensor]:
-    """The tensors of a kernel, in the order of its parameters."""
-    if not backward:
-        found = [Tensor(p, _name(p)) for p in scan.params]
-        found += [Tensor(a.target, _name(a.target)) for a in scan.outputs]
-        found += [Tensor(a.target, f"{_name(a.target)}_out") for a in scan.updates]
-        return found + [Tensor(p, f"{_name(p)}_kept", True) for p in scan.carry if scan.loops]
-    found = [Tensor(p, f"{_name(p)}_kept", scan.loops) for p in scan.carry]
-    found += [Tensor(p, _name(p)) for p in (*scan.fixed, *scan.sequence)]
-    found += [Tensor(cotangent(a.target), _name(cotangent(a.target))) for a in (*scan.outputs, *scan.updates)]
-    found += [Tensor(cotangent(p), f"{_name(cotangent(p))}_out") for p in scan.params]
-    return found + [Tensor(p, f"{_name(p)}_work", True) for p in scan.carry if scan.loops]
-
-
-def unspecialized(scan: Scan, backward: bool) -> list[str]:
-    """The parameters that change from call to call and make no kernel faster: without their names here, Triton would
-    compile again for every length that is, or is not, a multiple of 16.
-    """
-    scalars = [t for t in tensors(scan, backward) if not any(a.size != TOKENS for a in t.of.axes)]
-    return [*(["T", "every", "groups"] if scan.loops else ["H"]), *(n for t in scalars for n in t.strides)]
-
-
-def rounded(scan: Scan, program: Program) -> set[str]:
+def rounded(form: Form) -> set[str]:
     """The carries that a backward chunk reads as factors of products alone: what is kept of them within a group of
     chunks may have the dtype of these.
     """
-    kernel = _Kernel(scan, program, True)
+    scan, kernel = form.scan, _Kernel(form, True)
     kernel.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
-    kernel.body(_backward(scan, program), {_name(cotangent(p)): Tensor(p, _name(p)) for p in scan.sequence})
-    return {_name(p) for p in scan.carry if p.axes and kernel.found(p) not in kernel.printer.widened}
+    kernel.body(_backward(form), {name_of(cotangent(p)): Tensor(p, name_of(p)) for p in scan.sequence})
+    return {name_of(p) for p in scan.carry if p.axes and kernel.found(p) not in kernel.printer.widened}
 
 
 def _d_outputs(scan: Scan) -> list[Expr]:
     return [cotangent(a.target) for a in scan.outputs]
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A parameter of a kernel: what it holds, its name, and whether it has a place for each of several chunks."""
-
-    of: Expr
-    name: str
-    many: bool = False
-
-    @property
-    def strides(self) -> list[str]:
-        """The parameters that say how far its heads and tokens lie apart; what is dense needs none."""
-        if self.many:
-            return []
-        letters = ["b", "h", "t"] if self.of.arg[0].at else ["b", "h"]
-        return [f"{self.name}_{x}" for x in letters]
-
-
 @dataclass
 class _Kernel:
     """One kernel, written line by line."""
 
-    scan: Scan
-    program: Program
+    form: Form
     backwards: bool
     lines: list[str] = field(default_factory=list)
     depth: int = 1
 
     def __post_init__(self) -> None:
-        self.chunk = int(self.scan.chunk) if self.scan.loops else 1
-        self.padding = Padding(self._padded)
+        self.scan, self.program, self.chunk = self.form.scan, self.form.program, self.form.chunk
+        self.padding = Padding(self.form.padded)
         self.ragged = self.scan.loops and self.chunk > 1
         dims = dict.fromkeys(a.size for p in (*self.scan.params, *self.scan.results) for a in p.axes)
         inner = [a.size for e in postorder(a.value for a in self.scan.block.assigns) for a in e.axes]
@@ -197,35 +162,32 @@ class _Kernel:
         """Names for what the kernel has beside the values of the program, and others for values that are called so: a
         state may be named b, and a value as the user's own code has it.
         """
-        values = _forward(self.scan) if not self.backwards else _backward(self.scan, self.program)
-        known = {_name(e) for e in (*leaves(a.value for a in values), *(a.target for a in values))}
-        known |= {_name(p) for p in (*self.scan.results, *(t.of for t in tensors(self.scan, self.backwards)))}
+        values = _forward(self.form) if not self.backwards else _backward(self.form)
+        given = self.form.tensors(self.backwards)
+        known = {name_of(e) for e in (*leaves(a.value for a in values), *(a.target for a in values))}
+        known |= {name_of(p) for p in (*self.scan.results, *(t.of for t in given))}
         own = {*_LOCALS, *_functions(), *(f.name for f in formulas(a.value for a in values))}
-        own |= {x for t in tensors(self.scan, self.backwards) for x in (f"{t.name}_ptr", *t.strides)}
+        own |= {x for t in given for x in (f"{t.name}_ptr", *t.strides)}
         own |= {f"{n}{end}" for n in known for end in ("_found", "_f32")}
         self.indices = {TOKENS: "t"}
         for d in self.used:
             if d != TOKENS:
-                self.indices[d] = _free(d.lower(), own | known)
+                self.indices[d] = free_name(d.lower(), own | known)
                 own.add(self.indices[d])
         self.taken = own | known
         self.called: dict[str, str] = {}
         for name in sorted(known & own):
-            self.called[name] = _free(name, self.taken)
+            self.called[name] = free_name(name, self.taken)
             self.taken.add(self.called[name])
         self.taken |= {f"{n}{end}" for n in self.taken for end in ("_found", "_f32", "_found_f32")}
 
     def variable(self, p: Expr) -> str:
         """What a variable of the program is called."""
-        return self.called.get(_name(p), _name(p))
+        return self.called.get(name_of(p), name_of(p))
 
     def found(self, p: Expr) -> str:
         """What a carry is called as a chunk of the backward finds it."""
         return f"{self.variable(p)}_found"
-
-    def _padded(self, axis: Axis) -> bool:
-        n = self.chunk if axis.size == TOKENS else self.program.dims[axis.size]
-        return self.ragged if axis.size == TOKENS else block_size(n) != n
 
     # -- text
 
@@ -251,11 +213,11 @@ class _Kernel:
         """The signature, and where the head of this program lies."""
         scan, backward = self.scan, self.backwards
         self.depth = 0
-        found = tensors(scan, backward)
+        found = self.form.tensors(backward)
         parameters = [x for t in found for x in (f"{t.name}_ptr", *t.strides)]
         sizes = ["H", *(["T", "every", "groups"] if scan.loops else [])]
         self.line("")
-        names = [f'"{n}"' for n in unspecialized(scan, backward)]
+        names = [f'"{n}"' for n in self.form.unspecialized(backward)]
         self.wrapped("@triton.jit(do_not_specialize=[", names, "])")
         suffix = "_adjoint" if backward else ""
         settings = ["operand: tl.constexpr", "index: tl.constexpr"]
@@ -265,9 +227,11 @@ class _Kernel:
         self.line(f'"""{doc}"""')
         self.line("i = tl.program_id(0).to(index)")
         self.line("b, h = i // H, i % H")
+        if self.form.cut:
+            self.line(f"strip = tl.program_id(1).to(index)  # of {self.form.strips}")
         for d in self.used:
-            n = self.chunk if d == TOKENS else self.program.dims[d]
-            self.line(f"{self.indices[d]} = tl.arange(0, {block_size(n)})")
+            first = f"strip * {self.form.width} + " if d == self.form.cut else ""
+            self.line(f"{self.indices[d]} = {first}tl.arange(0, {self.form.block(Axis(d, d))})")
 
     # -- memory
 
@@ -289,7 +253,7 @@ class _Kernel:
         conditions = []
         axes = self.printer.arranged(p.axes)
         for a in axes:
-            if not self._padded(a):
+            if not self.form.padded(a):
                 continue
             if a.size == TOKENS:
                 conditions.append(self.printer.place(a, axes).replace("t", "inside", 1))
@@ -304,7 +268,7 @@ class _Kernel:
             size = prod(self.program.dims[a.size] for a in p.axes)
             place = f"(i * {at[0]} + {at[1]})" + (f" * {size}" if size > 1 else "")
         else:
-            place = f"b * {t.name}_b + h * {t.name}_h"
+            place = f"b * {t.name}_b + h * {t.name}_h" + (f" + strip * {t.name}_s" if t.parts else "")
         return f"{t.name}_ptr + ({place}{f' + {offset}' if offset else ''})"
 
     def load(self, t: Tensor, name: str, at: Place = None) -> None:
@@ -350,7 +314,7 @@ class _Kernel:
             axes = targets[step.target].axes if step.target else step.value.axes
             text = printer.ordered(step.value, printer.arranged(axes))
             if step.target is not None and step.target.at is None:
-                unclean = [a for a in axes if self._padded(a) and a not in self.padding.zero(step.value)]
+                unclean = [a for a in axes if self.form.padded(a) and a not in self.padding.zero(step.value)]
                 text = printer.cut(text, printer.arranged(axes), unclean)
             if text.text == name:
                 continue
@@ -380,16 +344,16 @@ class _Kernel:
         """What is loaded in the dtype of its tensor: blocks of tokens, and a carry as a backward chunk finds it."""
         self.loaded = [self.variable(p) for p in loaded if self.scan.loops and len(p.axes) > 1 and p.arg[0].at]
         self.loaded += [self.found(p) for p in carry if p.axes]
-        self.printer = TritonPrinter(self.program.dims, self.chunk, self.indices, self.padding, self.loaded)
-        self.printer.called = self.called | {_name(p): self.found(p) for p in carry}
+        self.printer = TritonPrinter(self.form, self.indices, self.padding, self.loaded)
+        self.printer.called = self.called | {name_of(p): self.found(p) for p in carry}
 
     def forward(self) -> str:
         scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence])
-        named = {t.name: t for t in tensors(scan, False)}
+        named = {t.name: t for t in self.form.tensors(False)}
         for p in (*scan.fixed, *scan.carry):
-            self.load(named[_name(p)], self.variable(p))
+            self.load(named[name_of(p)], self.variable(p))
         if scan.loops:
             self.line(f"for chunk in range(0, tl.cdiv(T, {self.chunk})):")
             self.depth += 1
@@ -397,40 +361,40 @@ class _Kernel:
             self.line("if chunk % every == 0 and groups > 0:")
             self.depth += 1
             for p in scan.carry:
-                self.store(named[f"{_name(p)}_kept"], self.variable(p), ("groups", "chunk // every"))
+                self.store(named[f"{name_of(p)}_kept"], self.variable(p), ("groups", "chunk // every"))
             self.depth -= 1
             for p in scan.sequence:
-                self.load(named[_name(p)], self.variable(p))
-        self.body(_forward(scan), named)
+                self.load(named[name_of(p)], self.variable(p))
+        self.body(_forward(self.form), named)
         self.depth = 1
         for a in scan.updates:
             self.store(named[f"{a.leaf.name}_out"], self.variable(a.target))
         return "\n".join(self.lines) + "\n"
 
     def backward(self) -> str:
-        scan, program = self.scan, self.program
+        scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)])
-        named = {t.name: t for t in tensors(scan, True)}
+        named = {t.name: t for t in self.form.tensors(True)}
         d_made = [cotangent(a.target) for a in scan.updates]
-        block = _backward(scan, program)
+        block = _backward(self.form)
         for p in scan.fixed:
-            self.load(named[_name(p)], self.variable(p))
+            self.load(named[name_of(p)], self.variable(p))
         for d in d_made:
-            self.load(named[_name(d)], self.variable(d))
+            self.load(named[name_of(d)], self.variable(d))
         for d in map(cotangent, scan.fixed):
             self.line(f"{self.variable(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
-        stores = {_name(cotangent(p)): named[f"{_name(cotangent(p))}_out"] for p in scan.sequence}
+        stores = {name_of(cotangent(p)): named[f"{name_of(cotangent(p))}_out"] for p in scan.sequence}
         if scan.loops:
             self._sweeps(block, named, stores)
         else:
             for p in scan.carry:
-                self.load(named[f"{_name(p)}_kept"], self.variable(p))
+                self.load(named[f"{name_of(p)}_kept"], self.variable(p))
             self.body(block, stores)
         self.depth = 1
         for p in (*scan.carry, *scan.fixed):
             d = cotangent(p)
-            self.store(named[f"{_name(d)}_out"], self.variable(d))
+            self.store(named[f"{name_of(d)}_out"], self.variable(d))
         return "\n".join(self.lines) + "\n"
 
     def _sweeps(self, block: Sequence[Assign], named: dict[str, Tensor], stores: dict[str, Tensor]) -> None:
@@ -440,17 +404,17 @@ class _Kernel:
         self.line("group = groups - 1 - back")
         self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
         for p in scan.carry:
-            self.load(named[f"{_name(p)}_kept"], self.variable(p), ("groups", "group"))
+            self.load(named[f"{name_of(p)}_kept"], self.variable(p), ("groups", "group"))
         self.line("for j in range(0, count):  # the carry before every chunk of the group")
         self.depth += 1
         for p in scan.carry:
-            self.store(named[f"{_name(p)}_work"], self.variable(p), ("every", "j"))
+            self.store(named[f"{name_of(p)}_work"], self.variable(p), ("every", "j"))
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
-        updates = [a for a in _forward(scan) if a.leaf.at is None]
+        updates = [a for a in _forward(self.form) if a.leaf.at is None]
         read = {e.arg[0].name for e in leaves(a.value for a in updates)}
         for p in scan.sequence:
-            if _name(p) in read:
-                self.load(named[_name(p)], self.variable(p))
+            if name_of(p) in read:
+                self.load(named[name_of(p)], self.variable(p))
         self.body(updates, {})
         self.depth -= 1
         self.line("tl.debug_barrier()  # what one thread has stored, others load")
@@ -460,24 +424,13 @@ class _Kernel:
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
         for p in scan.carry:
-            self.load(named[f"{_name(p)}_work"], self.found(p), ("every", "j"))
+            self.load(named[f"{name_of(p)}_work"], self.found(p), ("every", "j"))
         for p in (*scan.sequence, *_d_outputs(scan)):
-            self.load(named[_name(p)], self.variable(p))
+            self.load(named[name_of(p)], self.variable(p))
         self.body(block, stores)
         self.depth -= 1
         self.line("tl.debug_barrier()")
         self.depth -= 1
 
 
-def _name(p: Expr) -> str:
-    return str(p.arg[0].name)
-
-
-def _free(name: str, taken: Collection[str]) -> str:
-    """The name, or one that nothing else has."""
-    while name in taken:
-        name += "_"
-    return name
-
-
-__all__ = ["emit", "module_text", "notes", "refusals", "rounded", "tensors", "unfused", "unspecialized"]
+__all__ = ["emit", "emit_forms", "module_text", "notes", "refusals", "rounded"]

@@ -21,12 +21,14 @@ from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
-from tttc.backends.triton.emit import rounded, tensors, unfused
+from tttc.backends.triton.emit import emit_forms, rounded
+from tttc.backends.triton.forms import SMALLEST, Form, form_of, half_of, name_of, unfused
 from tttc.backends.triton.tune import default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
+SHORT = 256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
 # Triton's interpreter holds bfloat16 as whole numbers, and multiplies these where they are factors of a product.
 INTERPRETED_DOT = """
 @triton.jit
@@ -62,7 +64,7 @@ def load(source: Source, program: Program, settings: Settings | None = None) -> 
     """Every scan: by its kernels, or where it has none as batched operations of PyTorch, whose products are those of
     its libraries and what is between them fused by torch.compile.
     """
-    module = Module(source, program)
+    module = Module(source, program.name)
     batched: Mapping[str, CompiledScan] = {}
     if any(unfused(s, program) for s in program.scans):
         steps = None if interpreted() else torch.compile
@@ -76,8 +78,8 @@ def load(source: Source, program: Program, settings: Settings | None = None) -> 
 class Module:
     """The generated file, run when its first kernel is: Triton is not imported before."""
 
-    def __init__(self, source: Source, program: Program) -> None:
-        self.source, self.program = source, program
+    def __init__(self, source: Source, name: str) -> None:
+        self.source, self.name = source, name
 
     @cached_property
     def kernels(self) -> ModuleType:
@@ -86,7 +88,7 @@ class Module:
         path = cached("triton", text, ".py", lambda p: _write(p, text))
         name = str(path) if path else f"<tttc {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-        module = ModuleType(f"tttc_{self.program.name}")
+        module = ModuleType(f"tttc_{self.name}")
         module.__file__ = name
         exec(compile(text, name, "exec"), module.__dict__)
         return module
@@ -96,18 +98,65 @@ class Module:
         return getattr(self.kernels, f"{scan.name}{'_adjoint' if backward else ''}")
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device can run, each with registers of its own; the interpreter runs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+class Kernels:
+    """The forward and the backward kernel of one form of a scan."""
+
+    def __init__(self, form: Form, module: Module, settings: Settings) -> None:
+        self.form, self.module = form, module
+        directions = (False, True) if form.scan.differentiated else (False,)
+        self._tensors = {d: form.tensors(d) for d in directions}
+        self.options = {d: replace(default_config(form, d), **settings).options for d in directions}
+
+    @cached_property
+    def rounded(self) -> set[str]:
+        """The carries of which a backward works with copies in the dtype of the factors of its products."""
+        return rounded(self.form)
+
+    def place(self, p: Expr, whole: torch.Tensor) -> torch.Tensor:
+        """Where the cotangent of a variable is written: in its tensor, or for what all strips read in parts of float32,
+        which lie next to heads and tokens: [B, H, strips, ...] or [B, H, T, strips, ...].
+        """
+        if not self.form.shared(p):
+            return whole
+        leading = _leading(p)
+        wide = like(p, (self.form.strips * whole.shape[0], *whole.shape[1:]), whole, torch.float32)
+        return wide.unflatten(0, (self.form.strips, -1)).movedim(0, leading)
+
+    def launch(self, backward: bool, given: Tensors, tokens: int, every: int, groups: int, dtype: torch.dtype) -> None:
+        """Run a kernel on its tensors; `dtype` is that of the factors of products."""
+        batch, heads = given[0].shape[:2]
+        if batch * heads == 0:
+            return
+        import triton.language as tl
+
+        arguments: list[Any] = []
+        for t, x in zip(self._tensors[backward], given, strict=True):
+            arguments += [x, *x.stride()[: len(t.strides)]]
+        sizes = [heads, *([tokens, every, groups] if self.form.scan.loops else [])]
+        operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
+        index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
+        kernel = self.module.kernel(self.form.scan, backward)
+        grid = batch * heads, self.form.strips
+        with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
+            kernel[grid](*arguments, *sizes, operand=operand, index=index, **self.options[backward])
+
+
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
 class TritonScan:
-    """One scan, run by its forward and its backward kernel."""
+    """One scan, run by its forward and its backward kernel: a program for each head, or for each strip of one."""
 
     def __init__(self, scan: Scan, program: Program, module: Module, settings: Settings) -> None:
-        self.scan, self.program, self.module = scan, program, module
-        directions = (False, True) if scan.differentiated else (False,)
-        self._tensors = {d: tensors(scan, d) for d in directions}
-        self._options = {d: replace(default_config(scan, program, d), **settings).options for d in directions}
+        self.scan, self.program, self.settings = scan, program, settings
+        self.kernels = Kernels(form_of(scan, program), module, settings)
+        self._narrower: dict[int, Kernels] = {}
 
     @property
     def halves(self) -> bool:
@@ -124,7 +173,7 @@ class TritonScan:
 
     @property
     def content(self) -> str:
-        return content_of(self.scan, self.program, "triton", self._options)
+        return content_of(self.scan, self.program, "triton", self.kernels.options)
 
     def expect_backward(self, inputs: Tensors) -> None:
         """Nothing: it is compiled in a second."""
@@ -149,7 +198,8 @@ class TritonScan:
         inputs = laid_out(self.scan.params, inputs)
         groups, dtype = self._groups(inputs, checkpoint), self._operand(inputs)
         outputs, kept = self._memory(inputs, groups, dtype)
-        self._launch(False, [*inputs, *outputs, *kept], self._tokens(inputs), checkpoint or 1, groups, dtype)
+        kernels, given = self.kernels_for(inputs), [*inputs, *outputs, *kept]
+        kernels.launch(False, given, self._tokens(inputs), checkpoint or 1, groups, dtype)
         return tuple(outputs), kept
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
@@ -157,39 +207,47 @@ class TritonScan:
         carried, every = len(scan.carry), checkpoint or 1
         inputs, cotangents = laid_out(scan.params, inputs), laid_out(scan.results, cotangents)
         tokens = self._tokens(inputs)
-        results = self.gradients(inputs)
+        results, kernels = self.gradients(inputs), self.kernels_for(inputs)
         if not scan.loops:
-            self._launch(True, [*inputs, *cotangents, *results], tokens, 1, 1, self._operand(inputs))
+            kernels.launch(True, [*inputs, *cotangents, *results], tokens, 1, 1, self._operand(inputs))
             return tuple(results)
         dtype = self._operand(inputs)
         work = [
-            x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if _name(p) in self._rounded else x.dtype)
+            x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if name_of(p) in kernels.rounded else x.dtype)
             for p, x in zip(scan.carry, inputs[:carried], strict=True)
         ]
         groups = self._groups(inputs, every)
-        given = [*saved, *inputs[carried:], *cotangents, *results, *work]
-        self._launch(True, given, tokens, every, groups, dtype)
+        params = kernels.form.scan.params
+        places = [kernels.place(p, x) for p, x in zip(params, results, strict=True)]
+        kernels.launch(True, [*saved, *inputs[carried:], *cotangents, *places, *work], tokens, every, groups, dtype)
+        for p, place, result in zip(params, places, results, strict=True):
+            if place is not result:
+                _add_up(place, _leading(p), result)
         return tuple(results)
 
+    def kernels_for(self, inputs: Tensors) -> Kernels:
+        """Those of a whole head, or where that leaves multiprocessors without one those of strips of it, as narrow as
+        there are multiprocessors for.
+        """
+        batch, heads = inputs[0].shape[:2]
+        most = multiprocessors(inputs[0].device) // max(batch * heads, 1)
+        form = self._widest
+        if form is None or most < 2 or self._tokens(inputs) < SHORT:
+            return self.kernels
+        while form.width > SMALLEST and replace(form, width=form.width // 2).strips <= most:
+            form = replace(form, width=form.width // 2)
+        if form == self.kernels.form or form.strips > most:
+            return self.kernels
+        if form.width not in self._narrower:
+            module = Module(emit_forms(self.program.name, [form]), self.program.name)
+            self._narrower[form.width] = Kernels(form, module, self.settings)
+        return self._narrower[form.width]
+
     @cached_property
-    def _rounded(self) -> set[str]:
-        return rounded(self.scan, self.program)
-
-    def _launch(self, backward: bool, given: Tensors, tokens: int, every: int, groups: int, dtype: torch.dtype) -> None:
-        batch, heads = given[0].shape[:2]
-        if batch * heads == 0:
-            return
-        import triton.language as tl
-
-        arguments: list[Any] = []
-        for t, x in zip(self._tensors[backward], given, strict=True):
-            arguments += [x, *x.stride()[: len(t.strides)]]
-        sizes = [heads, *([tokens, every, groups] if self.scan.loops else [])]
-        operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
-        index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
-        kernel = self.module.kernel(self.scan, backward)
-        with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
-            kernel[(batch * heads,)](*arguments, *sizes, operand=operand, index=index, **self._options[backward])
+    def _widest(self) -> Form | None:
+        """The widest strip that can be a program; None where nothing may be cut."""
+        form = self.kernels.form
+        return form if form.cut else half_of(self.scan, self.program)
 
     def _operand(self, inputs: Tensors) -> torch.dtype:
         """The dtype of the factors of matrix products: that of the tokens."""
@@ -210,8 +268,17 @@ class TritonScan:
         return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtype)
 
 
-def _name(p: Expr) -> str:
-    return str(p.arg[0].name)
+def _add_up(parts: torch.Tensor, axis: int, whole: torch.Tensor) -> None:
+    """Always in the same order, and rounded once."""
+    if whole.dtype == parts.dtype:
+        torch.sum(parts, axis, out=whole)
+    else:
+        whole.copy_(parts.sum(axis))
+
+
+def _leading(p: Expr) -> int:
+    """The axes of a tensor before those that a variable has: batch and heads, and tokens."""
+    return 2 if p.arg[0].at is None else 3
 
 
 __all__ = ["Module", "TritonScan", "interpreted", "load", "missing", "unavailable"]

@@ -101,17 +101,39 @@ def huber(x, delta):
     """x**2 / 2 where |x| <= delta, otherwise delta * (|x| - delta / 2)."""
     return tl.where(tl.abs(x) <= delta, 0.5 * x * x, delta * (tl.abs(x) - 0.5 * delta))
 ''',
+    "solve_rows": '''
+@triton.jit
+def solve_rows(matrix, x, t, upper: tl.constexpr, block: tl.constexpr):
+    """x[:, i] -= sum over j < i of matrix[j, i] * x[:, j], token by token; j > i, from the last one, if `upper`. A row
+    of x has entries in one block of tokens alone, and so all blocks are done at once.
+    """
+    first = t // block * block if block < x.shape[1] else 0  # of the block of each token
+    for n in range(1, block):
+        i = first + (block - 1 - n if upper else n)
+        here = t[None, :] == (i[:, None] if block < x.shape[1] else i)
+        column = tl.sum(tl.where(here, matrix, 0.0), 1)
+        column = tl.where(t > i if upper else t < i, column, 0.0)
+        x = tl.where(here, x - tl.sum(x * column[None, :], 1)[:, None], x)
+    return x
+''',
     "solve": '''
 @triton.jit
-def solve_lower(matrix, x, t, upper: tl.constexpr):
-    """x[:, i] -= sum over j < i of matrix[j, i] * x[:, j], token by token; j > i, from the last one, if `upper`."""
+def solve_lower(matrix, x, t, operand: tl.constexpr, upper: tl.constexpr):
+    """y with y (1 + m) = x, where m is what `matrix` has above its diagonal, or below it if `upper`.
+
+    Of more tokens than 16, the inverses of diagonal blocks of 16, then those of twice as many, of which b links two:
+    [[a, b], [0, c]]^-1 = [[a^-1, -a^-1 b c^-1], [0, c^-1]].
+    """
     C: tl.constexpr = x.shape[1]
-    for n in range(1, C):
-        i = C - 1 - n if upper else n
-        column = tl.sum(tl.where(t[None, :] == i, matrix, 0.0), 1)
-        column = tl.where(t > i if upper else t < i, column, 0.0)
-        x = tl.where(t[None, :] == i, x - tl.sum(x * column[None, :], 1)[:, None], x)
-    return x
+    if C <= 16 or x.shape[0] < 16:
+        return solve_rows(matrix, x, t, upper, C)
+    first, second = (t[None, :], t[:, None]) if upper else (t[:, None], t[None, :])
+    inverse = solve_rows(matrix, tl.where(first == second, 1.0, 0.0), t, upper, 16)
+    for n in tl.static_range(4, 7):
+        if 1 << n < C:
+            b = tl.where(((first >> n) % 2 == 0) & (second >> n == (first >> n) + 1), matrix, 0.0)
+            inverse -= dot(dot(inverse, b, operand), inverse, operand)
+    return x + dot(x, tl.where(first == second, 0.0, inverse), operand)  # x itself is not rounded
 ''',
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
+from tttc.backends.triton.forms import SMALLEST, TOKENS, Form
 from tttc.backends.triton.ops import ELEMENTWISE, power
 from tttc.backends.triton.padding import Padding
 from tttc.ir.expr import Axes, Axis, Expr
@@ -20,35 +21,26 @@ from tttc.ir.ops import is_upper
 from tttc.ir.scalars import SCALARS
 from tttc.ir.text import Printer, Text, core
 
-SMALLEST = 16  # of the three sizes of a product on tensor cores
-TOKENS = "C"
-
 
 def wide(name: str) -> str:
     """What a variable is called as float32."""
     return f"{name}_f32"
 
 
-def block_size(n: int) -> int:
-    """The number of places that a block has for n."""
-    return max(SMALLEST, 1 << (n - 1).bit_length()) if n > 1 else 1
-
-
 class TritonPrinter(Printer):
-    """Prints expressions as blocks. `indices` are the names of the places along each dim, `chunk` the
-    tokens, `loaded` the variables that come from memory and stay as they are."""
+    """Prints expressions as blocks. `indices` are the names of the places along each dim, `loaded` the
+    variables that come from memory and stay as they are."""
 
     def __init__(
         self,
-        dims: Mapping[str, int],
-        chunk: int,
+        form: Form,
         indices: Mapping[str, str],
         padding: Padding,
         loaded: Collection[str],
     ) -> None:
         super().__init__()
         self.loaded = loaded
-        self.dims, self.chunk, self.indices, self.padding = dims, chunk, indices, padding
+        self.form, self.dims, self.indices, self.padding = form, form.program.dims, indices, padding
         self.called: dict[str, str] = {}
         """Variables that have another name here than in the program."""
         self.widened: set[str] = set()
@@ -57,7 +49,7 @@ class TritonPrinter(Printer):
     # -- places
 
     def block(self, axis: Axis) -> int:
-        return block_size(self.chunk if axis.size == TOKENS else self.dims[axis.size])
+        return self.form.block(axis)
 
     def place(self, axis: Axis, axes: Sequence[Axis]) -> str:
         """The places along an axis, as they stand among others: t[:, None]."""
@@ -282,7 +274,7 @@ class TritonPrinter(Printer):
         x = self.clean(right, (*columns, known), (known,))
         if len(columns) != 1:
             x = Text(f"tl.reshape({x.text}, ({prod(self.block(a) for a in columns)}, {self.block(unknown)}))")
-        found = f"solve_lower({matrix.text}, {x.text}, {self.indices[unknown.size]}, {is_upper(e)})"
+        found = f"solve_lower({matrix.text}, {x.text}, {self.indices[unknown.size]}, operand, {is_upper(e)})"
         return Text(found if len(columns) == 1 else f"tl.reshape({found}, {self.shape(e)})")
 
     def _risky(self, e: Expr) -> list[Axis]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 
-from tttc.backends.interface import Settings
-from tttc.backends.triton.printer import block_size
-from tttc.ir.program import Program, Scan
+from tttc.backends.interface import Preferred, Settings
+from tttc.backends.triton.forms import LARGEST_STATE, SMALLEST, Form, form_of, unfused
+from tttc.ir.program import Program
 
 THREADS = 32
 VALUES = {"num_warps": (4, 8, 16, 2), "num_stages": (1, 2, 3)}
+# Tokens of a chunk, and the numbers of a state up to which so many spill little (benchmarks/resources.py): at D=64 and
+# 64 tokens, where the least is computed, a backward spills up to 40 KB on sm_80, at 32 tokens about 1 KB.
+CHUNKS = {32: 1 << 12, SMALLEST: LARGEST_STATE}
 STATE = {4: 48, 8: 72}  # numbers of the state that a thread may hold, by the number of warps
 
 
@@ -29,16 +31,29 @@ class Config:
         return asdict(self)
 
 
-def default_config(scan: Scan, program: Program, backward: bool) -> Config:
+def default_config(form: Form, backward: bool) -> Config:
     """As many warps as hold the state in their registers; loads run ahead where these are not full."""
-    size = sum(prod(block_size(program.dims[a.size]) for a in p.axes) for p in scan.carry)
-    warps = next((n for n, most in STATE.items() if size <= n * THREADS * most), 16)
+    warps = next((n for n, most in STATE.items() if form.state <= n * THREADS * most), 16)
     return Config(warps, 2 if warps == 4 and not backward else 1)
+
+
+def chunk(program: Program) -> Preferred | None:
+    """Of a free chunk no more than what keeps a backward in registers, or nearly, beside the state."""
+    assert program.plan is not None
+    least = program.plan.chunk
+    for tokens, most in CHUNKS.items():
+        scan = replace(program.scans[0], chunk=tokens)
+        if isinstance(least, str) or least <= tokens or unfused(scan, program):
+            continue
+        if form_of(scan, program).state <= most:
+            why = f"the backward of {tokens} tokens fits the registers of a program, that of {least} does not"
+            return Preferred(tokens, why)
+    return None
 
 
 def choices(program: Program) -> Mapping[str, Sequence[int]]:
     """The fields of a `Config`, each with what the forward of whole mini-batches has by default, and other values."""
-    default = asdict(default_config(program.scans[0], program, False))
+    default = asdict(default_config(form_of(program.scans[0], program), False))
     return {n: (default[n], *(v for v in values if v != default[n])) for n, values in VALUES.items()}
 
 
@@ -55,4 +70,4 @@ def toolchain() -> dict[str, str]:
         return {"triton": "absent"}
 
 
-__all__ = ["Config", "choices", "default_config", "identity", "toolchain"]
+__all__ = ["Config", "choices", "chunk", "default_config", "identity", "toolchain"]

@@ -32,6 +32,6 @@ Nothing here imports TVM before the first kernel is compiled.
 
 from tttc.backends.tvm.emit import emit, notes, refusals
 from tttc.backends.tvm.load import load
-from tttc.backends.tvm.tune import choices, identity, toolchain
+from tttc.backends.tvm.tune import choices, chunk, identity, toolchain
 
-__all__ = ["choices", "emit", "identity", "load", "notes", "refusals", "toolchain"]
+__all__ = ["choices", "chunk", "emit", "identity", "load", "notes", "refusals", "toolchain"]

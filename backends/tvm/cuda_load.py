@@ -16,7 +16,7 @@ import torch
 
 from tttc.backends import nvidia
 from tttc.backends.cache import cached
-from tttc.backends.interface import Settings, Source, content_of
+from tttc.backends.interface import Preferred, Settings, Source, content_of
 from tttc.backends.tvm.cuda_text import CudaSource, stride_name
 from tttc.backends.tvm.device import Device, gpu
 from tttc.backends.tvm.emit import emit, notes, refusals
@@ -51,6 +51,9 @@ class CudaBackend:
         major, minor = torch.cuda.get_device_capability(self.device)
         blocks = gpu(DTYPES[self.dtype], major * 10 + minor)
         return {scan.name: CudaScan(scan, program, blocks) for scan in program.scans}
+
+    def chunk(self, program: Program) -> Preferred | None:
+        return None
 
     def choices(self, program: Program) -> Mapping[str, Sequence[int]]:
         return {}

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from tttc.backends.memory import like
+from tttc.backends.strips import cut_axis, cut_program
 from tttc.backends.tvm.load import Stored, Tensors, TVMScan
 from tttc.backends.tvm.machine import Config
-from tttc.ir.adjoint import scan_adjoint
 from tttc.ir.expr import Expr
-from tttc.ir.free import FreeAxis, free_axis
+from tttc.ir.free import FreeAxis
 from tttc.ir.program import Program, Scan, cotangent
 
 LITTLE = 1 << 24  # tokens times weights of a head, for which waking another thread takes what it would save
@@ -96,9 +96,8 @@ class StripScan(TVMScan):
 
     @cached_property
     def free(self) -> FreeAxis | None:
-        """The axis that may be cut; None too where there is no derivative to take of a strip."""
-        found = free_axis(self.scan) if self.scan.differentiated else None
-        return found if found is not None and found.size in self.program.dims else None
+        """The axis that may be cut."""
+        return cut_axis(self.scan, self.program)
 
     def strips(self, inputs: Tensors) -> int:
         """Into how many to cut each head: equal ones of whole vectors, and no more than there are threads for. One
@@ -122,7 +121,7 @@ class StripScan(TVMScan):
             if n not in self._parts:
                 assert self.free is not None
                 width = self.program.dims[self.free.size] // n
-                program = replace(self._narrow, dims={**self.program.dims, self.free.strip: width})
+                program = replace(self._narrow, dims={**self._narrow.dims, self.free.strip: width})
                 self._parts[n] = TVMScan(program.scans[0], program, self.config)
             return self._parts[n]
 
@@ -130,9 +129,7 @@ class StripScan(TVMScan):
     def _narrow(self) -> Program:
         """The program of a strip, of whatever width."""
         assert self.free is not None
-        scan = self.free.cut(self.scan)
-        adjoint = scan_adjoint(scan, self.program, dict(self.program.names))
-        return replace(self.program, scans=(scan,), adjoints=(adjoint,))
+        return cut_program(self.scan, self.program, self.free)
 
     @property
     def _results(self) -> list[Expr]:

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
-from tttc.backends.interface import Settings
+from tttc.backends.interface import Preferred, Settings
 from tttc.backends.tvm.machine import Config, host
 from tttc.ir.program import Program
 
@@ -21,6 +21,11 @@ VALUES: Mapping[str, tuple[int, ...]] = {
 def choices(program: Program) -> Mapping[str, Sequence[int]]:
     """The fields of a `Config`, each with its default and other values."""
     return {n: (default, *(v for v in VALUES[n] if v != default)) for n, default in asdict(Config()).items()}
+
+
+def chunk(program: Program) -> Preferred | None:
+    """The one that costs the least."""
+    return None
 
 
 def identity(program: Program, settings: Settings) -> Hashable:
@@ -41,4 +46,4 @@ def toolchain() -> dict[str, str]:
         return {"apache-tvm": "absent"}
 
 
-__all__ = ["choices", "identity", "toolchain"]
+__all__ = ["choices", "chunk", "identity", "toolchain"]

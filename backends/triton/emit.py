@@ -229,6 +229,8 @@ class _Kernel:
         self.line("b, h = i // H, i % H")
         if self.form.cut:
             self.line(f"strip = tl.program_id(1).to(index)  # of {self.form.strips}")
+        if self.form.alone:
+            self.line("chunk = tl.program_id(2)  # of `groups`")
         for d in self.used:
             first = f"strip * {self.form.width} + " if d == self.form.cut else ""
             self.line(f"{self.indices[d]} = {first}tl.arange(0, {self.form.block(Axis(d, d))})")
@@ -352,9 +354,15 @@ class _Kernel:
         self.head()
         self.begin([*scan.fixed, *scan.sequence])
         named = {t.name: t for t in self.form.tensors(False)}
-        for p in (*scan.fixed, *scan.carry):
+        for p in (*scan.fixed, *(() if self.form.alone else scan.carry)):
             self.load(named[name_of(p)], self.variable(p))
-        if scan.loops:
+        if self.form.alone:
+            self.chunk_begins(f"chunk * {self.chunk}")
+            for p in scan.carry:
+                self.load(named[f"{name_of(p)}_kept"], self.variable(p), ("groups", "chunk"))
+            for p in scan.sequence:
+                self.load(named[name_of(p)], self.variable(p))
+        elif scan.loops:
             self.line(f"for chunk in range(0, tl.cdiv(T, {self.chunk})):")
             self.depth += 1
             self.chunk_begins(f"chunk * {self.chunk}")

@@ -3,9 +3,12 @@
     z, W = scan(W, q, k, v)                        a program for each head, W: [D, E]
     z[i], W[:, i] = scan(W[:, i], q, k, v[i])      a program for each strip of its columns, all in the same memory
 
+    W_at[c] = scan(W, k);  z[c] = scan(W_at[c], q[c], k[c])     a program for each chunk of the outputs
+
 Strips of a free axis (ir/free.py) are programs of their own where there are fewer heads than multiprocessors, and where
 the state of a whole head is more than the registers of one program. What a strip has of a tensor it reads and writes
 where it lies in the whole one. Only the cotangents of what all strips read are added up: each strip writes its part.
+Where heads are few and nothing may be cut, a forward is split (ir/split.py): the chunks of its outputs need not wait.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from math import prod
 from tttc.backends.strips import cut_axis, cut_program
 from tttc.ir.expr import Axis, Expr, postorder
 from tttc.ir.program import Program, Scan, cotangent
+from tttc.ir.split import split
 
 SMALLEST = 16  # of the three sizes of a product on tensor cores
 TOKENS = "C"
@@ -26,6 +30,7 @@ LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the regi
 # Of what has to be cut anyway: at D=256 strips of four times as many spill several times as much, and take more shared
 # memory than a program may have on gfx942.
 LARGEST_STRIP = 1 << 13
+LEAST_SAVED = 0.25  # of the FLOPs of a chunk, for which it is split; a guess, no GPU was at hand
 
 
 def block_size(n: int) -> int:
@@ -56,13 +61,14 @@ class Tensor:
 @dataclass(frozen=True)
 class Form:
     """A scan as one program of the GPU has it. Of the dim `cut`, whose size stays that of the whole axis, a program has
-    `width` entries; without one it has all of a head.
+    `width` entries; without one it has all of a head. With `alone` a program has one chunk, and reads its carry.
     """
 
     scan: Scan
     program: Program
     cut: str = ""
     width: int = 0
+    alone: bool = False
 
     @property
     def strips(self) -> int:
@@ -95,6 +101,10 @@ class Form:
     def tensors(self, backward: bool) -> list[Tensor]:
         """The tensors of a kernel, in the order of its parameters."""
         scan = self.scan
+        if self.alone:
+            found = [Tensor(p, f"{name_of(p)}_kept", True) for p in scan.carry]
+            found += [Tensor(p, name_of(p)) for p in (*scan.fixed, *scan.sequence)]
+            return found + [Tensor(a.target, name_of(a.target)) for a in scan.outputs]
         if not backward:
             found = [Tensor(p, name_of(p)) for p in scan.params]
             found += [Tensor(a.target, name_of(a.target)) for a in scan.outputs]
@@ -150,6 +160,16 @@ def form_of(scan: Scan, program: Program) -> Form:
     return whole if strip is None else strip
 
 
+def halves_of(form: Form) -> tuple[Form, Form] | None:
+    """The carry of a scan, and its outputs with a program for each chunk; None where the chunks that wait would have
+    nearly as much to do as before.
+    """
+    found = split(form.scan)
+    if found is None or form.cut or found.saved(form.program.dims) < LEAST_SAVED:
+        return None
+    return replace(form, scan=found.states), replace(form, scan=found.outputs, alone=True)
+
+
 def unfused(scan: Scan, program: Program) -> str:
     """Why a scan is no kernel but a sequence of batched operations; "" where it is one."""
     axes = {a for p in (*scan.params, *scan.results) for a in p.axes}
@@ -177,4 +197,4 @@ def free_name(name: str, taken: Collection[str]) -> str:
     return name
 
 
-__all__ = ["Form", "Tensor", "block_size", "form_of", "free_name", "half_of", "name_of", "unfused"]
+__all__ = ["Form", "Tensor", "block_size", "form_of", "free_name", "half_of", "halves_of", "name_of", "unfused"]

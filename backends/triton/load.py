@@ -22,13 +22,14 @@ from tttc.backends.cache import cached
 from tttc.backends.interface import CompiledScan, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.triton.emit import emit_forms, rounded
-from tttc.backends.triton.forms import SMALLEST, Form, form_of, half_of, name_of, unfused
+from tttc.backends.triton.forms import SMALLEST, Form, form_of, half_of, halves_of, name_of, unfused
 from tttc.backends.triton.tune import default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
 SHORT = 256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
+MOST_CHUNKS = (1 << 16) - 1  # programs along the third axis of a grid
 # Triton's interpreter holds bfloat16 as whole numbers, and multiplies these where they are factors of a product.
 INTERPRETED_DOT = """
 @triton.jit
@@ -141,7 +142,7 @@ class Kernels:
         operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
         index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
         kernel = self.module.kernel(self.form.scan, backward)
-        grid = batch * heads, self.form.strips
+        grid = batch * heads, self.form.strips, groups if self.form.alone else 1
         with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
             kernel[grid](*arguments, *sizes, operand=operand, index=index, **self.options[backward])
 
@@ -198,9 +199,57 @@ class TritonScan:
         inputs = laid_out(self.scan.params, inputs)
         groups, dtype = self._groups(inputs, checkpoint), self._operand(inputs)
         outputs, kept = self._memory(inputs, groups, dtype)
-        kernels, given = self.kernels_for(inputs), [*inputs, *outputs, *kept]
-        kernels.launch(False, given, self._tokens(inputs), checkpoint or 1, groups, dtype)
+        if halves := self._halves_for(inputs):
+            self._launch_halves(halves, inputs, outputs, kept, checkpoint or 1, dtype)
+        else:
+            kernels, given = self.kernels_for(inputs), [*inputs, *outputs, *kept]
+            kernels.launch(False, given, self._tokens(inputs), checkpoint or 1, groups, dtype)
         return tuple(outputs), kept
+
+    def _launch_halves(
+        self,
+        halves: tuple[Kernels, Kernels],
+        inputs: Tensors,
+        outputs: Tensors,
+        kept: Tensors,
+        every: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """The carry before every chunk, then the outputs of all chunks at once."""
+        scan, tokens, chunks = self.scan, self._tokens(inputs), self._groups(inputs, 1)
+        dense = every == 1 and kept and kept[0].shape[2] == chunks
+        carries = (
+            kept if dense else [x.new_empty(*x.shape[:2], chunks, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
+        )
+        tensors = dict(zip(map(name_of, scan.params), inputs, strict=True))
+        tensors |= {f"{name_of(p)}_kept": x for p, x in zip(scan.carry, carries, strict=True)}
+        tensors |= {name_of(a.target): x for a, x in zip(scan.outputs, outputs, strict=False)}
+        made = zip(scan.updates, outputs[len(scan.outputs) :], strict=True)
+        tensors |= {f"{name_of(a.target)}_out": x for a, x in made}
+        for half in halves:
+            given = [tensors[t.name] for t in half.form.tensors(False)]
+            half.launch(False, given, tokens, 1, chunks, dtype)
+        if not dense:
+            for to, x in zip(kept, carries, strict=True):
+                to.copy_(x[:, :, ::every][:, :, : to.shape[2]])
+
+    def _halves_for(self, inputs: Tensors) -> tuple[Kernels, Kernels] | None:
+        """Kernels of the carry and of the outputs, where heads leave multiprocessors without one, no strips of heads
+        are to be had, and there are chunks for them.
+        """
+        batch, heads = inputs[0].shape[:2]
+        few = 2 * batch * heads <= multiprocessors(inputs[0].device) and self._widest is None
+        enough = self._tokens(inputs) >= SHORT and 1 < self._groups(inputs, 1) <= MOST_CHUNKS
+        return self._halves if few and enough else None
+
+    @cached_property
+    def _halves(self) -> tuple[Kernels, Kernels] | None:
+        forms = halves_of(self.kernels.form)
+        if forms is None:
+            return None
+        module = Module(emit_forms(self.program.name, forms), self.program.name)
+        states, outputs = (Kernels(form, module, self.settings) for form in forms)
+        return states, outputs
 
     def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
         scan = self.scan

@@ -68,5 +68,21 @@ class SharedWeights(tttc.Variant):
     update = tttc.sgd(lr=tttc.gate("lr"), decay=tttc.gate("decay"))
 
 
+class Upright(tttc.Variant):
+    """Weights that are multiplied from the right, with a bias: columns of z are their rows, and stay where they lie."""
+
+    W = tttc.state("D", "D")
+    b = tttc.state("D")
+    mini_batch = 16
+
+    def learner(self, x):
+        return tttc.einsum("ij,j->i", self.W, x) + self.b
+
+    def loss(self, k, v):
+        return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"), decay=tttc.gate("decay", per="channel"))
+
+
 LEARNERS = {v.__name__: v for v in (CausalConvolution, BlockDiagonal, LowRank, SharedWeights)}
 DIMS = {"D": 4, "K": 3, "N": 2, "P": 3, "R": 2, "F": 5}

@@ -14,6 +14,7 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result
+from tests.learners import Upright
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
 from tttc.backends.interface import Source
 from tttc.backends.triton.emit import module_text
@@ -107,22 +108,6 @@ def test_tiles_open_mini_batches_and_strips_that_are_not_full(multiprocessors, E
     layer = compiled(Tiles, {"D": 5, "E": E}, chunk=16)
     assert not compared(layer, short(layer))
     assert strips_of(layer) == {strips}
-
-
-class Upright(tttc.Variant):
-    """Weights that are multiplied from the right: columns of z are their rows."""
-
-    W = tttc.state("D", "D")
-    b = tttc.state("D")
-    mini_batch = 16
-
-    def learner(self, x):
-        return tttc.einsum("ij,j->i", self.W, x) + self.b
-
-    def loss(self, k, v):
-        return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
-
-    update = tttc.sgd(lr=tttc.gate("lr"), decay=tttc.gate("decay", per="channel"))
 
 
 def test_rows_of_the_weights(multiprocessors):

@@ -13,6 +13,7 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, differences, inputs_for, keywords, layer_result, oracle_result, second_derivative
+from tests.learners import Upright
 from tttc.backends.tvm.machine import host
 from tttc.library import DeltaNet, LinearAttention, TTTLinear
 from tttc.verify import relative_error
@@ -78,22 +79,6 @@ def test_every_kind_of_scan(threads, name):
     inputs = inputs_for(layer, TOKENS)
     assert not differences(layer_result(layer, inputs), oracle_result(LIBRARY[name], inputs))
     assert strips_of(layer) == {2}
-
-
-class Upright(tttc.Variant):
-    """Weights that are multiplied from the right, with a bias: columns of z are their rows, and stay where they lie."""
-
-    W = tttc.state("D", "D")
-    b = tttc.state("D")
-    mini_batch = 16
-
-    def learner(self, x):
-        return tttc.einsum("ij,j->i", self.W, x) + self.b
-
-    def loss(self, k, v):
-        return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
-
-    update = tttc.sgd(lr=tttc.gate("lr"), decay=tttc.gate("decay", per="channel"))
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 2)])

@@ -25,6 +25,7 @@ from tttc.backends.nvidia import Resources
 from tttc.backends.triton.apart import Compilers, Made, NotCompiled
 from tttc.backends.triton.compiled import order_of
 from tttc.backends.triton.emit import emit
+from tttc.backends.triton.forms import form_of
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 from tttc.errors import BackendRefusal, TuningError
@@ -121,7 +122,7 @@ def test_compile_takes_an_estimate_and_says_so(on_an_h100):
     layer = tttc.compile(RetNet, {"D": 16}, BF16, device="cuda", backend="triton")
     assert (layer.tuning.how, layer.tuning.entry) == ("static", found)
     assert layer.stages.program.plan.chunk == 16
-    assert {tuple(o.values()) for o in layer._scans["ret_net"]._options.values()} == {(8, 3)}
+    assert {tuple(o.values()) for o in layer._scans["ret_net"].kernels.options.values()} == {(8, 3)}
     said = " ".join(layer.explain(stages=[]).replace("#", " ").split())
     assert "chunk=16, num_warps=8, num_stages=3: chosen for sm_90 without one" in said
     assert "not measured" in said
@@ -151,8 +152,8 @@ def test_an_estimate_for_a_gpu_is_nothing_to_a_cpu():
 
 def order(text=None):
     program = program_of(LinearAttention, {"D": 16}, chunk=16)
-    module = Module(emit(program), program)
-    made = order_of(module, program.scans[0], False, BF16, "sm_90", Config(4, 1))
+    module = Module(emit(program), program.name)
+    made = order_of(module, form_of(program.scans[0], program), False, BF16, "sm_90", Config(4, 1))
     return {**made, "source": text} if text else made
 
 

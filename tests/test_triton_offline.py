@@ -19,6 +19,7 @@ from tttc.backends import nvidia
 from tttc.backends.triton import worker
 from tttc.backends.triton.compiled import compiled
 from tttc.backends.triton.emit import emit
+from tttc.backends.triton.forms import form_of
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 
@@ -96,6 +97,6 @@ def test_a_compiler_that_fails_is_an_error_of_one_kernel(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(worker, "compiled", fails)
     with pytest.raises(nvidia.ToolkitMissing) as raised:
-        compiled(Module(emit(program), program), scan, False, torch.bfloat16, "sm_100", Config())
+        compiled(Module(emit(program), program.name), form_of(scan, program), False, torch.bfloat16, "sm_100", Config())
     assert str(raised.value).startswith(f"Triton could not compile {scan.name} for sm_100: PassManager::run failed\n")
     assert "module {" not in str(raised.value)

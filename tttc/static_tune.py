@@ -199,12 +199,12 @@ class _Target:
         self.name, self.variant, self.dims = checked_signature(variant).name, variant, dims
         self.dtype, self.gpu, self.forward_only = dtype, gpu, forward_only
         self.batch, self.tokens, self.heads = size
-        program = program_for(variant, dims, "triton")
         with untuned():
-            dualized = compile(variant, dims, dtype, backend="torch").stages["dualize"].program
+            stages = compile(variant, dims, dtype, backend="torch").stages
+        dualized, program = stages["dualize"].program, program_for(variant, dims, "triton")
         assert program.plan is not None
         assert dualized is not None
-        if reasons := missing_for("triton", gpu.target, program):
+        if reasons := missing_for("triton", gpu.target, stages.program):
             listed = "\n".join(f"  - {r}" for r in reasons)
             raise BackendRefusal(f"cannot compile for {gpu.target} here:\n{listed}")
         work = "forward" if forward_only else "training"

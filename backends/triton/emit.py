@@ -35,24 +35,8 @@ import triton.language as tl
 '''
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
 _LOCALS = (
-    *("tl", "triton", "operand", "index", "range", "float", "H", "T", "every", "groups"),
-    *(
-        "i",
-        "b",
-        "h",
-        "t",
-        "chunk",
-        "strip",
-        "first",
-        "length",
-        "inside",
-        "token",
-        "back",
-        "group",
-        "count",
-        "j",
-        "j_back",
-    ),
+    *("tl", "triton", "operand", "index", "range", "float", "H", "T", "every", "groups", "i", "b", "h", "t", "chunk"),
+    *("strip", "first", "length", "inside", "token", "back", "group", "count", "j", "j_back"),
 )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 
 from tttc.backends.interface import Preferred, Settings
-from tttc.backends.tvm.machine import Config, host
+from tttc.backends.tvm.machine import BYTES, Config, host
 from tttc.ir.program import Program
 
 # the default first, then what differs from it by less and less
@@ -16,6 +17,10 @@ VALUES: Mapping[str, tuple[int, ...]] = {
     "tile_rows": (8, 4, 6, 3, 2),
     "unrolled": (16, 4, 2),
 }
+# Tokens of a chunk, and the KiB of carried state up to which that many are the fastest (`python -m benchmarks.chunks`):
+# the products of a chunk with itself grow with its tokens, and to pass once more over a state that stays in a near
+# cache costs little. A backward passes over it three times, so that a larger state wants longer chunks.
+CHUNKS = {16: 64, 32: 256}
 
 
 def choices(program: Program) -> Mapping[str, Sequence[int]]:
@@ -24,7 +29,15 @@ def choices(program: Program) -> Mapping[str, Sequence[int]]:
 
 
 def chunk(program: Program) -> Preferred | None:
-    """The one that costs the least."""
+    """Of a free chunk as few tokens as the passes over the state allow."""
+    assert program.plan is not None
+    least = program.plan.chunk
+    size = BYTES["float64" if program.dtype == "f64" else "float32"]
+    state = sum(prod(program.dims[str(a.size)] for a in p.axes) for p in program.scans[0].carry) * size
+    for tokens, most in CHUNKS.items():
+        if isinstance(least, int) and tokens < least and state <= most << 10:
+            why = f"{tokens} tokens are fastest where {-(-state // 1024)} KiB of state stay in a near cache"
+            return Preferred(tokens, why)
     return None
 
 

@@ -35,6 +35,7 @@ from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
 
 FETCHED = 1 << 14  # numbers of a chunk that are asked for while the one before is worked on
 CLEARED = 1 << 16  # numbers of the scratch memory that are zeros at first; both fit the second cache
+TURN = 4  # chunks of a head until the next one has its turn: of many more, the rows would lie on too many pages
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,22 @@ def _head_by_head(b: _Builder, scan: Scan) -> None:
 
 
 def _heads_together(b: _Builder, scan: Scan) -> None:
-    """Chunk by chunk, in each some heads: the rows of a token lie side by side, each page is visited once."""
+    """Some chunks at a time, in each some heads: the rows of a token lie side by side, each page is visited once, and
+    the weights of a head stay in the first cache for as many chunks.
+    """
     b.together = T.arg("together", T.int32())
     outs = {p: b.buffers[f"{_name(p)}_out"] for p in scan.carry}
     with b.each_group():
         with b.heads():
             for p, out in outs.items():
                 b.copy(p, Slice(b.buffers[_name(p)], b.g), Slice(out, b.g))
-        with b.chunks(True) as chunk, b.heads():
+        with b.turns() as turn, b.heads():
             b.fixed_ready(scan.fixed)
             b.emitter.stores |= {_name(p): Store(out, b.machine, b.g) for p, out in outs.items()}
-            b.save_kept(scan.carry, chunk)
-            b.run(scan.block.assigns, scan.sequence, b.first + b.chunk)
-            b.sequences_done([a.target for a in scan.outputs])
+            with b.chunks(True, *turn) as chunk:
+                b.save_kept(scan.carry, chunk)
+                b.run(scan.block.assigns, scan.sequence, b.first + b.chunk)
+                b.sequences_done([a.target for a in scan.outputs])
 
 
 def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: Mapping[str, str]) -> Kernel:
@@ -258,14 +262,26 @@ class _Builder:
     def chunk(self) -> Any:
         return self.T if self.scan.chunk == "T" else int(self.scan.chunk)
 
+    @property
+    def count(self) -> Any:
+        """How many chunks a sequence has."""
+        return T.truncdiv(self.T + (self.chunk - 1), self.chunk)
+
     @contextmanager
-    def chunks(self, loops: bool) -> Iterator[Any]:
+    def turns(self) -> Iterator[tuple[Any, Any]]:
+        """The chunks, a few at a time: from one to before another."""
+        with T.serial(T.truncdiv(self.count + (TURN - 1), TURN)) as turn:
+            yield turn * TURN, T.min(turn * TURN + TURN, self.count)
+
+    @contextmanager
+    def chunks(self, loops: bool, begin: Any = 0, end: Any = None) -> Iterator[Any]:
+        """All chunks, or some of them."""
         if not loops:
             self._begin_chunk(0, _one())
             yield None
             return
         size = self.chunk
-        with T.serial(T.truncdiv(self.T + (size - 1), size)) as c:
+        with T.serial(begin, self.count if end is None else end) as c:
             self._begin_chunk(c * size, T.min(self.T - c * size, size))
             yield c
 
@@ -277,11 +293,10 @@ class _Builder:
     def reversed_chunks(self, scan: Scan) -> Iterator[None]:
         """Group by group from the last one; in each, first the carry before every chunk, then the chunks backwards."""
         size = self.chunk
-        count = T.truncdiv(self.T + (size - 1), size)
         with T.serial(self.K) as i:
             group = self.K - 1 - i
             first = group * self.every
-            length = T.min(count - first, self.every)
+            length = T.min(self.count - first, self.every)
             for p in scan.carry:
                 self.copy(p, Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, group)), self.emitter.stores[_name(p)])
             with T.serial(length) as j:

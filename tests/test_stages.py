@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, MINI_BATCHES, READS, VARIANTS, compiled, dims_of, inputs_for, oracle_result
+from tttc.backends.garbage import uncollected
 from tttc.errors import PassChangedMeaning
 from tttc.ir import build as b
 from tttc.ir.interpret import interpret
@@ -441,3 +443,19 @@ def test_the_text_does_not_depend_on_what_was_compiled_before():
     assert first.source == again.source
     for stage in STAGES:
         assert str(first.stages[stage].program) == str(again.stages[stage].program)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_as_it_was_before(enabled):
+    """Also after a stage that fails, and where somebody had switched it off."""
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with uncollected(), uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled() == enabled
+        with pytest.raises(KeyError), uncollected():
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tttc import declare
+from tttc.backends.garbage import uncollected
 from tttc.backends.interface import Preferred, Source
 from tttc.errors import NotDifferentiable, SourceLine, problems_text, refusal
 from tttc.ir import differentiate
@@ -171,6 +172,7 @@ PIPELINE: tuple[Stage, ...] = (
 )
 
 
+@uncollected()
 def run_pipeline(declared: Signature, options: Options) -> History:
     """Every stage before `emit`, which is the backend's."""
     history = History()

@@ -23,6 +23,7 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
+from tttc.backends.garbage import uncollected
 from tttc.backends.interface import CompiledScan, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.tvm.loops import heads_together
@@ -336,6 +337,7 @@ def _link(library: Any, path: Path) -> None:
 
 
 @cache
+@uncollected()
 def _runtime() -> Callable[[str], Any]:
     """What loads a library: TVM where it is imported already, otherwise its runtime alone, which takes no time."""
     if "tvm" in sys.modules:

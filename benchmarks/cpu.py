@@ -3,6 +3,7 @@
     python -m benchmarks.cpu                      # everything: about a quarter of an hour on two cores
     python -m benchmarks.cpu --quick              # four variants, three rounds, no torch.compile: a minute
     python -m benchmarks.cpu TTTLinear Titans --no-backward
+    python -m benchmarks.cpu --starts             # the seconds until a first result alone, anew in the results
     python -m benchmarks.cpu --markdown           # the README's table, from what is in benchmarks/results
 
 Who the contenders are is in benchmarks/contenders.py, what counts as a FLOP in benchmarks/flops.py, the sizes in
@@ -27,7 +28,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 
 from benchmarks import measure
 from benchmarks.contenders import (
@@ -180,6 +181,7 @@ def main(
         None, help="Peak memory, and the seconds of a first start, in processes of their own; unless --quick."
     ),
     out: Path = typer.Option(None, help="Where the JSON goes, the picture beside it; by default only a full run's."),
+    starts: bool = typer.Option(False, help="Only the seconds until a first result, into the JSON of a full run."),
     print_markdown: bool = typer.Option(False, "--markdown", help="Print the README's table from the JSON, and end."),
 ) -> None:
     """Measure, print a table, and write benchmarks/results/cpu_<machine>_<n>threads.json and .png."""
@@ -188,10 +190,14 @@ def main(
     if unknown:
         raise SystemExit(f"there is no {', '.join(unknown)}; there are {', '.join(known)}")
     full = not (variants or quick) and backward and memory and by_torch
-    path = out or (measure.results_file("cpu", ".json") if full or print_markdown else None)
+    path = out or (measure.results_file("cpu", ".json") if full or starts or print_markdown else None)
     if print_markdown:
         assert path is not None
         print(markdown(json.loads(path.read_text())))
+        return
+    if starts:
+        assert path is not None
+        _start_anew(json.loads(path.read_text()), path)
         return
     effort = Effort(3, 0.0, False) if quick else Effort(rounds, budget, by_torch)
     report = {
@@ -209,14 +215,27 @@ def main(
         run_all(chosen, (False, True) if backward else (False,), effort, memory, report, path)
     console().print(table(report))
     print(CAPTION)
-    for name, seconds in report["start_seconds"].items():
-        print(f"{name}: first result {seconds['fresh']} s after the imports; {seconds['cached']} s from the cache")
+    _print_starts(report)
     if path is not None:
         picture(report, path.with_suffix(".png"))
         print(f"written: {path} and {path.with_suffix('.png').name}", file=sys.stderr)
     refused = [r["label"] for r in report["rows"] if "refused" in r]
     if refused:
         raise SystemExit(f"not timed, because results disagree: {', '.join(refused)}")
+
+
+def _start_anew(report: dict[str, Any], path: Path) -> None:
+    """Measure the first starts again, and say so in the report of a full run."""
+    for label, what in track(STARTS, "first starts", console=Console(stderr=True)):
+        report["start_seconds"][f"{label}, {what}"] = start_seconds(label, what)
+    report["starts"] = {n: x for n, x in measure.about(_command()).items() if n in ("command", "date", "commit")}
+    _write(report, path)
+    _print_starts(report)
+
+
+def _print_starts(report: dict[str, Any]) -> None:
+    for name, seconds in report["start_seconds"].items():
+        print(f"{name}: first result {seconds['fresh']} s after the imports; {seconds['cached']} s from the cache")
 
 
 def _command() -> str:

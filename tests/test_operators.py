@@ -22,7 +22,12 @@ from tttc.operators import operator
 from tttc.verify import random_inputs, relative_error
 
 BACKENDS = ["torch", "triton", "tvm"]
-VARIANTS = [TTTLinear, GatedDeltaNet, TTTMLP]
+LAYERS = [  # one operator is like another: 16 bits of one variant are enough, and the longest compilation is slow
+    pytest.param(TTTLinear, torch.float32, id="TTTLinear-float32"),
+    pytest.param(TTTLinear, torch.bfloat16, id="TTTLinear-bfloat16"),
+    pytest.param(GatedDeltaNet, torch.float32, id="GatedDeltaNet-float32"),
+    pytest.param(TTTMLP, torch.float32, id="TTTMLP-float32", marks=pytest.mark.slow),
+]
 # A graph runs the same kernels on the same numbers, so most results are equal to the last bit. Checkpoints may lie at
 # other chunks, and inductor sums in another order: a hundred roundings of float32, each 6e-8.
 CLOSE = 6e-6
@@ -79,8 +84,7 @@ def graph_of(function: Callable[..., Any], backend: Any = "aot_eager") -> Callab
 # ---- the operators by themselves ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "dtype"), LAYERS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_operator_is_what_it_says(backend, variant, dtype):
     """No input is changed or returned, sizes and strides are foretold, gradients are registered: torch's own check."""
@@ -164,8 +168,7 @@ def test_a_graph_holds_one_operator_for_each_scan():
 # ---- layers in a graph ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "dtype"), LAYERS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layer_in_a_graph(backend, variant, dtype):
     """Outputs, states and every gradient; a call that leaves a mini-batch open."""

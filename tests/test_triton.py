@@ -19,6 +19,7 @@ from tttc.backends import torch as torch_backend
 from tttc.backends.interface import Source
 from tttc.backends.triton.forms import unfused
 from tttc.backends.triton.load import Module, TritonScan
+from tttc.backends.triton.tune import bounded
 from tttc.errors import BackendRefusal
 from tttc.library import TTTMLP, DeltaNet, LinearAttention, TTTLinear
 from tttc.reference import reference
@@ -254,6 +255,21 @@ def test_settings_that_are_not_given_stay_as_they_are():
     layer = compiled(TTTMLP, {"D": 64, "F": 256}, config={"num_stages": 3})
     scan = layer._scans["tttmlp"]
     assert scan.kernels.options == {d: {"num_warps": 16, "num_stages": 3} for d in (False, True)}
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "registers"),
+    [
+        ("sm_80", 4, 255),
+        ("sm_86", 16, 128),
+        ("sm_90", 4, None),
+        ("sm_100", 4, None),
+        ("gfx942", 4, None),
+        ("", 4, None),
+    ],
+)
+def test_registers_are_asked_for_where_the_assembler_has_to_be_told(target, warps, registers):
+    assert bounded({"num_warps": warps, "num_stages": 1}, target).get("maxnreg") == registers
 
 
 # -- the chunk ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from tttc.backends.triton.compiled import order_of
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.forms import Form, form_of, unfused
 from tttc.backends.triton.load import Module
-from tttc.backends.triton.tune import Config, default_config
+from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.declare import checked_signature
 from tttc.errors import BackendRefusal, TuningError
 from tttc.estimate import Kernel, Turn, turn_of
@@ -260,7 +260,7 @@ class _Target:
         began = time.perf_counter()
         for part in parts.kernels:
             config = _config(part, candidate)
-            order = {**part.order, "options": dict(config.options)}
+            order = {**part.order, "options": bounded(config.options, part.order["target"])}
             try:
                 made = compilers.compiled(order, max(seconds - (time.perf_counter() - began), 0.0))
             except TooLate:

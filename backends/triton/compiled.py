@@ -14,7 +14,7 @@ from tttc.backends.triton import worker
 from tttc.backends.triton.emit import emit, rounded
 from tttc.backends.triton.forms import Form, form_of, unfused
 from tttc.backends.triton.load import Module, interpreted
-from tttc.backends.triton.tune import Config, default_config
+from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan, cotangent
 
@@ -85,7 +85,7 @@ def order_of(
         "divisible": divisible,
         "operand": TYPES[dtype],
         "target": target,
-        "options": dict(config.options),
+        "options": bounded(config.options, target),
     }
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +19,12 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
+from tttc.backends.gpus import architecture_of
 from tttc.backends.interface import CompiledScan, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.triton.emit import emit_forms, rounded
 from tttc.backends.triton.forms import SMALLEST, Form, form_of, half_of, halves_of, name_of, unfused
-from tttc.backends.triton.tune import default_config
+from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan
 
@@ -143,8 +144,15 @@ class Kernels:
         index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
         kernel = self.module.kernel(self.form.scan, backward)
         grid = batch * heads, self.form.strips, groups if self.form.alone else 1
+        options = bounded(self.options[backward], _target(given[0].device))
         with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
-            kernel[grid](*arguments, *sizes, operand=operand, index=index, **self.options[backward])
+            kernel[grid](*arguments, *sizes, operand=operand, index=index, **options)
+
+
+@cache
+def _target(device: torch.device) -> str:
+    """What Triton compiles for, on a device; "" where it interprets."""
+    return "" if interpreted() else architecture_of(device)
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,8 @@ from tttc.backends.triton.forms import LARGEST_STATE, SMALLEST, Form, form_of, u
 from tttc.ir.program import Program
 
 THREADS = 32
+REGISTERS = 1 << 16  # of a multiprocessor
+MOST_REGISTERS = 255  # of a thread
 VALUES = {"num_warps": (4, 8, 16, 2), "num_stages": (1, 2, 3)}
 # Tokens of a chunk, and the numbers of a state up to which so many spill little (benchmarks/resources.py): at D=64 and
 # 64 tokens, where the least is computed, a backward spills up to 40 KB on sm_80, at 32 tokens about 1 KB.
@@ -29,6 +32,17 @@ class Config:
     def options(self) -> Mapping[str, int]:
         """As Triton's compiler takes them."""
         return asdict(self)
+
+
+def bounded(options: Mapping[str, int], target: str) -> dict[str, int]:
+    """Options for a target such as sm_80, with the registers that a thread may have, where the assembler has to be
+    told. Before sm_90 a kernel that needs more than there are may get a few instead of all: 32, and spills of 32 KB
+    that are 5 KB with 255 (the backward of a decay for each channel).
+    """
+    found = re.fullmatch(r"sm_(\d+)\w?", target)
+    if found is None or int(found[1]) >= 90:
+        return dict(options)
+    return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (THREADS * options["num_warps"]))}
 
 
 def default_config(form: Form, backward: bool) -> Config:
@@ -70,4 +84,4 @@ def toolchain() -> dict[str, str]:
         return {"triton": "absent"}
 
 
-__all__ = ["Config", "choices", "chunk", "default_config", "identity", "toolchain"]
+__all__ = ["Config", "bounded", "choices", "chunk", "default_config", "identity", "toolchain"]

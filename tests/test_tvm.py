@@ -32,7 +32,7 @@ from tests.helpers import (
 from tests.test_random_variants import outcomes
 from tttc import api
 from tttc.errors import BackendRefusal, ShapeError
-from tttc.library import LinearAttention, TTTLinear
+from tttc.library import GatedDeltaNet, LinearAttention, MomentumDeltaNet, TTTLinear
 from tttc.verify import random_inputs, relative_error
 
 pytestmark = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
@@ -326,6 +326,29 @@ def test_auto_is_what_the_environment_names(monkeypatch):
     monkeypatch.setenv("TTTC_BACKEND", "nonsense")
     with pytest.raises(BackendRefusal, match="TTTC_BACKEND names no backend; there are auto, torch, tvm"):
         tttc.compile(LinearAttention, {"D": 4})
+
+
+@pytest.mark.parametrize(
+    ("variant", "D", "dtype", "chunk"),
+    [
+        (LinearAttention, 64, torch.float32, 16),
+        (LinearAttention, 128, torch.float32, 16),
+        (LinearAttention, 128, torch.float64, 32),
+        (GatedDeltaNet, 256, torch.float32, 32),
+        (GatedDeltaNet, 512, torch.float32, 64),
+        (MomentumDeltaNet, 128, torch.float32, 32),  # two states
+        (TTTLinear, 64, torch.float32, 16),  # its mini-batch
+    ],
+)
+def test_a_free_chunk_is_short_while_the_state_stays_in_a_near_cache(variant, D, dtype, chunk):
+    plan = compiled(variant, {"D": D}, dtype).stages.program.plan
+    assert plan.chunk == chunk
+    assert ("near cache" in plan.reason) == (variant is not TTTLinear and chunk < 64)
+
+
+def test_a_chunk_that_is_given_stays_and_that_of_a_gpu_is_another():
+    assert compiled(LinearAttention, {"D": 64}, chunk=48).stages.program.plan.chunk == 48
+    assert api.program_for(LinearAttention, {"D": 64}, "tvm").plan.chunk == 64
 
 
 COMPILES = """

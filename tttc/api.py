@@ -150,9 +150,10 @@ def compile(
 
 
 def program_for(variant: type[Variant], dims: Mapping[str, int], backend: str) -> Program:
-    """The program that a backend is given to make kernels for a device that need not be there; float32, untuned."""
+    """The program that a backend is given to make kernels for a GPU that need not be there; float32, untuned."""
     declared = checked_signature(variant)
-    options = Options(_checked_dims(declared, dims), preferred=BACKENDS[backend].chunk)
+    preferred = None if backend == "tvm" else BACKENDS[backend].chunk  # it prefers a chunk for the caches of a CPU
+    options = Options(_checked_dims(declared, dims), preferred=preferred)
     return run_pipeline(declared, options).program
 
 

@@ -89,7 +89,7 @@ def native(name: str, D: int, backward: bool, rounds: int) -> dict[str, Any]:
     make = backward_step if backward else forward_step
     wanted = truth(c, backward)
 
-    def step(chunk: int | None) -> Step:
+    def step(chunk: int) -> Step:
         layer = tttc.compile(c.variant, c.dims, backend="tvm", chunk=chunk)
         return make(lambda x: call(layer, c, x), x)
 

@@ -21,7 +21,8 @@ from tttc.nn import TTT, Cache
 from tttc.operators import operator
 from tttc.verify import random_inputs, relative_error
 
-BACKENDS = ["torch", "triton", "tvm"]
+NATIVE = pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is not installed"))
+BACKENDS = ["torch", "triton", NATIVE]
 LAYERS = [  # one operator is like another: 16 bits of one variant are enough, and the longest compilation is slow
     pytest.param(TTTLinear, torch.float32, id="TTTLinear-float32"),
     pytest.param(TTTLinear, torch.bfloat16, id="TTTLinear-bfloat16"),
@@ -45,8 +46,6 @@ def no_graphs() -> None:
 
 
 def layer_of(variant: type[tttc.Variant], backend: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    if backend == "tvm" and find_spec("tvm") is None:
-        pytest.skip("apache-tvm is not installed")
     return tttc.compile(variant, dims_of(variant, 4), dtype, backend=backend, **settings)
 
 
@@ -280,8 +279,6 @@ def test_errors_say_what_they_say_without_a_graph():
 
 
 def module_and_input(backend: str = "torch", tokens: int = 21, **options: Any) -> tuple[TTT, torch.Tensor]:
-    if backend == "tvm" and find_spec("tvm") is None:
-        pytest.skip("apache-tvm is not installed")
     torch.manual_seed(0)
     return TTT(TTTLinear, 16, 2, backend=backend, **options), torch.randn(2, tokens, 16)
 
@@ -337,7 +334,7 @@ def test_a_module_under_inductor(backend):
         assert relative_error(a.double(), true) <= 2 * relative_error(b.double(), true) + CLOSE
 
 
-@pytest.mark.parametrize("backend", ["torch", "tvm", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["torch", NATIVE, pytest.param("triton", marks=pytest.mark.slow)])
 def test_autocast(backend):
     """Inputs as autocast makes them; what is in an operator computes in float32 with and without a graph."""
     module, x = module_and_input(backend)

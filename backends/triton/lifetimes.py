@@ -40,8 +40,8 @@ def shortened(lines: Sequence[Step], size: Callable[[Expr], int], passing: Colle
 
     while left:
         ready = [i for i in left if before[i].issubset(found) and not _renews(lines[i])]
-        best = max(ready, key=lambda i: (gain(i), -i), default=left[0])
-        chosen = best if best in ready and gain(best) > 0 else left[0]
+        best = max(ready, key=gain, default=left[0])
+        chosen = best if gain(best) > 0 else left[0]
         left.remove(chosen)
         found.append(chosen)
         readers.subtract(list(reads[chosen]))

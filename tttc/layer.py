@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,7 +83,6 @@ class Layer:
         self._name, self._plan = program.name, program.plan
         self._params = {s.name: s.params for s in program.scans}
         self._operators: dict[str, Operator] = {}
-        self._begun: dict[str, Tensors] = {}
         self._results = {s.name: s.results for s in program.scans}
         self._measures = [str(a.leaf.name) for a in program.scans[0].outputs[1:]]
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
@@ -358,17 +358,22 @@ class Layer:
         return _Run.apply(self._scans[name], self._checkpoint_of(name, stop - now), *inputs)
 
     def initial(self, role: str) -> Tensors:
-        """What a call starts with that is given no params, or no state."""
-        if torch.compiler.is_compiling():  # a graph has no generator that begins anew
+        """What a call starts with that is given no params, or no state: drawn once, as it never changes."""
+        if torch.compiler.is_compiling():
             self._prepare()
-            return {n: x.clone() for n, x in self._begun[role].items()}
-        return self.init_params() if role == "param" else self.init_state()
+        return {n: x.clone() for n, x in self._begun[role].items()}
+
+    @cached_property
+    def _begun(self) -> dict[str, Tensors]:
+        return untraced(lambda: {"param": self.init_params(), "state": self.init_state()})
 
     @torch.compiler.assume_constant_result
     def _prepare(self) -> bool:
-        """What a graph that is being traced will find here: the operators of the scans, and initial values."""
+        """What a graph that is being traced will find here: the operators of the scans, and initial values, for it has
+        no generator that begins anew.
+        """
         if not self._operators:
-            self._begun = untraced(lambda: {"param": self.init_params(), "state": self.init_state()})
+            assert self._begun
             self._operators = {n: operator(n, s.opaque, len(self._results[n])) for n, s in self._scans.items()}
         return True
 

@@ -22,7 +22,7 @@ from tttc.api import BACKENDS
 from tttc.backends import nvidia
 from tttc.backends.gpus import GPUS
 from tttc.backends.nvidia import Resources
-from tttc.backends.triton.apart import Compilers, Made, NotCompiled
+from tttc.backends.triton.apart import Compilers, Crashed, Made, NotCompiled
 from tttc.backends.triton.compiled import order_of
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.forms import form_of
@@ -172,6 +172,15 @@ def test_a_compiler_that_crashes_or_hangs_is_a_reason(text, seconds, said):
     with pytest.raises(NotCompiled, match=said):
         compilers.compiled(order(text), seconds)
     assert not compilers.running
+
+
+@needs_triton
+def test_a_crash_is_told_from_an_error():
+    with pytest.raises(Crashed, match="ended with -6"):
+        Compilers().answer(order("import os; os.abort()"))
+    with pytest.raises(NotCompiled) as raised:
+        Compilers().answer(order("raise RuntimeError('no such layout')"))
+    assert raised.type is NotCompiled
 
 
 def test_after_the_end_nothing_begins():

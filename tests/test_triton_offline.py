@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ import tttc
 from benchmarks.resources import LIMIT, RESULTS, TARGETS
 from tests.helpers import LIBRARY
 from tttc.backends import nvidia
-from tttc.backends.triton import worker
+from tttc.backends.triton import frugal, worker
+from tttc.backends.triton.apart import SWITCHES, VARIABLE, switches
 from tttc.backends.triton.compiled import compiled
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.forms import form_of
+from tttc.backends.triton.frugal import order_of_source
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 
@@ -32,6 +35,50 @@ RUN = """
 import json, sys
 from benchmarks.resources import Work, measured
 print(json.dumps(measured(Work(sys.argv[1], int(sys.argv[2]), sys.argv[3]))))
+"""
+
+
+LAUNCH = """
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from tttc.api import program_for
+from tttc.backends.triton import worker
+from tttc.backends.triton.compiled import order_of
+from tttc.backends.triton.emit import emit
+from tttc.backends.triton.forms import form_of
+from tttc.backends.triton.load import Module
+from tttc.backends.triton.tune import Config
+from tttc.library import RetNet
+
+class Absent:
+    "The driver of a GPU that is not there."
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Absent())
+heard = []
+triton.knobs.compilation.listener = lambda **said: heard.append(said["cache_hit"])
+program = program_for(RetNet, {"D": 16, "E": 16}, "triton")
+form = form_of(program.scans[0], program)
+
+module = Module(emit(program), program.name)
+order = order_of(module, form, False, torch.bfloat16, "sm_90", Config(4, 1))
+
+def as_triton_does(folder):
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        return worker.compiled(order, worker.function_of(order)).asm["ptx"]
+
+before = as_triton_does(sys.argv[1])
+sizes = {"C": 64, "D": 16, "E": 16}
+tensors = [torch.zeros(1, 4, *(sizes[a.size] for a in t.of.axes)) for t in form.tensors(False)]
+given = [x for t, y in zip(form.tensors(False), tensors) for x in (y, *y.stride()[:len(t.strides)])]
+launched = module.kernel(form.scan, False).warmup(
+    *given, 4, 64, 1, 2, operand=triton.language.bfloat16, index=triton.language.int32, grid=(1,), num_warps=4
+)
+after, frugal = as_triton_does(sys.argv[2]), launched.asm["ptx"]
+print(json.dumps([heard, launched.metadata.DISABLE_LLVM_OPT, before == after, before == frugal]))
 """
 
 
@@ -87,15 +134,51 @@ def test_the_command_compiles_for_amd(tmp_path: Path) -> None:
         assert (tmp_path / f"ret_net{suffix}").stat().st_size > 0
 
 
+def test_what_a_launch_compiles_has_few_registers_and_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes from another process by way of Triton's cache; the switches of LLVM stay as they are in this one."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    heard, said, unchanged, alike = json.loads(run("-c", LAUNCH, str(tmp_path / "one"), str(tmp_path / "two")))
+    assert heard == [False, True, False]
+    assert said == SWITCHES
+    assert unchanged
+    assert not alike
+
+
+def test_the_users_own_switches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert switches("sm_80") == {VARIABLE: SWITCHES}
+    assert not switches("gfx942")
+    monkeypatch.setenv(VARIABLE, "disable-lsr")
+    assert not switches("sm_80")
+
+
+def test_a_source_that_is_no_plain_data_is_left_to_triton() -> None:
+    source = SimpleNamespace(signature={"x": "*fp32", "n": "constexpr"}, constants={(1,): 3}, attrs={(0,): []})
+    target = SimpleNamespace(backend="cuda", arch=90)
+    order = order_of_source({"kernel": "f"}, source, target, {"num_warps": 4, "extern_libs": (("a", "b"),)})
+    assert order == {
+        "kernel": "f",
+        "signature": {"x": "*fp32", "n": "constexpr"},
+        "constants": {"n": 3},
+        "attributes": {"x": []},
+        "target": "sm_90",
+        "options": {"num_warps": 4},
+    }
+    source.constants[(1,)] = object()
+    assert order_of_source({"kernel": "f"}, source, target, {}) is None
+
+
 def test_a_compiler_that_fails_is_an_error_of_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton prints its whole program where it gives up; what is said here is the first line, and the way out."""
     program = tttc.compile(LIBRARY["RetNet"], {"D": 16, "E": 16}, backend="torch").stages.program
     scan = program.scans[0]
 
-    def fails(order: object, function: object) -> None:
+    def fails(*asked: object) -> None:
         raise RuntimeError("PassManager::run failed\nmodule {\n")
 
-    monkeypatch.setattr(worker, "compiled", fails)
+    monkeypatch.setattr(worker, "asked", lambda order, function: (None, None))
+    monkeypatch.setattr(frugal, "compiled", fails)
     with pytest.raises(nvidia.ToolkitMissing) as raised:
         compiled(Module(emit(program), program.name), form_of(scan, program), False, torch.bfloat16, "sm_100", Config())
     assert str(raised.value).startswith(f"Triton could not compile {scan.name} for sm_100: PassManager::run failed\n")

@@ -7,7 +7,9 @@
     ops.py      elementwise functions
     load.py     kernels launched on torch tensors
     compiled.py kernels compiled for a GPU that need not be there
-    worker.py   one of them, in a process of its own
+    frugal.py   kernels compiled for few registers, at a launch as well
+    apart.py    processes that compile; worker.py is what they run
+    resources.py  what a compiled kernel takes
     tune.py     what may be tuned
 
 On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set before Python started.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,16 @@ from typing import Any
 import torch
 
 from tttc.backends import nvidia
-from tttc.backends.triton import worker
+from tttc.backends.triton import frugal, worker
 from tttc.backends.triton.emit import emit, rounded
 from tttc.backends.triton.forms import Form, form_of, unfused
-from tttc.backends.triton.load import Module, interpreted
+from tttc.backends.triton.load import Module, interpreted, kernel_name
+from tttc.backends.triton.resources import resources
 from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.program import Program, Scan, cotangent
 
+DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -53,7 +54,8 @@ def compiled(module: Module, form: Form, backward: bool, dtype: torch.dtype, tar
     """A kernel compiled for a target: what Triton makes of it."""
     order = order_of(module, form, backward, dtype, target, config)
     try:
-        return worker.compiled(order, module.kernel(form.scan, backward))
+        source, place = worker.asked(order, module.kernel(form.scan, backward))
+        return frugal.compiled(order, source, place, order["options"])
     except Exception as error:  # whatever is wrong in a compiler, and there are several one after the other
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise nvidia.ToolkitMissing(
@@ -75,43 +77,17 @@ def order_of(
         signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else full]}"
         signature |= dict.fromkeys(t.strides, "i32")
     plain = form.unspecialized(backward)
-    divisible = [name for name in signature if name not in plain]
+    attributes = {name: DIVISIBLE for name in signature if name not in plain}
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
     signature |= {"operand": "constexpr", "index": "constexpr"}
     return {
-        "source": module.source.text,
-        "kernel": f"{scan.name}{'_adjoint' if backward else ''}",
+        **module.about(kernel_name(scan, backward)),
         "signature": signature,
-        "divisible": divisible,
-        "operand": TYPES[dtype],
+        "constants": {"operand": TYPES[dtype], "index": "int32"},
+        "attributes": attributes,
         "target": target,
         "options": bounded(config.options, target),
     }
-
-
-def resources(made: Any, target: str) -> nvidia.Resources:
-    """Registers, spilled bytes and shared memory, as the assembler says."""
-    return resources_of(made.asm, made.metadata.name, made.metadata.shared, target)
-
-
-def resources_of(
-    texts: Mapping[str, str], name: str, shared: int, target: str, seconds: float = nvidia.SECONDS
-) -> nvidia.Resources:
-    """The same of assembly alone; NVIDIA's is assembled for it, in at most so many seconds."""
-    if "ptx" in texts:
-        _, (found,) = nvidia.assembled(texts["ptx"], _architecture(texts["ptx"]), seconds)
-        return nvidia.Resources(found.kernel, target, found.registers, found.spilled, shared)
-    text = texts["amdgcn"]
-    registers, spilled = (re.search(rf"\.{n}:\s+(\d+)", text) for n in ("vgpr_count", "vgpr_spill_count"))
-    bytes_spilled = None if spilled is None else 4 * int(spilled[1])
-    return nvidia.Resources(name, target, int(registers[1]) if registers else None, bytes_spilled, shared)
-
-
-def _architecture(ptx: str) -> str:
-    """The architecture that PTX is for: sm_90a has instructions that sm_90 has not."""
-    found = re.search(r"\.target (sm_\w+)", ptx)
-    assert found is not None
-    return found[1]
 
 
 def stored(of: Expr, scan: Scan, dtype: torch.dtype) -> torch.dtype:
@@ -121,4 +97,4 @@ def stored(of: Expr, scan: Scan, dtype: torch.dtype) -> torch.dtype:
     return dtype if str(of.arg[0].name) in found else torch.float32
 
 
-__all__ = ["Compiled", "compiled", "compiled_scans", "order_of", "resources", "resources_of", "stored"]
+__all__ = ["Compiled", "compiled", "compiled_scans", "order_of", "stored"]

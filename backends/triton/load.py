@@ -22,6 +22,7 @@ from tttc.backends.cache import cached
 from tttc.backends.gpus import architecture_of
 from tttc.backends.interface import CompiledScan, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
+from tttc.backends.triton import frugal
 from tttc.backends.triton.emit import emit_forms, rounded
 from tttc.backends.triton.forms import SMALLEST, Form, form_of, half_of, halves_of, name_of, unfused
 from tttc.backends.triton.tune import bounded, default_config
@@ -81,23 +82,42 @@ class Module:
     """The generated file, run when its first kernel is: Triton is not imported before."""
 
     def __init__(self, source: Source, name: str) -> None:
-        self.source, self.name = source, name
+        self.source, self.name = source, f"tttc_{name}"
 
     @cached_property
     def kernels(self) -> ModuleType:
         """The file as a module. Triton reads its functions from the file, as do profilers and tracebacks."""
-        text = self.source.text + (INTERPRETED_DOT if interpreted() else "")
-        path = cached("triton", text, ".py", lambda p: _write(p, text))
-        name = str(path) if path else f"<tttc {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-        module = ModuleType(f"tttc_{self.name}")
-        module.__file__ = name
-        exec(compile(text, name, "exec"), module.__dict__)
+        text, file = self._text, self._file
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        module = ModuleType(self.name)
+        module.__file__ = file
+        exec(compile(text, file, "exec"), module.__dict__)
+        for name, function in vars(module).items():
+            frugal.adopt(function, self.about(name))
         return module
+
+    @property
+    def _text(self) -> str:
+        return self.source.text + (INTERPRETED_DOT if interpreted() else "")
+
+    @cached_property
+    def _file(self) -> str:
+        text = self._text
+        path = cached("triton", text, ".py", lambda p: _write(p, text))
+        return str(path) if path else f"<tttc {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
 
     def kernel(self, scan: Scan, backward: bool) -> Any:
         """The function of a scan, or of its adjoint."""
-        return getattr(self.kernels, f"{scan.name}{'_adjoint' if backward else ''}")
+        return getattr(self.kernels, kernel_name(scan, backward))
+
+    def about(self, kernel: str) -> dict[str, str]:
+        """Which function of which file that is, for a process that compiles it."""
+        return {"source": self.source.text, "file": self._file, "module": self.name, "kernel": kernel}
+
+
+def kernel_name(scan: Scan, backward: bool) -> str:
+    """What the function of a scan, or of its adjoint, is called."""
+    return f"{scan.name}{'_adjoint' if backward else ''}"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -185,7 +205,7 @@ class TritonScan:
         return content_of(self.scan, self.program, "triton", self.kernels.options)
 
     def expect_backward(self, inputs: Tensors) -> None:
-        """Nothing: it is compiled in a second."""
+        """Nothing: Triton compiles it when it is first launched."""
 
     def results(self, inputs: Tensors, checkpoint: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         return self._memory(inputs, self._groups(inputs, checkpoint), self._operand(inputs))
@@ -338,4 +358,4 @@ def _leading(p: Expr) -> int:
     return 2 if p.arg[0].at is None else 3
 
 
-__all__ = ["Module", "TritonScan", "interpreted", "load", "missing", "unavailable"]
+__all__ = ["Module", "TritonScan", "interpreted", "kernel_name", "load", "missing", "unavailable"]

@@ -14,33 +14,40 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
 WIDEST_WARP = 64  # threads, on AMD's GPUs
 TEXTS = ("ptx", "amdgcn")
-OPERANDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32", "int64": "int64"}
 
 
 def compiled(order: Mapping[str, Any], function: Any) -> Any:
     """What Triton makes of a function for a target."""
     import triton
+
+    source, place = asked(order, function)
+    return triton.compile(source, target=place, options=dict(order["options"]))
+
+
+def asked(order: Mapping[str, Any], function: Any) -> tuple[Any, Any]:
+    """What is to be compiled, and for what, in Triton's own terms."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     target, signature = order["target"], order["signature"]
-    divisible = {(i,): DIVISIBLE for i, name in enumerate(signature) if name in order["divisible"]}
-    operand = getattr(triton.language, OPERANDS[order["operand"]])
-    constants = {"operand": operand, "index": triton.language.int32}
-    source = ASTSource(function, dict(signature), constants, divisible)
+    attributes = {(list(signature).index(n),): x for n, x in order["attributes"].items()}
+    constants = {
+        n: getattr(triton.language, DTYPES[x]) if isinstance(x, str) else x for n, x in order["constants"].items()
+    }
+    source = ASTSource(function, dict(signature), constants, attributes)
     amd = target.startswith("gfx")
-    place = GPUTarget("hip", target, WIDEST_WARP) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return triton.compile(source, target=place, options=dict(order["options"]))
+    return source, GPUTarget("hip", target, WIDEST_WARP) if amd else GPUTarget("cuda", int(target[len("sm_") :]), 32)
 
 
 def function_of(order: Mapping[str, Any]) -> Any:
     """The kernel, from the text of its file. Triton reads it again, from the lines that Python keeps for tracebacks."""
-    text, name = order["source"], "<generated>"
+    text, name = order["source"], order["file"]
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    module = ModuleType("generated")
+    module = ModuleType(order["module"])
     module.__file__ = name
     exec(compile(text, name, "exec"), module.__dict__)
     return getattr(module, order["kernel"])

@@ -1,0 +1,37 @@
+"""What a compiled kernel takes of a GPU: registers, spilled bytes and shared memory, as the assembler says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tttc.backends import nvidia
+
+
+def resources(made: Any, target: str) -> nvidia.Resources:
+    """Registers, spilled bytes and shared memory, as the assembler says."""
+    return resources_of(made.asm, made.metadata.name, made.metadata.shared, target)
+
+
+def resources_of(
+    texts: Mapping[str, str], name: str, shared: int, target: str, seconds: float = nvidia.SECONDS
+) -> nvidia.Resources:
+    """The same of assembly alone; NVIDIA's is assembled for it, in at most so many seconds."""
+    if "ptx" in texts:
+        _, (found,) = nvidia.assembled(texts["ptx"], _architecture(texts["ptx"]), seconds)
+        return nvidia.Resources(found.kernel, target, found.registers, found.spilled, shared)
+    text = texts["amdgcn"]
+    registers, spilled = (re.search(rf"\.{n}:\s+(\d+)", text) for n in ("vgpr_count", "vgpr_spill_count"))
+    bytes_spilled = None if spilled is None else 4 * int(spilled[1])
+    return nvidia.Resources(name, target, int(registers[1]) if registers else None, bytes_spilled, shared)
+
+
+def _architecture(ptx: str) -> str:
+    """The architecture that PTX is for: sm_90a has instructions that sm_90 has not."""
+    found = re.search(r"\.target (sm_\w+)", ptx)
+    assert found is not None
+    return found[1]
+
+
+__all__ = ["resources", "resources_of"]

@@ -16,7 +16,7 @@ REGISTERS = 1 << 16  # of a multiprocessor
 MOST_REGISTERS = 255  # of a thread
 VALUES = {"num_warps": (4, 8, 16, 2), "num_stages": (1, 2, 3)}
 # Tokens of a chunk, and the numbers of a state up to which so many spill little (benchmarks/resources.py): at D=64 and
-# 64 tokens, where the least is computed, a backward spills 3 to 7 KB on sm_80, at 32 tokens half a KB to 2 KB.
+# 64 tokens, where the least is computed, a backward spills 1.4 to 7 KB on sm_80, at 32 tokens 0.3 to 1.5 KB.
 CHUNKS = {32: 1 << 12, SMALLEST: LARGEST_STATE}
 STATE = {4: 48, 8: 72}  # numbers of the state that a thread may hold, by the number of warps
 

@@ -22,7 +22,7 @@ from tttc.backends.triton.resources import resources_of
 
 COPIES_AHEAD = "cp.async"  # in PTX: memory is read for a later turn of the loop while this one computes
 # Triton sets each switch of LLVM that this variable lists. Without these, LLVM makes the address of every place of a
-# block before the loop, and has no register left for them in it: on sm_90 a backward of TTTMLP spills 6.4 KB, with
+# block before the loop, and has no register left for them in it: on sm_90 a backward of two layers spills 6.4 KB, with
 # them 4.1.
 VARIABLE, SWITCHES = "DISABLE_LLVM_OPT", "disable-lsr,sink-insts-to-avoid-spills,nvptx-sched4reg"
 

@@ -18,7 +18,7 @@ from benchmarks.resources import LIMIT, RESULTS, TARGETS
 from tests.helpers import LIBRARY
 from tttc.backends import nvidia
 from tttc.backends.triton import frugal, worker
-from tttc.backends.triton.apart import SWITCHES, VARIABLE, switches
+from tttc.backends.triton.apart import SWITCHES, VARIABLE, Compilers, Crashed, NotCompiled, switches
 from tttc.backends.triton.compiled import compiled
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.forms import form_of
@@ -144,6 +144,28 @@ def test_what_a_launch_compiles_has_few_registers_and_nothing_else_does(
     assert said == SWITCHES
     assert unchanged
     assert not alike
+
+
+@pytest.mark.parametrize("failure", [NotCompiled("no such layout"), OSError("no more processes")])
+def test_where_no_other_process_compiles_triton_does_as_always(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    import triton
+
+    monkeypatch.setattr(frugal, "_kept", lambda *asked: False)
+    monkeypatch.setattr(triton, "compile", lambda source, **named: (source, named))
+    answers: list[Exception | None] = [None, failure, Crashed("the compiler ended with -11")]
+
+    def answer(self: Compilers, order: object) -> None:
+        if (now := answers.pop(0)) is not None:
+            raise now
+
+    monkeypatch.setattr(Compilers, "answer", answer)
+    asked = {"target": "sm_90"}, "source", "a target", {"num_warps": 4}
+    assert frugal.compiled(*asked)[1]["_env_vars"][VARIABLE] == SWITCHES
+    assert frugal.compiled(*asked) == ("source", {"target": "a target", "options": {"num_warps": 4}})
+    with pytest.raises(Crashed, match="ended with -11"):
+        frugal.compiled(*asked)
 
 
 def test_the_users_own_switches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from tttc.backends.triton.apart import Compilers, NotCompiled, switches
+from tttc.backends.triton.apart import Compilers, Crashed, NotCompiled, switches
 
 Order = Mapping[str, Any]
 
@@ -19,15 +18,20 @@ Order = Mapping[str, Any]
 def compiled(order: Order, source: Any, target: Any, options: Mapping[str, Any]) -> Any:
     """What `triton.compile` makes of a source; `order` is the same as plain data, for a process of its own.
 
-    Raises `Crashed` where that ended with its compiler. Whatever else went wrong, Triton says itself.
+    Raises `Crashed` where that process ended with its compiler. Where it failed otherwise, Triton compiles here as it
+    always does, and says what is wrong.
     """
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     asked = get_cache_invalidating_env_vars() | switches(order["target"])
     if not _kept(source, target, options, asked):
-        with suppress(NotCompiled, OSError):
+        try:
             Compilers().answer(order)
+        except Crashed:
+            raise
+        except (NotCompiled, OSError):
+            return triton.compile(source, target=target, options=options)
     return triton.compile(source, target=target, options=options, _env_vars=asked)
 
 

@@ -263,7 +263,7 @@ def test_settings_that_are_not_given_stay_as_they_are():
         ("sm_80", 4, 255),
         ("sm_86", 16, 128),
         ("sm_90", 4, None),
-        ("sm_100", 4, None),
+        ("sm_100", 16, 128),
         ("gfx942", 4, None),
         ("", 4, None),
     ],

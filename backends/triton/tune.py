@@ -36,11 +36,11 @@ class Config:
 
 def bounded(options: Mapping[str, int], target: str) -> dict[str, int]:
     """Options for a target such as sm_80, with the registers that a thread may have, where the assembler has to be
-    told. Before sm_90 a kernel that needs more than there are may get a few instead of all: 32, and spills of 32 KB
-    that are 5 KB with 255 (the backward of a decay for each channel).
+    told. Not for sm_90, but before and after it a kernel that needs more than there are may get a few instead of all:
+    32 on sm_80, and spills of 32 KB that are 5 KB with 255 (the backward of a decay for each channel).
     """
     found = re.fullmatch(r"sm_(\d+)\w?", target)
-    if found is None or int(found[1]) >= 90:
+    if found is None or int(found[1]) == 90:
         return dict(options)
     return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (THREADS * options["num_warps"]))}
 

@@ -60,7 +60,8 @@ def compiled(module: Module, form: Form, backward: bool, dtype: torch.dtype, tar
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise nvidia.ToolkitMissing(
             f"Triton could not compile {order['kernel']} for {target}: {said}\n"
-            "  Try another chunk, with tttc.compile(chunk=), or another release of Triton."
+            '  Try another chunk or other warps, tttc.compile(chunk=16, config={"num_warps": 16}),\n'
+            "  or another release of Triton."
         ) from error
 
 

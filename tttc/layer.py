@@ -373,9 +373,8 @@ class Layer:
         no generator that begins anew.
         """
         if not self._operators:
-            assert self._begun
             self._operators = {n: operator(n, s.opaque, len(self._results[n])) for n, s in self._scans.items()}
-        return True
+        return bool(self._begun)
 
     def _checkpoint_of(self, name: str, tokens: int) -> int:
         """Of a scan over so many tokens; one that reads no tokens has nothing to keep."""

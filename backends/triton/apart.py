@@ -77,7 +77,7 @@ class Compilers:
 
     def answer(self, order: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any]:
         """What a worker says that an order was made into. Raises `NotCompiled`."""
-        process = self._started(switches(order["target"]))
+        process = self._started(order["target"])
         try:
             said, complaint = process.communicate(json.dumps(order), timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -96,12 +96,12 @@ class Compilers:
         found: dict[str, Any] = json.loads(said)
         return found
 
-    def _started(self, switches: Mapping[str, str]) -> subprocess.Popen[str]:
+    def _started(self, target: str) -> subprocess.Popen[str]:
         """A process that finds the same packages, but never interprets. It leads a group: an assembler that it runs
         ends with it.
         """
         environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-        environment |= switches
+        environment |= switches(target)
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         with self.lock:
             if self.ended:

@@ -245,3 +245,8 @@ def _condition(condition: Any) -> sympy.Expr:
     if isinstance(condition, sympy.GreaterThan | sympy.StrictGreaterThan):
         return less_equal(adopt(condition.args[1]), adopt(condition.args[0]))
     raise ValueError(f"the condition {condition} is not a comparison of two values")
+
+
+def function_names() -> list[str]:
+    """The functions of SymPy that a formula may have."""
+    return sorted({f.__name__ for f in FOREIGN} | {"sinh", "cosh", "Max", "Min", "Piecewise"})

@@ -4,6 +4,8 @@ Declare an inner-loop learner and its self-supervised loss as a `Variant`; `comp
 form, and returns an ordinary PyTorch layer.
 """
 
+from typing import NoReturn
+
 from tttc import library, nn
 from tttc.api import compile
 from tttc.attention import NonParametric, SoftmaxAttention
@@ -115,3 +117,13 @@ __all__ = [
     "weight_norm",
     "where",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    """Name what exists in the place of what does not: `tttc.leaky_relu`, `tttc.mse`."""
+    import sys
+
+    from tttc.suggest import instead
+
+    said = "" if name.startswith("_") else f" {instead(name)}"
+    raise AttributeError(f"tttc has no `{name}`.{said}", name=name, obj=sys.modules[__name__])

@@ -101,7 +101,7 @@ def compile(
     """
     if isinstance(variant, type) and issubclass(variant, NonParametric):
         return compile_attention(variant, dims, dtype, device)
-    declared = checked_signature(variant)
+    declared = checked_signature(variant, dims)
     sizes = _checked_dims(declared, dims)
     if dtype not in DTYPES:
         raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
@@ -151,7 +151,7 @@ def compile(
 
 def program_for(variant: type[Variant], dims: Mapping[str, int], backend: str) -> Program:
     """The program that a backend is given to make kernels for a GPU that need not be there; float32, untuned."""
-    declared = checked_signature(variant)
+    declared = checked_signature(variant, dims)
     preferred = None if backend == "tvm" else BACKENDS[backend].chunk  # it prefers a chunk for the caches of a CPU
     options = Options(_checked_dims(declared, dims), preferred=preferred)
     return run_pipeline(declared, options).program

@@ -184,7 +184,7 @@ def run_pipeline(declared: Signature, options: Options) -> History:
         try:
             current = stage.run(current, options)
         except NoExactForm as reason:
-            raise refusal(declared.name, [declare.no_exact_form(declared, reason)]) from None
+            raise refusal(declared.name, [declare.no_exact_form(declared, reason, options.dims)]) from None
         milliseconds = (time.perf_counter() - began) * 1e3
         history.append(Entry(stage.name, number, total, current, milliseconds, where=where), stage)
     return history

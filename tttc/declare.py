@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from tttc.errors import DeclarationError, Problem, SourceLine, TTTCError, refusal
+from tttc.errors import Problem, ShapeError, SourceLine, TTTCError, refusal
+from tttc.functions import Leaves, Produce, Repeated, declared_leaves, run_twice, traced_functions
 from tttc.ir import build as b
 from tttc.ir.differentiate import NoGradient, differentiate
 from tttc.ir.expr import Expr, const, leaf, leaves
 from tttc.ir.primal import token_loop
-from tttc.ir.program import Assign, Block, EndStage, Function, Program, Update, end_leaf
-from tttc.ir.reading import NoExactForm
+from tttc.ir.program import T_AXIS, Assign, Block, EndStage, Function, Program, Update, end_leaf
+from tttc.ir.reading import NoExactForm, over_chunk
 from tttc.ir.schedule import schedule
-from tttc.ir.simplify import simplify_program
+from tttc.ir.simplify import simplify, simplify_program
 from tttc.rules import AtEnd
-from tttc.trace import Traced, captured_names, known_sizes, leaf_axes, lift, watching
+from tttc.trace import Traced, known_sizes, lift
 from tttc.variant import GateSpec, ParamSpec, Rate, Signature, Variant, is_dim, read_declaration
 
 
@@ -35,24 +35,36 @@ def check(variant: type[Variant]) -> list[Problem]:
     return []
 
 
-def no_exact_form(declared: Signature, reason: NoExactForm) -> Problem:
+def no_exact_form(declared: Signature, reason: NoExactForm, dims: Mapping[str, int] | None = None) -> Problem:
     """A rule or a read point without an exact form over a chunk, at the line that decides it."""
-    where = None if reason.node is None else _line_of(declared, reason.node.op)
+    with known_sizes(dims or {}):
+        where = None if reason.node is None else _line_of(declared, reason.node)
     if where is None:
         where = declared.update.where
     return Problem(f"no exact chunked form: {reason.why}.", reason.instead, where, inexact=True)
 
 
-def _line_of(declared: Signature, op: str) -> SourceLine | None:
-    """The first line of the learner that makes a node of this operation."""
-    with watching(op) as lines:
-        _traced_functions(declared)
-    return next(iter(lines), None)
+def _line_of(declared: Signature, node: Expr) -> SourceLine | None:
+    """The user's line that makes a value of the simplified program, which may read the tokens of a chunk."""
+    traced, _ = traced_functions(declared)
+    if traced is None:
+        return None
+    moved: dict[Expr, Expr] = {}
+    simplify([traced.output.expr, traced.loss.expr], moved=moved)
+    for made, place in traced.places.items():
+        became = moved.get(made, made)
+        if node in (became, *over_chunk([became], T_AXIS, {})):
+            return place.line
+    return next((place.line for made, place in traced.places.items() if made.op == node.op), None)
 
 
-def checked_signature(variant: type[Variant]) -> Signature:
-    """The signature of a declaration without problems; raises `DeclarationError` with all of them at once."""
-    declared, problems = _examined(variant)
+def checked_signature(variant: type[Variant], dims: Mapping[str, int] | None = None) -> Signature:
+    """The signature of a declaration without problems; raises `DeclarationError` with all of them at once.
+
+    `dims`, where they are known, are what `tttc.size` gives while the functions are traced.
+    """
+    with known_sizes(dims or {}):
+        declared, problems = _examined(variant)
     if problems:
         raise refusal(declared.name, problems)
     return declared
@@ -70,7 +82,7 @@ def _examined(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
     """Problems of the settings and, where the axes are named at all, of the functions."""
     declared, problems = read_declaration(variant)
     if all(map(is_dim, declared.dims)):
-        problems += _traced_functions(declared)[1]
+        problems += traced_functions(declared)[1]
         stages = [s for s in getattr(declared.update, "at_end", ()) if isinstance(s, AtEnd)]
         problems += [p for stage in stages for p in _stage_problems(stage, declared)]
     return declared, problems
@@ -78,14 +90,19 @@ def _examined(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
 
 def _stage_problems(stage: AtEnd, declared: Signature) -> list[Problem]:
     """Whether an `at_end` function runs on the states that it is for, and gives back their shapes."""
-    known, where = _declared_leaves(declared), stage.where or declared.update.where
+    known, where = declared_leaves(declared), stage.where or declared.update.where
     if not set(stage.states or ()) <= set(known.states):
         return []  # said already
     try:
         traced = _traced_stage(stage, known)
-    except TTTCError as error:
+    except Repeated as found:
+        return [replace(found.problem, where=where)]
+    except ShapeError as error:
         what = str(error).split("\n", maxsplit=1)[0]
         return [Problem(f"{stage.label}: {what}", "Name the states that it is for: states=(...,).", where)]
+    except TTTCError as error:
+        what, _, remedy = f"in {stage.label}: {error}".rpartition("\n  ")
+        return [Problem(what, remedy)]
     except Exception as error:  # the user's own function may raise anything
         remedy = "It must run on traced values: only operations of tttc on them."
         return [Problem(f"in {stage.label}: {type(error).__name__}: {error}.", remedy, where)]
@@ -107,119 +124,30 @@ def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program
     Raises `DeclarationError` with every problem of the functions.
     """
     with known_sizes(dims):
-        traced, problems = _traced_functions(declared)
+        traced, problems = traced_functions(declared)
         if traced is None:
             raise refusal(declared.name, problems)
-        leaves_, loss, output, names = traced
-        update = _update_rule(declared, leaves_)
-    z = leaf("z", "output", output.axes)
+        try:
+            update = _update_rule(declared, traced.leaves)
+        except Repeated as found:
+            raise refusal(declared.name, [found.problem]) from None
+    z = leaf("z", "output", traced.output.axes)
     functions = (
-        _function("loss", loss.expr, leaf("loss", "output"), leaves_),
-        _function("output", output.expr, z, leaves_),
+        _function("loss", traced.loss.expr, leaf("loss", "output"), traced.leaves),
+        _function("output", traced.output.expr, z, traced.leaves),
     )
-    return Program(_snake(declared.name), "declare", functions, dict(dims), dtype, names, update, title=declared.name)
+    name = _snake(declared.name)
+    return Program(name, "declare", functions, dict(dims), dtype, traced.names, update, title=declared.name)
 
 
-class _Leaves(NamedTuple):
-    """The declared values as leaves of the IR, by name."""
-
-    tokens: dict[str, Expr]
-    gates: dict[str, Expr]
-    params: dict[str, Expr]
-    states: dict[str, Expr]
-
-
-def _declared_leaves(declared: Signature) -> _Leaves:
-    groups = (
-        ("token", declared.tokens),
-        ("gate", declared.gates),
-        ("param", declared.params),
-        ("state", declared.states),
-    )
-    return _Leaves(*({n: leaf(n, role, leaf_axes(s.dims)) for n, s in specs.items()} for role, specs in groups))
-
-
-def _traced_functions(
-    declared: Signature,
-) -> tuple[tuple[_Leaves, Traced, Traced, dict[Expr, str]] | None, list[Problem]]:
-    """The leaves, the loss, the output and the user's names; or the problems met on the way."""
-    known = _declared_leaves(declared)
-    attributes = {a: known.gates[g] for a, g in declared.attributes.items()}
-    extras = {n: e for n, e in known.tokens.items() if n not in ("q", "k", "v")}
-    visible = known.states | known.params | attributes | extras
-    bound = declared.variant.bind({n: Traced(e) for n, e in visible.items()})
-    functions: list[Callable[..., Any]] = [declared.variant.learner, declared.variant.loss, declared.variant.output]
-    problems: list[Problem] = []
-    with captured_names(functions) as names:
-        loss = _traced(declared, "loss", bound, (known.tokens["k"], known.tokens["v"]), problems)
-        output = _traced(declared, "output", bound, (known.tokens["q"],), problems)
-    if loss is not None and loss.axes:
-        shape = ", ".join(loss.shape)
-        problems.append(
-            Problem(f"loss returns [{shape}], not a scalar.", "Reduce it: tttc.sum(...) or tttc.mean(...).")
-        )
-    if problems or loss is None or output is None:
-        return None, _merged(problems)
-    return (known, loss, output, names), []
-
-
-def _merged(problems: list[Problem]) -> list[Problem]:
-    """A line that several functions run is one problem: `in loss and output: ...`."""
-    functions: dict[tuple[str, str, SourceLine | None], list[str]] = {}
-    for p in problems:
-        function, separator, what = p.what.removeprefix("in ").partition(": ")
-        key = (what, p.remedy, p.where) if separator and p.what.startswith("in ") else (p.what, p.remedy, p.where)
-        functions.setdefault(key, []).append(function if key[0] == what else "")
-    return [
-        Problem(f"in {' and '.join(names)}: {what}" if names[0] else what, remedy, where)
-        for (what, remedy, where), names in functions.items()
-    ]
-
-
-def _traced(
-    declared: Signature, name: str, bound: Any, arguments: tuple[Expr, ...], problems: list[Problem]
-) -> Traced | None:
-    try:
-        return lift(getattr(bound, name)(*(Traced(e) for e in arguments)))
-    except DeclarationError as error:
-        what = str(error).removeprefix(f"variant `{declared.name}` ")
-        problems.append(Problem(f"the class {what}.", "Define it as a method of the class."))
-    except TTTCError as error:
-        what, _, remedy = f"in {name}: {error}".rpartition("\n  ")
-        problems.append(Problem(what or str(error), remedy))
-    except AttributeError as error:
-        known = [*declared.states, *declared.params, *declared.attributes]
-        known += [n for n in declared.tokens if n not in ("q", "k", "v")]
-        near = difflib.get_close_matches(str(error.name), known, 1, 0.0)
-        remedy = f"Declare it on the class, or write one of {', '.join(known)}" + (f": `{near[0]}`?" if near else ".")
-        problems.append(Problem(f"in {name}: `{error.name}` is not declared.", remedy, _user_line(error)))
-    except Exception as error:  # the user's own code may raise anything; say where
-        what = f"in {name}: {type(error).__name__}: {error}"
-        problems.append(
-            Problem(what, "The function must run on traced values: only operations of tttc on them.", _user_line(error))
-        )
-    return None
-
-
-def _user_line(error: Exception) -> SourceLine | None:
-    trace = error.__traceback__
-    found = None
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if code.co_name in ("learner", "loss", "output"):
-            found = SourceLine(code.co_filename, trace.tb_lineno)
-        trace = trace.tb_next
-    return found
-
-
-def _function(name: str, value: Expr, target: Expr, known: _Leaves) -> Function:
+def _function(name: str, value: Expr, target: Expr, known: Leaves) -> Function:
     """A per-token function whose parameters are the leaves that its value reads, in the order of the declaration."""
     read = {e.arg[0].name for e in leaves([value])}
     order = [e for group in known for n, e in group.items() if n in read]
     return Function(name, tuple(order), (Block((Assign(target, value),)),), (target,))
 
 
-def _update_rule(declared: Signature, known: _Leaves) -> Update:
+def _update_rule(declared: Signature, known: Leaves) -> Update:
     rule = declared.update
 
     def rate(r: Rate) -> Expr:
@@ -265,7 +193,7 @@ def _online(update: Update) -> Update:
     return replace(update, anchor="token", lr=lr, tau=dict.fromkeys(update.tau), read=read)
 
 
-def _traced_stages(stages: Sequence[AtEnd], known: _Leaves) -> tuple[EndStage, ...]:
+def _traced_stages(stages: Sequence[AtEnd], known: Leaves) -> tuple[EndStage, ...]:
     """What the first stage keeps of W is `N_W`, what a second one keeps `N2_W`."""
     traced: list[EndStage] = []
     for stage in stages:
@@ -274,23 +202,32 @@ def _traced_stages(stages: Sequence[AtEnd], known: _Leaves) -> tuple[EndStage, .
     return tuple(traced)
 
 
-def _traced_stage(stage: AtEnd, known: _Leaves, memory: str = "N") -> EndStage:
+def _traced_stage(stage: AtEnd, known: Leaves, memory: str = "N") -> EndStage:
     """A stage as expressions over the leaves that stand for what it is given: `in_W`, and `N_W` where it keeps that."""
     acted = stage.of(known.states)
     given = {n: end_leaf(known.states[n]) for n in acted}
+
+    def value(produce: Produce) -> Expr:
+        return run_twice(stage.label, lambda leaf_of: lift(produce(leaf_of)), {}).expr
+
     begins, kept = {}, {}
     if stage.begin is not None:
+        begin = stage.begin
         for n in acted:
-            begun = lift(stage.begin(Traced(given[n])))
-            begins[n] = begun.expr
+            begins[n] = value(lambda leaf_of, n=n: begin(leaf_of(given[n])))  # type: ignore[misc]
             if stage.on == "weights":
-                kept[n] = leaf(f"{memory}_{n}", "memory", begun.axes)
+                kept[n] = leaf(f"{memory}_{n}", "memory", begins[n].axes)
+    act = stage.function
     if stage.joint:
-        values = {n: lift(x).expr for n, x in stage.function({n: Traced(e) for n, e in given.items()}).items()}
+
+        def together(leaf_of: Callable[[Expr], Traced]) -> Mapping[str, Any]:
+            return dict(act({n: leaf_of(e) for n, e in given.items()}))
+
+        values = {n: value(lambda leaf_of, n=n: together(leaf_of)[n]) for n in together(Traced)}  # type: ignore[misc]
     elif kept:
-        values = {n: lift(stage.function(Traced(e), Traced(kept[n], kept[n].axes))).expr for n, e in given.items()}
+        values = {n: value(lambda leaf_of, n=n: act(leaf_of(given[n]), leaf_of(kept[n]))) for n in given}  # type: ignore[misc]
     else:
-        values = {n: lift(stage.function(Traced(e))).expr for n, e in given.items()}
+        values = {n: value(lambda leaf_of, n=n: act(leaf_of(given[n]))) for n in given}  # type: ignore[misc]
     return EndStage(stage.on, values, begins, kept, stage.label)
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
+from typing import NamedTuple
 
 _PACKAGE = os.path.realpath(Path(__file__).parent)
 _OWN_FOLDERS = tuple(os.path.join(os.path.realpath(Path(_PACKAGE) / folder), "") for folder in (".", "ir", "backends"))
+_LIBRARIES = tuple(os.path.join(os.path.realpath(sysconfig.get_path(p)), "") for p in ("stdlib", "purelib", "platlib"))
 
 
 class TTTCError(Exception):
@@ -113,25 +117,62 @@ def problems_text(variant: str, problems: Sequence[Problem]) -> str:
     return f"variant `{variant}` has {len(problems)} problems:\n\n{listed}"
 
 
+class Place(NamedTuple):
+    """A point in a running function; the line and its columns are found when they are asked for."""
+
+    code: CodeType
+    instruction: int
+    number: int
+
+    @property
+    def line(self) -> SourceLine:
+        first, last, start, end = _positions(self.code, self.instruction)
+        file = self.code.co_filename
+        if first is None or first != last:
+            return SourceLine(file, self.number)
+        return SourceLine(file, first, _column(self.code, first, start), _column(self.code, first, end))
+
+
+def users_place() -> Place | None:
+    """The innermost place on the stack that is neither part of `tttc` nor, between it and the user, of a library."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_own(frame.f_code.co_filename):
+        frame = frame.f_back
+    innermost = frame
+    while frame is not None and not _is_own(frame.f_code.co_filename):
+        if not _is_library(frame.f_code.co_filename):
+            return Place(frame.f_code, frame.f_lasti, frame.f_lineno)
+        frame = frame.f_back
+    return None if innermost is None else Place(innermost.f_code, innermost.f_lasti, innermost.f_lineno)
+
+
 def users_line() -> SourceLine | None:
     """The innermost line on the stack that is not part of `tttc`, with the columns of the running expression."""
-    frame = sys._getframe(1)
-    while frame is not None and _is_own(frame.f_code):
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None:
-        return None
-    first, last, start, end = _positions(frame.f_code, frame.f_lasti)
-    if first is None or first != last:
-        return SourceLine(frame.f_code.co_filename, frame.f_lineno)
-    return SourceLine(
-        frame.f_code.co_filename, first, _column(frame.f_code, first, start), _column(frame.f_code, first, end)
-    )
+    place = users_place()
+    return None if place is None else place.line
 
 
-def _is_own(code: CodeType) -> bool:
-    path = os.path.realpath(code.co_filename)
-    own = path.startswith(_OWN_FOLDERS)
-    return own and os.path.basename(path) not in ("library.py",)
+def raised_at(error: BaseException) -> SourceLine | None:
+    """The user's line that an error comes from: neither one of `tttc` nor, where that can be told, of a library."""
+    places, trace = [], error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not _is_own(code.co_filename):
+            places.append(Place(code, trace.tb_lasti, trace.tb_lineno))
+        trace = trace.tb_next
+    mine = [p for p in places if not _is_library(p.code.co_filename)]
+    return (mine or places)[-1].line if places else None
+
+
+@cache
+def _is_own(file: str) -> bool:
+    path = os.path.realpath(file)
+    return path.startswith(_OWN_FOLDERS) and os.path.basename(path) != "library.py"
+
+
+@cache
+def _is_library(file: str) -> bool:
+    return os.path.realpath(file).startswith(_LIBRARIES)
 
 
 def _positions(code: CodeType, lasti: int) -> tuple[int | None, int | None, int | None, int | None]:

@@ -12,6 +12,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from tttc.number import number
 from tttc.trace import Traced, apply_formula, axis_size, trace
 
 
@@ -27,7 +28,8 @@ def _dispatch(name: str, meaning: Callable[..., Any], doc: str) -> Callable[...,
 
 
 def _as_tensor(x: Any) -> Any:
-    return torch.tensor(x, dtype=torch.float64) if isinstance(x, int | float) and not isinstance(x, bool) else x
+    plain = None if isinstance(x, torch.Tensor) else number(x)
+    return x if plain is None else torch.tensor(plain, dtype=torch.float64)
 
 
 def _reduced(reduce: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -58,6 +60,10 @@ def _huber(x: Any, delta: Any) -> torch.Tensor:
     return torch.where(x.abs() <= delta, 0.5 * x * x, delta * (x.abs() - 0.5 * delta))
 
 
+def _where(condition: Any, x: Any, y: Any) -> torch.Tensor:
+    return torch.where(condition if condition.dtype == torch.bool else condition > 0.5, x, y)
+
+
 sum = _dispatch("sum", _reduced(torch.sum), "Sum over `axis`, or over all axes.")
 mean = _dispatch("mean", _reduced(torch.mean), "Mean over `axis`, or over all axes.")
 exp = _dispatch("exp", torch.exp, "e**x, elementwise.")
@@ -86,7 +92,12 @@ rms_norm = _dispatch(
 )
 l2_norm = _dispatch("l2_norm", _l2_norm, "l2_norm(x, eps=...): x / sqrt(sum(x**2) + eps) over the last axis.")
 dot = _dispatch("dot", lambda x, y: (x * y).sum(-1), "Inner product over the last axis.")
-where = _dispatch("where", torch.where, "where(condition, x, y): x where the condition holds, otherwise y.")
+where = _dispatch(
+    "where",
+    _where,
+    "where(condition, x, y): x where the condition holds, otherwise y. The condition is a comparison, or a value of "
+    "zeros and ones, which holds above one half.",
+)
 huber = _dispatch("huber", _huber, "huber(x, delta): x**2 / 2 where |x| <= delta, otherwise delta * (|x| - delta / 2).")
 
 
@@ -173,3 +184,10 @@ _TORCH_NAMES: dict[str, Any] = {
     "amin": _extreme(torch.minimum),
     "select": _select,
 }
+
+
+OPERATIONS = (
+    *("sum", "mean", "exp", "log", "sqrt", "rsqrt", "abs", "sign", "tanh", "sigmoid", "silu", "gelu", "relu"),
+    *("softplus", "softmax", "layer_norm", "rms_norm", "l2_norm", "dot", "where", "huber", "div", "stop_gradient"),
+    *("size", "along", "einsum", "elementwise"),
+)

@@ -16,7 +16,8 @@ to the reading token; the weights handed to the next mini-batch are those "after
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +57,24 @@ def reference(
             own = {name: _windowed(x[i, :, h], declared.tokens.get(name), dims) for name, x in sequences.items()}
             slow = {n: _of_head(params[n], len(s.dims), i, h) for n, s in declared.params.items()}
             fast = {n: _of_head(state[n], len(s.dims), i, h) for n, s in declared.states.items()}
-            z, final = _Head(declared, own, slow).run(fast)
+            with _numbers_of(q.dtype):
+                z, final = _Head(declared, own, slow).run(fast)
             outputs.append(z)
             for name, w in final.items():
                 finals[name].append(w)
     z = torch.stack(outputs).unflatten(0, (batch, heads)).transpose(1, 2)
     return z, {name: torch.stack(ws).unflatten(0, (batch, heads)) for name, ws in finals.items()}
+
+
+@contextmanager
+def _numbers_of(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a comparison times a number has this dtype: torch would give (x > 0) * 0.1 only 24 bits."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _of_head(x: torch.Tensor, rank: int, i: int, h: int) -> torch.Tensor:

@@ -154,7 +154,9 @@ def muon(
     def orthogonalised(U: Any) -> Any:
         if U.ndim != 2:
             raise ShapeError(
-                "muon orthogonalises matrices, and this state has the axes [" + ", ".join(map(str, U.shape)) + "]."
+                "muon orthogonalises matrices, and this state has the axes ["
+                + ", ".join(map(str, getattr(U, "dims", U.shape)))
+                + "]."
             )
         X = U / (ops.sqrt(ops.sum(U * U) + _TINY) + eps)
         wide = ops.size(X, 0) <= ops.size(X, 1)

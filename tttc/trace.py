@@ -6,51 +6,47 @@ elementwise operations align by position and rename. A value that the user bound
 
 from __future__ import annotations
 
-import sys
+import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import FrameType
 from typing import Any
 
 import sympy
 
-from tttc.errors import ShapeError, SourceLine, TTTCError, users_line
+from tttc.errors import ShapeError, TTTCError, users_line
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Axis, Expr, const, leaves
 from tttc.ir.scalars import Formula, adopt, formula_name
-
-_watched: ContextVar[tuple[str, list[SourceLine]] | None] = ContextVar("watched", default=None)
-
-
-@contextmanager
-def watching(op: str) -> Iterator[list[SourceLine]]:
-    """Collect the user's lines that make nodes of one operation."""
-    lines: list[SourceLine] = []
-    token = _watched.set((op, lines))
-    try:
-        yield lines
-    finally:
-        _watched.reset(token)
+from tttc.number import number
+from tttc.places import note
+from tttc.suggest import instead
 
 
 class Traced:
     """A value of the user's functions while they are traced: an expression, and its axes in the order of its
     dimensions.
+
+    A comparison is a `truth`, 0 or 1, as on tensors: what torch does not do with one is refused here too.
     """
 
     __array_priority__ = 1000
 
-    def __init__(self, expr: Expr, axes: Axes | None = None) -> None:
+    def __init__(self, expr: Expr, axes: Axes | None = None, *, truth: bool = False) -> None:
         self.expr = expr
         self.axes = expr.axes if axes is None else axes
-        watched = _watched.get()
-        if watched is not None and expr.op == watched[0] and (line := users_line()) is not None:
-            watched[1].append(line)
+        self.truth = truth
+        self.viewed = False  # whether another value shares its memory where these are tensors
+        note(expr)
 
     @property
-    def shape(self) -> tuple[str, ...]:
+    def dims(self) -> tuple[str, ...]:
         return tuple(a.size for a in self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis_size(self, i) for i in range(self.ndim))
 
     @property
     def ndim(self) -> int:
@@ -58,10 +54,16 @@ class Traced:
 
     @property
     def T(self) -> Traced:
-        return Traced(self.expr, self.axes[::-1])
+        self.viewed = True
+        turned = Traced(self.expr, self.axes[::-1], truth=self.truth)
+        turned.viewed = True
+        return turned
 
     def __repr__(self) -> str:
-        return f"Traced[{', '.join(self.shape)}]"
+        return f"Traced[{', '.join(self.dims)}]"
+
+    def __format__(self, spec: str) -> str:
+        return repr(self) if not spec else format(float(self), spec)
 
     def __add__(self, other: Any) -> Traced:
         return _binary("add", self, other)
@@ -88,15 +90,24 @@ class Traced:
         return _binary("div", other, self)
 
     def __neg__(self) -> Traced:
+        _refuse_truths("negate", (self,))
         return Traced(b.neg(self.expr), self.axes)
 
+    def __pos__(self) -> Traced:
+        return Traced(self.expr, self.axes)
+
+    def __abs__(self) -> Traced:
+        return Traced(b.apply("abs", self.expr), self.axes)
+
     def __pow__(self, exponent: Any) -> Traced:
-        if isinstance(exponent, int | float):
-            return Traced(b.power(self.expr, float(exponent)), self.axes)
+        if (n := number(exponent)) is not None:
+            return Traced(b.power(self.expr, float(n)), self.axes)
         return _exp(_binary("mul", Traced(b.apply("log", self.expr), self.axes), exponent))
 
     def __rpow__(self, base: Any) -> Traced:
-        return _exp(_binary("mul", self, float(sympy.log(base))))
+        if (n := number(base)) is None or n <= 0:
+            raise _unsupported(f"a power of {base!r}", "A value is an exponent of positive numbers: 2.0 ** x.")
+        return _exp(_binary("mul", self, math.log(n)))
 
     def __matmul__(self, other: Any) -> Traced:
         return _matmul(self, other)
@@ -105,39 +116,140 @@ class Traced:
         return _matmul(other, self)
 
     def __le__(self, other: Any) -> Traced:
-        return _binary("less_equal", self, other)
+        return _truth(_binary("less_equal", self, other))
 
     def __ge__(self, other: Any) -> Traced:
-        return _binary("less_equal", other, self)
+        return _truth(_binary("less_equal", other, self))
 
     def __lt__(self, other: Any) -> Traced:
-        return _binary("sub", 1.0, _binary("less_equal", other, self))
+        return ~(self >= other)
 
     def __gt__(self, other: Any) -> Traced:
-        return _binary("sub", 1.0, _binary("less_equal", self, other))
+        return ~(self <= other)
+
+    def __eq__(self, other: Any) -> Traced:  # type: ignore[override]
+        return (self <= other) & (self >= other)
+
+    def __ne__(self, other: Any) -> Traced:  # type: ignore[override]
+        return ~(self == other)
+
+    def __invert__(self) -> Traced:
+        return _truth(_binary("sub", 1.0, _as_number(self)))
+
+    def __and__(self, other: Any) -> Traced:
+        return _truth(_binary("mul", _as_number(self), _as_number(other)))
+
+    def __or__(self, other: Any) -> Traced:
+        return ~(~self & ~_as_truth(other))
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __iadd__(self, other: Any) -> Traced:
+        return self._become(self + other)
+
+    def __isub__(self, other: Any) -> Traced:
+        return self._become(self - other)
+
+    def __imul__(self, other: Any) -> Traced:
+        return self._become(self * other)
+
+    def __itruediv__(self, other: Any) -> Traced:
+        return self._become(self / other)
+
+    def __ipow__(self, other: Any) -> Traced:
+        return self._become(self**other)
+
+    def _become(self, new: Traced) -> Traced:
+        """Written in place, as on tensors: whatever else has this value then has the new one."""
+        if self.viewed or self.expr.op == "leaf" or self.dims != new.dims or self.truth:
+            raise _unsupported(
+                "an in-place operation on an argument, a declared value or one that is seen in two ways",
+                "Make a new value: x = x + y instead of x += y.",
+            )
+        self.expr, self.axes = new.expr, new.axes
+        return self
+
+    def __hash__(self) -> int:
+        raise _unsupported("a value as the key of a dict or in a set", "Values are known only when the layer runs.")
 
     def __bool__(self) -> bool:
         raise _unsupported("a Python `if`, `and`, `or` or `not` on a value", "Use tttc.where(condition, x, y).")
+
+    def __len__(self) -> int:
+        if not self.axes:
+            raise _unsupported("the length of a value without axes", "tttc.size gives the length of an axis.")
+        return self.shape[0]
 
     def __iter__(self) -> Iterator[Any]:
         raise _unsupported(
             "iterating over a value", "Write the operation on the whole vector, or contract it with `@`."
         )
 
+    def __contains__(self, x: Any) -> bool:
+        raise _unsupported("`in` on a value", "Compare elementwise: tttc.where(x == y, ..., ...).")
+
     def __getitem__(self, index: Any) -> Traced:
         raise _unsupported("indexing a value", "Declare the parts as states, params or tokens of their own.")
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self[index]
+
     def __float__(self) -> float:
         raise _unsupported(
-            "turning a value into a number", "Keep it as a value; sizes of dims are known only to tttc.compile."
+            "turning a value into a number", "Keep it as a value; the length of an axis is tttc.size(x)."
         )
 
-    __int__ = __float__
+    __int__ = __index__ = __complex__ = __round__ = __trunc__ = __floor__ = __ceil__ = __float__
+
+    def __mod__(self, other: Any) -> Traced:
+        raise _unsupported("`%`, `//` or divmod on a value", "Its derivative is that of x, or 0, and jumps: use `/`.")
+
+    __rmod__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = __mod__
+
+    def __array__(self, *arguments: Any, **settings: Any) -> Any:
+        raise _unsupported("an array of NumPy made of a value", "Use operations of tttc on it as it is.")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **settings: Any) -> Any:
+        plain = method == "__call__" and not settings
+        return _of_library("numpy", ufunc.__name__, operands if plain else ())
+
+    def __array_function__(self, function: Any, types: Any, operands: Any, settings: Any) -> Any:
+        return _of_library("numpy", function.__name__, ())
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, operands: Any = (), settings: Any = None) -> Any:
+        return _of_library("torch", getattr(function, "__name__", "a function"), () if settings else operands)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise _unsupported(f"`.{name}` on a value", f"Use the functions of tttc, such as tttc.{name}, if there is one.")
+        raise _unsupported(f"`.{name}` on a value", instead(name))
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    **dict.fromkeys(("sub", "subtract"), operator.sub),
+    **dict.fromkeys(("mul", "multiply"), operator.mul),
+    **dict.fromkeys(("div", "divide", "true_divide"), operator.truediv),
+    **dict.fromkeys(("pow", "power"), operator.pow),
+    "matmul": operator.matmul,
+    **dict.fromkeys(("lt", "less"), operator.lt),
+    **dict.fromkeys(("le", "less_equal"), operator.le),
+    **dict.fromkeys(("gt", "greater"), operator.gt),
+    **dict.fromkeys(("ge", "greater_equal"), operator.ge),
+    **dict.fromkeys(("eq", "equal"), operator.eq),
+    **dict.fromkeys(("ne", "not_equal"), operator.ne),
+}
+
+
+def _of_library(library: str, name: str, operands: Sequence[Any]) -> Traced:
+    """What NumPy or torch was asked to do with a value: an operator, one side of which is a number of theirs, or no
+    operation of a declaration.
+    """
+    if name in _OPERATORS and len(operands) == 2:
+        left, right = (x if (n := number(x)) is None else n for x in operands)
+        return _OPERATORS[name](left if number(left) is not None else lift(left), right)
+    raise _unsupported(f"{library}.{name} on a value", instead(name))
 
 
 def _unsupported(what: str, remedy: str) -> TTTCError:
@@ -150,19 +262,42 @@ def _exp(x: Traced) -> Traced:
     return Traced(b.apply("exp", x.expr), x.axes)
 
 
+def _truth(x: Traced) -> Traced:
+    return Traced(x.expr, x.axes, truth=True)
+
+
+def _as_truth(x: Any) -> Traced:
+    if not (isinstance(x, Traced) and x.truth):
+        raise _unsupported("`&`, `|` or `~` on what is no comparison", "Combine comparisons: (x > 0) & (y > 0).")
+    return x
+
+
+def _as_number(x: Any) -> Traced:
+    """A comparison as the number 0 or 1."""
+    return Traced(_as_truth(x).expr, x.axes)
+
+
+def _refuse_truths(verb: str, operands: Sequence[Traced]) -> None:
+    """torch neither subtracts nor negates the results of comparisons, and adds them as `or`."""
+    if any(x.truth for x in operands):
+        remedy = "Make numbers of it: tttc.where(condition, 1.0, 0.0); or combine with `&`, `|` and `~`."
+        raise _unsupported(f"to {verb} the result of a comparison", remedy)
+
+
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
 def lift(x: Any) -> Traced:
-    """A traced value; numbers and one-element tensors become constants."""
+    """A traced value; numbers, of NumPy and torch too, become constants."""
     if isinstance(x, Traced):
         return x
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        item = getattr(x, "item", None)
-        if item is None or getattr(x, "ndim", 0) != 0:
-            raise _unsupported(f"a {type(x).__name__} among the operands", "Operands are traced values and numbers.")
-        x = item()
-    return Traced(const(float(x)))
+    if (n := number(x)) is None:
+        kind = "a tensor that is trained" if getattr(x, "requires_grad", False) else f"a {type(x).__name__}"
+        remedy = "Operands are traced values and numbers."
+        if hasattr(x, "ndim"):
+            remedy += " Declare it: tttc.param(..., init=...) for weights, tttc.token(...) for what comes with a token."
+        raise _unsupported(f"{kind} among the operands", remedy)
+    return Traced(const(float(n)))
 
 
 def leaf_axes(dims: Sequence[str]) -> Axes:
@@ -182,7 +317,7 @@ def _aligned(operands: Sequence[Traced], what: str) -> tuple[list[Expr], Axes]:
     for operand in operands:
         own = widest.axes[len(widest.axes) - len(operand.axes) :]
         if any(a.size != t.size for a, t in zip(operand.axes, own, strict=True)):
-            pair = (operand, widest) if operands.index(operand) < operands.index(widest) else (widest, operand)
+            pair = [o for o in operands if o is operand or o is widest]
             raise _shape_error(
                 f"cannot {what}", pair, "Declare both alike, or contract the axis that is too many with `@`."
             )
@@ -194,7 +329,10 @@ _VERBS = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "
 
 
 def _binary(op: str, left: Any, right: Any) -> Traced:
-    operands, axes = _aligned([lift(left), lift(right)], _VERBS[op])
+    lifted = [lift(left), lift(right)]
+    if op == "sub" or (op == "add" and all(x.truth for x in lifted)):
+        _refuse_truths(_VERBS[op], lifted)
+    operands, axes = _aligned(lifted, _VERBS[op])
     return Traced(b.apply(op, *operands), axes)
 
 
@@ -218,10 +356,10 @@ def _matmul(left: Any, right: Any) -> Traced:
 
 
 def _shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeError:
-    shapes = " and ".join("[" + ", ".join(o.shape) + "]" for o in operands)
+    shapes = " and ".join("[" + ", ".join(o.dims) + "]" for o in operands)
     line = users_line()
     place = f"\n{line.shown()}" if line else ""
-    origins = {dim: origin for o in operands for dim in o.shape if (origin := _origin(o.expr, dim))}
+    origins = {dim: origin for o in operands for dim in o.dims if (origin := _origin(o.expr, dim))}
     whence = "; ".join(f"{dim} comes from {origin}" for dim, origin in origins.items())
     return ShapeError(f"{what} {shapes}.{place}" + (f"\n    {whence}" if whence else "") + f"\n  {remedy}")
 
@@ -238,6 +376,8 @@ def _origin(e: Expr, dim: str) -> str:
 def trace(name: str, operands: Sequence[Any], settings: Mapping[str, Any]) -> Traced:
     """Add the node of one of the operations of `tttc/operations.py`."""
     values = [lift(x) for x in operands]
+    if name == "mean":
+        _refuse_truths("average", values)
     if name in _SPECIAL:
         return _SPECIAL[name](values, **settings)
     if settings:
@@ -250,7 +390,7 @@ def _reduction(reduce: Callable[[Expr, Axes], Expr]) -> Callable[..., Traced]:
     def build(values: list[Traced], axis: int | None = None) -> Traced:
         (x,) = values
         if not x.axes:
-            return x
+            return Traced(x.expr)
         if axis is not None and not -x.ndim <= axis < x.ndim:
             raise _shape_error(f"there is no axis {axis} in", values, f"axis runs from {-x.ndim} to {x.ndim - 1}.")
         over = x.axes if axis is None else (x.axes[axis],)
@@ -319,7 +459,9 @@ def _einsum(values: list[Traced], spec: str) -> Traced:
 
 
 def _stop_gradient(values: list[Traced]) -> Traced:
-    return Traced(b.stop_gradient(values[0].expr), values[0].axes)
+    held = Traced(b.stop_gradient(values[0].expr), values[0].axes)
+    held.viewed = values[0].viewed = True
+    return held
 
 
 _sizes: ContextVar[Mapping[str, int] | None] = ContextVar("sizes", default=None)
@@ -337,7 +479,8 @@ def known_sizes(dims: Mapping[str, int]) -> Iterator[None]:
 
 def axis_size(x: Traced, axis: int) -> int:
     """The size of an axis of a traced value; 2 where a declaration is checked without sizes."""
-    return int((_sizes.get() or {}).get(x.axes[axis].size, 2))
+    found = number((_sizes.get() or {}).get(x.axes[axis].size, 2))
+    return 2 if found is None else int(found)  # a size that is none is refused when the dims are read
 
 
 _SPECIAL: dict[str, Callable[..., Traced]] = {
@@ -363,29 +506,3 @@ def apply_formula(body: sympy.Expr, symbols: Sequence[sympy.Symbol], operands: S
         raise _unsupported(f"elementwise({body})", f"{reason}.") from None
     renamed, axes = _aligned([lift(x) for x in operands], "apply elementwise to")
     return Traced(Expr("map", tuple(renamed), Formula(formula_name(adopted), tuple(real), adopted)), axes)
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def captured_names(functions: Sequence[Callable[..., Any]]) -> Iterator[dict[Expr, str]]:
-    """Collect the local variables of the user's functions as they return: the names that their values get in print."""
-    codes = {f.__code__ for f in functions if hasattr(f, "__code__")}
-    names: dict[Expr, str] = {}
-
-    def watch(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "return" and frame.f_code in codes:
-            for name, value in frame.f_locals.items():
-                if isinstance(value, Traced) and value.expr.op not in ("leaf", "const"):
-                    names.setdefault(value.expr, name)
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        yield names
-    finally:
-        if before is None or callable(before):
-            sys.setprofile(before)
-        else:
-            before.enable()  # cProfile, which is no function that could be set

@@ -56,13 +56,17 @@ def power(a: Expr, n: float) -> Expr:
 
 
 def contract(operands: Sequence[Expr], over: Iterable[Axis]) -> Expr:
-    """The sum over the axes `over` of the product of the operands; they broadcast over axes that they lack."""
+    """The sum over the axes `over` of the product of the operands; they broadcast over axes that they lack.
+
+    Over an axis that none of them has, the sum is the product times the size of that axis.
+    """
     over = tuple(dict.fromkeys(over))
     if len(operands) == 1:
         return total(operands[0], over)
+    present = tuple(a for a in over if any(a in e.axes for e in operands))
     if len(operands) == 2 and _token_rank(operands[1], over) < _token_rank(operands[0], over):
         operands = operands[::-1]  # tokens are rows: what keeps a token axis stands on the left
-    return Expr("contract", tuple(operands), over)
+    return _repeated(Expr("contract", tuple(operands), present), over, present)
 
 
 def _token_rank(e: Expr, over: Axes) -> int:
@@ -72,16 +76,30 @@ def _token_rank(e: Expr, over: Axes) -> int:
 
 
 def total(a: Expr, over: Iterable[Axis]) -> Expr:
+    """The sum over axes: over one that `a` lacks, along which it is the same, that is a product with its size."""
     over = tuple(over)
-    return Expr("sum", (a,), over) if over else a
+    present = tuple(axis for axis in over if axis in a.axes)
+    return _repeated(Expr("sum", (a,), present) if present else a, over, present)
+
+
+def _repeated(a: Expr, over: Axes, present: Axes) -> Expr:
+    """`a` times the sizes of the axes `over` that are not `present`."""
+    for axis in over:
+        if axis not in present:
+            a = mul(size(axis), a)
+    return a
 
 
 def mean(a: Expr, over: Iterable[Axis]) -> Expr:
-    return Expr("mean", (a,), tuple(over))
+    """The mean over axes; along one that `a` lacks, it is its own mean."""
+    present = tuple(axis for axis in over if axis in a.axes)
+    return Expr("mean", (a,), present) if present else a
 
 
 def maximum(a: Expr, over: Iterable[Axis]) -> Expr:
-    return Expr("max", (a,), tuple(over))
+    """The largest entry over axes; along one that `a` lacks, there is but one."""
+    present = tuple(axis for axis in over if axis in a.axes)
+    return Expr("max", (a,), present) if present else a
 
 
 def size(axis: Axis) -> Expr:
@@ -91,12 +109,13 @@ def size(axis: Axis) -> Expr:
 
 def mask(a: Expr, rows: Axis, columns: Axis, *, strict: bool = False) -> Expr:
     """Zero where the source token (`columns`) comes after the reading token (`rows`); at it too when `strict`."""
-    return Expr("mask", (a,), (rows, columns, strict))
+    absent = tuple(axis for axis in (rows, columns) if axis not in a.axes)
+    return Expr("mask", (broadcast(a, absent),), (rows, columns, strict))
 
 
 def last(a: Expr, axis: Axis) -> Expr:
-    """The entry of the last token along `axis`."""
-    return Expr("last", (a,), axis)
+    """The entry of the last token along `axis`; of what is the same for all tokens, that is itself."""
+    return Expr("last", (a,), axis) if axis in a.axes else a
 
 
 def put_last(a: Expr, axis: Axis) -> Expr:
@@ -106,22 +125,22 @@ def put_last(a: Expr, axis: Axis) -> Expr:
 
 def segprod(a: Expr, rows: Axis, columns: Axis) -> Expr:
     """Products of a segment of tokens: P[t, s] = a[s + 1] * ... * a[t], 1 where t = s, 0 where s comes after t."""
-    return Expr("segprod", (a,), (rows, columns))
+    return Expr("segprod", (broadcast(a, (rows,)),), (rows, columns))
 
 
 def cumprod(a: Expr, axis: Axis) -> Expr:
     """a[0] * ... * a[t] at every token t."""
-    return Expr("cumprod", (a,), axis)
+    return Expr("cumprod", (broadcast(a, (axis,)),), axis)
 
 
 def shift(a: Expr, axis: Axis, fill: float = 0.0) -> Expr:
     """Every token gets the entry of the one before it, the first one `fill`."""
-    return Expr("shift", (a,), (axis, float(fill)))
+    return Expr("shift", (broadcast(a, (axis,)),), (axis, float(fill)))
 
 
 def shift_back(a: Expr, axis: Axis) -> Expr:
     """Every token gets the entry of the one after it, the last one 0: the transpose of `shift`."""
-    return Expr("shift_back", (a,), axis)
+    return Expr("shift_back", (broadcast(a, (axis,)),), axis)
 
 
 def solve(matrix: Expr, right: Expr, known: Axis, unknown: Axis) -> Expr:
@@ -130,7 +149,13 @@ def solve(matrix: Expr, right: Expr, known: Axis, unknown: Axis) -> Expr:
     Of `matrix` only what lies strictly below the diagonal is read. `right` has its tokens on the axis `known`: t for
     this system, s for the transposed one.
     """
-    return Expr("solve", (matrix, broadcast(right, (known,))), (known, unknown))
+    return Expr("solve", (broadcast(matrix, (known, unknown)), broadcast(right, (known,))), (known, unknown))
+
+
+def normalize(op: str, operands: Sequence[Expr], arg: tuple[Axis, *tuple[float, ...]]) -> Expr:
+    """A norm or softmax of the first operand along the axis that `arg` begins with."""
+    first, *others = operands
+    return Expr(op, (broadcast(first, (arg[0],)), *others), arg)
 
 
 def between(*taken: Axis) -> Axis:

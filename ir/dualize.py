@@ -258,7 +258,7 @@ class _Chunk:
             return {n: self._at_sources(n, {}) for n in self.raw}
         result = {}
         for n, terms in self.raw.items():
-            result[n] = tuple(Term(t.sign, tuple(self._read_at(f, weights) for f in t.factors)) for t in terms)
+            result[n] = tuple(t.mapped(lambda f: self._read_at(f, weights)) for t in terms)
         return result
 
     def _read_at(self, factor: Expr, weights: Mapping[str, Moving | Expr]) -> Expr:
@@ -275,7 +275,7 @@ class _Chunk:
             ]
             for f, value in given.items():
                 self.moved[f] = value
-            result.append(Term(t.sign, tuple(factors)))
+            result.append(replace(t, factors=tuple(factors)))
         return tuple(result)
 
     def _clipped(self, found: dict[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
@@ -285,15 +285,12 @@ class _Chunk:
         squares = []
         for n, w in self._states():
             for x in found[n]:
-                for y in found[n]:
-                    factors = (*x.factors, *y.factors)
-                    repeated = [b.size(a) for a in w.axes if not any(a in f.axes for f in factors)]
-                    squares.append(Term(x.sign * y.sign, (*factors, *repeated)))
+                squares += [x.times(y).summed(w.axes) for y in found[n]]
         square = summed(squares, (S_AXIS,), self.sizes)
         most = float(self.declared.clip) ** 2
         excess = b.apply("relu", b.sub(square, const(most)))
         scale = b.apply("sqrt", b.div(const(most), b.add(const(most), excess)))
-        return {n: tuple(Term(t.sign, (scale, *t.factors)) for t in terms) for n, terms in found.items()}
+        return {n: tuple(t.scaled(scale) for t in terms) for n, terms in found.items()}
 
     # -- weights
 
@@ -304,7 +301,8 @@ class _Chunk:
             coefficient = () if p.coefficient is None else (p.coefficient,)
             terms.append(Term(p.sign, (*coefficient, *p.held)))
         for sign, factors in coefficients(response):
-            terms += [Term(sign * t.sign, (*factors, *t.factors)) for t in gradients[state_name(w)]]
+            kernel = Term(sign, factors, (S_AXIS,))
+            terms += [kernel.times(t) for t in gradients[state_name(w)]]
         return Moving(w.axes, tuple(terms))
 
     def _scaled_by_tau(self, added: Response, name: str, *, last: bool = False) -> Response:
@@ -335,7 +333,7 @@ class _Chunk:
             if leaf_ not in t.factors:
                 result.append(t)
                 continue
-            others = Term(t.sign, tuple(f for f in t.factors if f is not leaf_))
+            others = replace(t, factors=tuple(f for f in t.factors if f is not leaf_))
             started = start.terms if isinstance(start, Moving) else (Term(1, (start,)),)
             result += [others.times(s) for s in started]
         return tuple(result)
@@ -412,8 +410,9 @@ class _Chunk:
         """What the tokens read."""
         weights = {n: self._read_weights(n, w) for n, w in self._states()}
         (reading,) = over_chunk([self.reading.value], T_AXIS, self.moved)
+        target = at_chunk(self.reading.target, T_AXIS)
         z = read_through(reading, weights, self.sizes, self.moved)
-        return Assign(at_chunk(self.reading.target, T_AXIS), z)
+        return Assign(target, b.broadcast(z, target.axes))  # an output may see no token
 
     def _read_weights(self, n: str, w: Expr) -> Moving | Expr:
         read, a, average = self.declared.read, self.advanced[n], average_leaf(self.declared, w)
@@ -446,7 +445,7 @@ class _Chunk:
         start = {n: still(x, self.sizes) for n, x in self.starts.items()}
         end = {a.leaf.name: a.value for a in self.closed() if a.target in self.declared.states}
         gradients = self.gradients()
-        added = {n: summed(gradients[n], w.axes, self.sizes) for n, w in self._states()}
+        added = {n: summed([t.summed((S_AXIS,)) for t in gradients[n]], w.axes, self.sizes) for n, w in self._states()}
         moved = {n: b.sub(end[n], start[n]) for n in start}
         found = {
             "loss_before": b.total(read_through(loss, start, self.sizes, {}), (T_AXIS,)),

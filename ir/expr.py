@@ -100,6 +100,14 @@ class Op:
     """What a shared result of this op is called when the user gave it no name."""
     lower: Callable[[Expr], Expr] | None = None
     """For a composite: the same value in simpler operations."""
+    make: Callable[[tuple[Expr, ...], Any], Expr] | None = None
+    """make(operands, argument): the operation on operands that may lack an axis along which it works; None where it
+    works along none. The type rule of such an operation takes no operand that lacks one.
+    """
+
+
+class IllTyped(TypeError):
+    """Internal: a node was made of operands that its type rule does not take."""
 
 
 OPS: dict[str, Op] = {}
@@ -155,8 +163,11 @@ def transform(
 
 
 def rebuild(node: Expr, src: tuple[Expr, ...]) -> Expr:
-    """`node` with other operands."""
-    return node if src == node.src else Expr(node.op, src, node.arg)
+    """`node` with other operands, which may lack axes that those of `node` have."""
+    if src == node.src:
+        return node
+    make = OPS[node.op].make
+    return Expr(node.op, src, node.arg) if make is None else make(src, node.arg)
 
 
 def substitute(

@@ -37,6 +37,7 @@ class _Machine:
         self.dims = dict(dims)
         self.variables: dict[str, Any] = variables
         self.tokens = 0
+        self.chunk = 0
         self.saved: list[list[Array]] = []
         self.values: dict[Expr, Array] = {}
 
@@ -50,6 +51,8 @@ class _Machine:
         ranges: list[Any] = list(whole) if step is None else chunks(whole, int(step))
         for part in reversed(ranges) if loop.reverse else ranges:
             self.variables[loop.var] = part
+            if loop.step is not None:
+                self.chunk = len(part)
             self.run(loop.body)
 
     def _allocate(self, statement: Allocate) -> None:
@@ -67,8 +70,7 @@ class _Machine:
     def _block(self, block: Block) -> None:
         self.values = {}
         roots = [a.value for a in block.assigns]
-        lengths = {len(self.variables[e.arg[0].at]) for e in postorder(roots) if _is_chunk(e, self.variables)}
-        sizes = _Sizes(self.dims, max(lengths, default=0))
+        sizes = _Sizes(self.dims, self.chunk)
         for node in postorder(roots):
             if node.op == "leaf":
                 self.values[node] = self._read(node)
@@ -86,10 +88,6 @@ class _Machine:
         leaf = node.arg[0]
         value = self.variables[leaf.name]
         return np.asarray(value[self.variables[leaf.at]] if leaf.at else value, dtype=np.float64)
-
-
-def _is_chunk(e: Expr, variables: Mapping[str, Any]) -> bool:
-    return e.op == "leaf" and bool(e.arg[0].at) and isinstance(variables[e.arg[0].at], range)
 
 
 class _Sizes:

@@ -92,9 +92,10 @@ def solved(u: Expr, weights: Mapping[str, Moving], sizes: Mapping[str, int], mov
             continue
         if set(unknown[0].axes) != set(rows.axes):
             raise NotTriangular("the entries of a token's gradient depend on other entries of earlier ones")
-        others = replace(term, factors=tuple(f for f in term.factors if f is not unknown[0]))
-        own = tuple(a for a in u.axes if any(a in f.axes for f in others.factors))
-        block = summed([replace(others, sign=1)], (S_AXIS, *own), sizes)
+        others = tuple(f for f in term.factors if f is not unknown[0])
+        own = tuple(a for a in u.axes if any(a in f.axes for f in others))
+        kept = (S_AXIS, *own)
+        block = summed([Term(1, others, tuple(a for a in term.over if a not in kept))], kept, sizes)
         block = b.broadcast(block, (T_AXIS, S_AXIS))
         if matrix is None:
             matrix = block if term.sign < 0 else b.neg(block)
@@ -129,7 +130,7 @@ def gain(
         terms = []
         for t in gradients[name]:
             factors = [named_like(f, own) if unnamed(f) is u else over_chunk([f], T_AXIS, {})[0] for f in t.factors]
-            terms.append(Term(-t.sign, (rate, *factors)))
+            terms.append(Term(-t.sign, (rate, *factors), t.over))
         weights[name] = Moving(w.axes, tuple(terms))
     total: Expr | None = None
     for term in _Affine(weights, {}).of(u):
@@ -139,7 +140,7 @@ def gain(
         if set(unknown[0].axes) != set(own.axes):
             return None
         others = tuple(f for f in term.factors if f is not unknown[0])
-        part = summed([Term(1, others)], (T_AXIS,), sizes)
+        part = summed([Term(1, others, term.over)], (T_AXIS,), sizes)
         part = part if term.sign < 0 else b.neg(part)
         total = part if total is None else b.add(total, part)
     return total
@@ -191,7 +192,7 @@ class _Affine:
 
     def _mean(self, e: Expr) -> Sequence[Term]:
         sizes = tuple(b.div(const(1), b.size(a)) for a in e.arg)
-        return [Term(t.sign, (*sizes, *t.factors)) for t in self._summed_over(self.of(e.src[0]), e.arg)]
+        return [t.scaled(*sizes) for t in self._summed_over(self.of(e.src[0]), e.arg)]
 
     def _rename(self, e: Expr) -> Sequence[Term]:
         return [t.renamed(dict(e.arg)) for t in self.of(e.src[0])]
@@ -202,13 +203,7 @@ class _Affine:
     def _summed_over(self, terms: Sequence[Term], over: Sequence[Axis]) -> Sequence[Term]:
         self.hidden += 1
         names = {a: Axis(f"{a.name}_{self.hidden}", a.size) for a in over}
-        result = []
-        for t in terms:
-            absent = [
-                b.size(a) for a in over if not any(a in f.axes for f in t.factors)
-            ]  # summed as often as it is long
-            result.append(Term(t.sign, (*absent, *t.factors)).renamed(names))
-        return result
+        return [t.summed(over).renamed(names) for t in terms]
 
 
 __all__ = ["NotTriangular", "gain", "solved", "the_unknown", "unknown_rows"]

@@ -8,13 +8,14 @@ Tests walk `OPS`, so an operation without a gradient check cannot exist. Element
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tttc.ir import build as b
 from tttc.ir import numerics
-from tttc.ir.expr import OPS, Axes, Axis, Expr, Op, postorder
+from tttc.ir.expr import OPS, Axes, Axis, Expr, IllTyped, Op, postorder
 from tttc.ir.scalars import SCALARS
 
 TOKEN_AXES = ("t", "r", "s")  # the reading tokens of a chunk, those between, and the source tokens
@@ -48,32 +49,56 @@ def align(value: Any, axes: Axes, to: Axes) -> Any:
 # -- type rules --------------------------------------------------------------------------------------------------------
 
 
+# An operation that works along an axis takes no operand that lacks it: what is the same along an axis is summed as
+# often as that is long, and masked or shifted only once it is spread. `Op.make` does either; no rule can forget it.
+
+
+def _along(e: Expr, *axes: Axis) -> None:
+    missing = [a.name for a in axes if a not in e.axes]
+    if missing:
+        raise IllTyped(f"an operation along {', '.join(missing)} is given {e!r}, which lacks that axis")
+
+
 def _contract_axes(src: tuple[Expr, ...], over: Axes) -> Axes:
+    present = {a for e in src for a in e.axes}
+    if any(a not in present for a in over):
+        raise IllTyped(f"a contraction over {', '.join(map(str, over))} of {', '.join(map(repr, src))}")
     kept = [a for e in src for a in e.axes if a not in over]
     shared = [a for a in dict.fromkeys(kept) if kept.count(a) > 1]
     return tuple(dict.fromkeys([*shared, *kept]))
 
 
 def _without(src: tuple[Expr, ...], over: Axes) -> Axes:
+    _along(src[0], *over)
     return tuple(a for a in src[0].axes if a not in over)
 
 
 def _mask_axes(src: tuple[Expr, ...], arg: tuple[Axis, Axis, bool]) -> Axes:
-    return (*(a for a in arg[:2] if a not in src[0].axes), *src[0].axes)
+    _along(src[0], *arg[:2])
+    return src[0].axes
 
 
 def _segprod_axes(src: tuple[Expr, ...], arg: tuple[Axis, Axis]) -> Axes:
     rows, columns = arg
+    _along(src[0], rows)
     return (rows, columns, *(a for a in src[0].axes if a != rows))
 
 
 def _solve_axes(src: tuple[Expr, ...], arg: tuple[Axis, Axis]) -> Axes:
     known, unknown = arg
+    _along(src[0], known, unknown)
+    _along(src[1], known)
     return (unknown, *(a for a in src[1].axes if a != known))
 
 
 def _token_first(src: tuple[Expr, ...], axis: Axis) -> Axes:
+    _along(src[0], axis)
     return (axis, *(a for a in src[0].axes if a != axis))
+
+
+def _normalized_axes(src: tuple[Expr, ...], arg: tuple[Axis, *tuple[float, ...]]) -> Axes:
+    _along(src[0], arg[0])
+    return union(src)
 
 
 def _broadcast_axes(src: tuple[Expr, ...], axes: Axes) -> Axes:
@@ -271,11 +296,31 @@ _row(Op("const", lambda src, arg: (), lambda n, sizes: np.float64(n.arg), lambda
 _row(Op("size", lambda src, arg: (), lambda n, sizes: np.float64(sizes[n.arg.name]), lambda g, y: (), "constant"))
 _row(Op("map", lambda src, arg: union(src), _elementwise_numpy, _elementwise_adjoint, hint="f"))
 _row(Op("pow", lambda src, n: src[0].axes, lambda n, sizes, v: np.power(v, n.arg), _elementwise_adjoint, hint="p"))
-_row(Op("contract", _contract_axes, _contract_numpy, _contract_adjoint, "multilinear", hint="p"))
 _row(
-    Op("sum", _without, lambda n, sizes, v: np.sum(v, axis=_positions(n)), lambda g, y, x: (g,), "linear", hint="total")
+    Op("contract", _contract_axes, _contract_numpy, _contract_adjoint, "multilinear", hint="p", make=b.contract),
 )
-_row(Op("mean", _without, lambda n, sizes, v: np.mean(v, axis=_positions(n)), _mean_adjoint, "linear", hint="m"))
+_row(
+    Op(
+        "sum",
+        _without,
+        lambda n, sizes, v: np.sum(v, axis=_positions(n)),
+        lambda g, y, x: (g,),
+        "linear",
+        hint="total",
+        make=lambda src, over: b.total(src[0], over),
+    )
+)
+_row(
+    Op(
+        "mean",
+        _without,
+        lambda n, sizes, v: np.mean(v, axis=_positions(n)),
+        _mean_adjoint,
+        "linear",
+        hint="m",
+        make=lambda src, over: b.mean(src[0], over),
+    )
+)
 _row(
     Op(
         "max",
@@ -283,9 +328,20 @@ _row(
         lambda n, sizes, v: np.max(v, axis=_positions(n)),
         lambda g, y, x: (b.mul(g, b.apply("less_equal", y, x)),),
         hint="peak",
+        make=lambda src, over: b.maximum(src[0], over),
     )
 )
-_row(Op("mask", _mask_axes, _mask_numpy, _mask_adjoint, "linear", hint="A"))
+_row(
+    Op(
+        "mask",
+        _mask_axes,
+        _mask_numpy,
+        _mask_adjoint,
+        "linear",
+        hint="A",
+        make=lambda src, arg: b.mask(src[0], arg[0], arg[1], strict=arg[2]),
+    )
+)
 _row(
     Op(
         "last",
@@ -294,6 +350,7 @@ _row(
         lambda g, y, x: (b.put_last(g, y.arg),),
         "linear",
         hint="end",
+        make=lambda src, axis: b.last(src[0], axis),
     )
 )
 _row(
@@ -306,8 +363,26 @@ _row(
         hint="row",
     )
 )
-_row(Op("segprod", _segprod_axes, _segprod_numpy, _segprod_adjoint, hint="P"))
-_row(Op("cumprod", _token_first, _cumprod_numpy, _cumprod_adjoint, hint="a"))
+_row(
+    Op(
+        "segprod",
+        _segprod_axes,
+        _segprod_numpy,
+        _segprod_adjoint,
+        hint="P",
+        make=lambda src, arg: b.segprod(src[0], *arg),
+    )
+)
+_row(
+    Op(
+        "cumprod",
+        _token_first,
+        _cumprod_numpy,
+        _cumprod_adjoint,
+        hint="a",
+        make=lambda src, axis: b.cumprod(src[0], axis),
+    )
+)
 _row(
     Op(
         "shift",
@@ -315,6 +390,7 @@ _row(
         _shift_numpy,
         lambda g, y, x: (b.shift_back(b.broadcast(g, y.axes), y.arg[0]),),
         hint="before",
+        make=lambda src, arg: b.shift(src[0], *arg),
     )
 )
 _row(
@@ -325,9 +401,19 @@ _row(
         lambda g, y, x: (b.shift(b.broadcast(g, y.axes), y.arg),),
         "linear",
         hint="next",
+        make=lambda src, axis: b.shift_back(src[0], axis),
     )
 )
-_row(Op("solve", _solve_axes, _solve_numpy, _solve_adjoint, hint="u"))
+_row(
+    Op(
+        "solve",
+        _solve_axes,
+        _solve_numpy,
+        _solve_adjoint,
+        hint="u",
+        make=lambda src, arg: b.solve(src[0], src[1], *arg),
+    )
+)
 _row(
     Op(
         "broadcast",
@@ -336,6 +422,7 @@ _row(
         lambda g, y, x: (b.reduce_to(g, y.axes, x.axes),),
         "linear",
         hint="wide",
+        make=lambda src, axes: b.broadcast(src[0], axes),
     )
 )
 _row(
@@ -345,6 +432,7 @@ _row(
         lambda n, sizes, v: v,
         _rename_adjoint,
         "linear",
+        make=lambda src, arg: b.rename(src[0], dict(arg)),
     )
 )
 _row(Op("stop_gradient", lambda src, arg: src[0].axes, lambda n, sizes, v: v, lambda g, y, x: (None,), hint="held"))
@@ -354,7 +442,8 @@ for _name, _lower in (
     ("l2_norm", _lower_l2_norm),
     ("softmax", _lower_softmax),
 ):
-    _row(Op(_name, lambda src, arg: union(src), _lowered_numpy, None, hint="n", lower=_lower))
+    _make = partial(b.normalize, _name)
+    _row(Op(_name, _normalized_axes, _lowered_numpy, None, hint="n", lower=_lower, make=_make))
 
 _LINEAR = {"add": "linear", "sub": "linear", "neg": "linear", "mul": "multilinear"}
 for _scalar in SCALARS.values():

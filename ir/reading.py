@@ -10,7 +10,7 @@ of x, A, X and d, and the cheapest order of it is the dual form (ir/contraction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tttc.ir import build as b
@@ -21,16 +21,31 @@ from tttc.ir.program import T_AXIS
 
 @dataclass(frozen=True)
 class Term:
-    """A product of factors, summed over the axes that the result lacks, with a sign."""
+    """sign * the product of the factors, summed over the axes `over`, whether a factor has them or not: what a
+    mini-batch adds is a sum over its tokens also where it is the same for every token.
+    """
 
     sign: int
     factors: tuple[Expr, ...]
+    over: Axes = ()
 
     def times(self, other: Term) -> Term:
-        return Term(self.sign * other.sign, (*self.factors, *other.factors))
+        return Term(self.sign * other.sign, (*self.factors, *other.factors), (*self.over, *other.over))
+
+    def scaled(self, *factors: Expr) -> Term:
+        """With further factors, which may have the axes that it is summed over."""
+        return replace(self, factors=(*factors, *self.factors))
+
+    def summed(self, over: Sequence[Axis]) -> Term:
+        """Summed over further axes."""
+        return replace(self, over=(*self.over, *over))
+
+    def mapped(self, function: Callable[[Expr], Expr]) -> Term:
+        return replace(self, factors=tuple(function(f) for f in self.factors))
 
     def renamed(self, to: Mapping[Axis, Axis]) -> Term:
-        return Term(self.sign, tuple(b.rename(f, to) for f in self.factors))
+        factors = tuple(b.rename(f, to) for f in self.factors)
+        return Term(self.sign, factors, tuple(to.get(a, a) for a in self.over))
 
 
 @dataclass(frozen=True)
@@ -147,17 +162,17 @@ def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, i
         moving_operand = src[first]
         assert isinstance(moving_operand, Moving)
         out = [a for a in node.axes if a != T_AXIS]
-        products = [Term(t.sign, (*others, *t.factors)) for t in moving_operand.terms]
+        products = [t.scaled(*others).summed(node.arg) for t in moving_operand.terms]
         return summed(products, tuple(out), sizes)
     if node.op == "sum":
         out = [a for a in node.axes if a != T_AXIS]
-        return summed([_repeated(t, node.arg) for t in moving[0].terms], tuple(out), sizes)
+        return summed([t.summed(node.arg) for t in moving[0].terms], tuple(out), sizes)
     if node.op == "neg":
         return Moving(moving[0].axes, tuple(replace(t, sign=-t.sign) for t in moving[0].terms))
     if node.op == "mul" and len(moving) == 1 and len(moving[0].axes) > 1:
         (other,) = (s for s in src if isinstance(s, Expr))
         axes = tuple(a for a in node.axes if a != T_AXIS)
-        return Moving(axes, tuple(Term(t.sign, (other, *t.factors)) for t in moving[0].terms))
+        return Moving(axes, tuple(t.scaled(other) for t in moving[0].terms))
     if node.op in ("add", "sub") and len(moving) == 2 and len(node.axes) > 1:
         x, y = moving
         sign = 1 if node.op == "add" else -1
@@ -172,12 +187,6 @@ def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, i
     return rebuild(node, tuple(still(s, sizes) for s in src))
 
 
-def _repeated(term: Term, over: Sequence[Axis]) -> Term:
-    """A term to be summed over axes: once for each entry of those that it lacks."""
-    absent = [b.size(a) for a in over if not any(a in f.axes for f in term.factors)]
-    return Term(term.sign, (*absent, *term.factors))
-
-
 def still(e: Moving | Expr, sizes: Mapping[str, int]) -> Expr:
     """The weights of every token multiplied out: cheap for a vector, exact for anything."""
     return e if isinstance(e, Expr) else summed(e.terms, e.axes, sizes)
@@ -188,20 +197,23 @@ def summed(terms: Sequence[Term], axes: Axes, sizes: Mapping[str, int]) -> Expr:
     result: Expr | None = None
     for term in terms:
         out = (T_AXIS, *axes) if any(T_AXIS in f.axes for f in term.factors) else axes
-        product = _product(term.factors, out, sizes)
+        product = _product(term, out, sizes)
         if result is None:
             result = product if term.sign > 0 else b.neg(product)
         else:
             result = (b.add if term.sign > 0 else b.sub)(result, product)
     assert result is not None
-    if len(terms) == 1 and set(axes) - set(result.axes):
-        return b.broadcast(result, axes)
-    return result
+    return b.broadcast(result, axes)
 
 
-def _product(factors: Sequence[Expr], out: Axes, sizes: Mapping[str, int]) -> Expr:
-    numbers = [f for f in factors if f.op == "const"]
-    others = [f for f in factors if f.op != "const"]
+def _product(term: Term, out: Axes, sizes: Mapping[str, int]) -> Expr:
+    """One product, taken in the cheapest order: times the size of an axis that it is summed over and no factor has."""
+    present = dict.fromkeys(a for f in term.factors for a in f.axes)
+    undeclared = [str(a) for a in present if a not in out and a not in term.over]
+    assert not undeclared, f"a product with an axis {', '.join(undeclared)} that is neither kept nor summed over"
+    numbers = [f for f in term.factors if f.op == "const"]
+    numbers += [b.size(a) for a in term.over if a not in present]
+    others = [f for f in term.factors if f.op != "const"]
     product = ordered(others, out, sizes) if others else const(1)
     for number in numbers:
         product = b.mul(number, product)

@@ -45,7 +45,7 @@ def row(i: int, f: Expr, axis: Axis) -> Expr:
 def rows_given(gradients: Mapping[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
     """The gradients at the source tokens, their factors read from the rows."""
     known = {f: row(i, f, S_AXIS) for i, f in enumerate(distinct_factors(gradients))}
-    return {n: tuple(Term(t.sign, tuple(known[f] for f in t.factors)) for t in ts) for n, ts in gradients.items()}
+    return {n: tuple(t.mapped(known.__getitem__) for t in ts) for n, ts in gradients.items()}
 
 
 def substitution(
@@ -77,7 +77,8 @@ def substitution(
             # rows that are still to come are zero: a triangle of ones need not be said
             whole = (k.column or const(1)) if k.kind == "strict" else _matrix_of(k)
             A = coefficient(whole, f"A_{n}_{i}")
-            terms += [Term(k.sign * t.sign, (A, *(past[f] for f in t.factors))) for t in gradients[n]]
+            kernel = Term(k.sign, (A,), (PAST,))
+            terms += [kernel.times(t.mapped(past.__getitem__)) for t in gradients[n]]
         weights[n] = Moving(w.axes, tuple(terms))
     at_once = {e: Expr("leaf", (), (Leaf(e.arg[0].name, e.arg[0].role), e.axes)) for e in leaves(a.value for a in made)}
     made = [Assign(a.target, *substitute([a.value], at_once)) for a in made]

@@ -12,7 +12,7 @@ import numpy as np
 from tttc.ir.expr import OPS, Expr, postorder
 from tttc.ir.numerics import chunks
 from tttc.ir.ops import align
-from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement
+from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Block, For, Function, Program, Restore, Save, Statement
 
 Array = np.ndarray
 
@@ -23,6 +23,8 @@ def interpret(program: Program, function: str, arguments: Mapping[str, Array]) -
     machine = _Machine(program.dims, dict(arguments))
     sequences = [p.arg[0].name for p in called.params if p.arg[0].at]
     machine.tokens = len(arguments[sequences[0]]) if sequences else 0
+    for p in called.params:
+        machine.measure(p, np.shape(arguments[p.arg[0].name]))
     machine.run(called.body)
     return tuple(machine.variables[r.arg[0].name] for r in called.returns)
 
@@ -40,6 +42,18 @@ class _Machine:
         self.chunk = 0
         self.saved: list[list[Array]] = []
         self.values: dict[Expr, Array] = {}
+
+    def measure(self, p: Expr, shape: tuple[int, ...]) -> None:
+        """The sizes that no dim gives: the tokens of a chunk, and those seen from one of them."""
+        if p.arg[0].at:
+            shape, axes = shape[1:], tuple(a for a in p.axes if a not in (T_AXIS, S_AXIS))
+        else:
+            axes = p.axes
+        for axis, length in zip(axes, shape, strict=True):
+            if axis.size == T_AXIS.size:
+                self.chunk = length
+            else:
+                self.dims.setdefault(axis.size, length)
 
     def run(self, body: tuple[Statement, ...]) -> None:
         for statement in body:

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, substitute, transform
-from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
+from tttc.ir.program import EACH, T_AXIS, Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
 from tttc.ir.simplify import renamed_hints, simplify_program
 from tttc.ir.update import (
     COUNT,
@@ -214,7 +214,7 @@ def rates_at_token(update: Update) -> Update:
 
 
 def loop_params(program: Program) -> tuple[Expr, ...]:
-    """States, params, then tokens and gates of the per-token functions, each once."""
+    """States, params, then tokens and gates of the per-token functions, each once; at least one that has tokens."""
     found: dict[str, Expr] = {_name(w): w for w in _update(program).states}
     for role in ("param", "token", "gate"):
         for function in program.per_token:
@@ -224,6 +224,8 @@ def loop_params(program: Program) -> tuple[Expr, ...]:
         for rate in leaves(_update(program).rates):
             if rate.arg[0].role == role:
                 found.setdefault(rate.arg[0].name, rate)
+    if all(p.arg[0].role in ("state", "param") for p in found.values()):
+        found[_name(EACH)] = EACH
     tokens = [n for n in ("q", "k", "v") if n in found]
     order = [n for n in found if found[n].arg[0].role in ("state", "param")]
     order += tokens + [n for n in found if n not in order and n not in tokens]

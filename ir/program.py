@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from tttc.ir.expr import Axis, Expr, Leaf
+from tttc.ir.expr import Axis, Expr, Leaf, leaf
 
 T_AXIS = Axis("t", "C")  # the reading tokens of a chunk
 S_AXIS = Axis("s", "C")  # the source tokens of a chunk
+EACH = leaf("each", "token")  # a number for each token, of which only how many there are is read
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ class Scan:
 
     `fixed` and `carry` are leaves without a token axis, `sequence` leaves read at "c". `outputs` store into sequences,
     `updates` give the new values of the carry. With `loops` false it is a single block, run once.
+
+    A loop reads a sequence, and what has an axis over tokens is given one: `EACH` where the declaration reads none. So
+    batch, heads and tokens are those of the parameters, also where every value is a number.
     """
 
     name: str

@@ -27,7 +27,7 @@ from tttc.ir.dualize import (
 )
 from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, substitute
 from tttc.ir.primal import loop_params, token_block
-from tttc.ir.program import T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan, Statement, Update
+from tttc.ir.program import EACH, T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan, Statement, Update
 from tttc.ir.reading import NoExactForm, at_chunk
 from tttc.ir.simplify import renamed_hints
 from tttc.ir.update import (
@@ -194,6 +194,8 @@ class _Layout:
         fixed = tuple(p for n, p in known.items() if n in read and read[n].arg[0].at is None)
         fixed += tuple(e for n, e in read.items() if n in made and e.arg[0].at is None)
         gates = tuple(dict.fromkeys(e for e in leaves(a.value for a in coefficients)))
+        if not any(T_AXIS.size == a.size for e in gates for a in e.axes):
+            gates = (*gates, leaf(EACH.arg[0].name, EACH.arg[0].role, (T_AXIS,)))
         name = self.program.name
         doc = "The coefficients of a chunk, from its gates."
         first = Scan(f"{name}_coefficients", gates, (), (), (), coefficients, 1, loops=False, doc=doc)

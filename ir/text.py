@@ -20,7 +20,20 @@ from tttc.ir import numerics
 from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, Axes, Axis, Expr, Leaf, postorder
 from tttc.ir.ops import einsum_spec, is_upper
-from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement
+from tttc.ir.program import (
+    S_AXIS,
+    T_AXIS,
+    Allocate,
+    Block,
+    For,
+    Function,
+    Program,
+    Restore,
+    Save,
+    Statement,
+    blocks,
+    values,
+)
 from tttc.ir.scalars import SCALARS, Formula
 
 LONG = 72  # an expression whose text is longer is cut in two by a name
@@ -424,12 +437,26 @@ def function_text(function: Function, program: Program) -> str:
     if sequence:
         first = next(p for p in function.params if p.arg[0].at)
         lines.append(f"    T = len({first.arg[0].name})")
+    lines += [f"    {size} = {length}" for size, length in _measured(function, program).items()]
     if any(isinstance(s, For) and any(isinstance(x, Save) for x in s.body) for s in function.body):
         lines.append("    saved = []")
     namer = Namer(variables(function) | set(program.dims) | {"T"}, program.names)
     lines += _statements_text(function.body, program, namer, "    ", {})
     lines.append("    return " + (", ".join(r.arg[0].name for r in function.returns) or "()"))
     return "\n".join(lines)
+
+
+def _measured(function: Function, program: Program) -> dict[str, str]:
+    """The sizes that no dim and no loop gives, read from the parameters: the tokens of a chunk that is given whole."""
+    found: dict[str, str] = {}
+    for p in function.params:
+        leaf, axes = p.arg
+        if leaf.at:  # [T, ...]
+            axes = (None, *(a for a in axes if a not in (T_AXIS, S_AXIS)))
+        for i, axis in enumerate(axes):
+            if axis is not None and axis.size not in program.dims:
+                found.setdefault(axis.size, f"{leaf.name}.shape[{i}]")
+    return found
 
 
 def _wrapped(head: str, items: list[str], tail: str) -> list[str]:
@@ -491,8 +518,6 @@ def _block_text(block: Block, program: Program, namer: Namer, indent: str, lengt
 
 def program_text(program: Program) -> str:
     """A whole program as a Python file that runs."""
-    from tttc.ir.program import blocks, values
-
     roots = [v for f in program.functions for block in blocks(f.body) for v in values(block)]
     dims = ", ".join(program.dims), ", ".join(str(n) for n in program.dims.values())
     parts = ["from __future__ import annotations\n\nfrom tttc.ir.numerics import *"]

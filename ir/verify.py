@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tttc.ir.expr import OPS, Expr, postorder
-from tttc.ir.program import Allocate, Block, For, Program, Restore, Save, Statement
+from tttc.ir.program import T_AXIS, Allocate, Block, For, Program, Restore, Save, Scan, Statement, values
 
 
 class MalformedProgram(Exception):
@@ -23,6 +23,17 @@ def verify(program: Program, forbidden: Iterable[str] = ()) -> None:
         missing = [r.arg[0].name for r in function.returns if r.arg[0].name not in scope]
         if missing:
             raise MalformedProgram(f"stage {program.stage!r}: {function.name!r} returns undefined {', '.join(missing)}")
+    for scan in program.scans:
+        _given_tokens(scan, f"stage {program.stage!r}, scan {scan.name!r}")
+
+
+def _given_tokens(scan: Scan, where: str) -> None:
+    """A backend takes batch, heads and tokens from the parameters: there is one that has them."""
+    along = scan.loops or any(a.size == T_AXIS.size for e in postorder(values(scan.block)) for a in e.axes)
+    if along and not any(a.size == T_AXIS.size for p in scan.params for a in p.axes):
+        raise MalformedProgram(f"{where}: no parameter has an axis over the tokens")
+    if not scan.params:
+        raise MalformedProgram(f"{where}: there is no parameter")
 
 
 def _statements(body: tuple[Statement, ...], scope: set[str], where: str, forbidden: frozenset[str]) -> None:

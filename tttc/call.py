@@ -9,6 +9,7 @@ import torch
 
 from tttc.errors import NonFinite, ShapeError, StateMismatch
 from tttc.ir.expr import Expr
+from tttc.ir.program import EACH
 from tttc.ir.update import Opened
 from tttc.packing import Arguments
 from tttc.state import State, Tensors
@@ -42,6 +43,8 @@ class Call:
             params = dict(layer.initial("param"))
         self._named("param", params, declared.params)
         self.sequences = {n: self._flat_sequence(x) for n, x in {**given, **gates}.items()}
+        if layer._counts:
+            self.sequences[EACH.arg[0].name] = q.new_ones(self.batch, self.heads, self.tokens)
         self.params = {
             n: self._flat(n, params[n], len(s.dims), self._dims(s.dims), batched=False)
             for n, s in declared.params.items()

@@ -14,6 +14,7 @@ from tttc.call import Call
 from tttc.compile import History
 from tttc.errors import ShapeError
 from tttc.explain import explain
+from tttc.ir.program import EACH
 from tttc.ir.update import memories, openings
 from tttc.operators import Operator, operator, untraced
 from tttc.packing import Arguments, packed, ungrouped
@@ -96,6 +97,7 @@ class Layer:
         self.decode = "rows" if self._keeps_rows(decode) else "sums"
         self._token = next((s for s in program.scans if s.name == f"{self._name}_token"), None)
         self._memory = tuple(m.variable for m in memories(program.update))
+        self._counts = any(p.arg[0].name == EACH.arg[0].name for s in program.scans for p in s.params)
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
         self._width: tuple[str, ...] = (
             tuple(a.size for a in output.axes if a.name not in ("t", "s")) if output is not None else ()

@@ -16,7 +16,8 @@ from tttc.errors import PassChangedMeaning
 from tttc.ir.expr import Axis, Expr, leaves, postorder
 from tttc.ir.interpret import interpret
 from tttc.ir.ops import align, evaluate
-from tttc.ir.program import EndStage, Program
+from tttc.ir.program import S_AXIS, T_AXIS, EndStage, Program
+from tttc.ir.substitution import PAST
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-9  # far above float64 rounding of a few hundred operations (1e-13), far below any wrong term
@@ -92,7 +93,7 @@ class _Rule:
         assert program.update is not None
         self.program, self.update, self.sequences, self.arguments = program, program.update, sequences, arguments
         self.states = {w.arg[0].name: w for w in program.update.states}
-        self.tokens = len(arguments["q"])
+        self.tokens = len(arguments[next(iter(sequences))])
         self.memory: Arrays = {}
         for n in self.states:
             self.memory[f"M_{n}"], self.memory[f"V_{n}"] = np.zeros_like(arguments[n]), arguments[n]
@@ -212,11 +213,12 @@ def random_arguments(
 ) -> dict[str, np.ndarray]:
     """Arrays for a function of the IR: the same for the same name, whatever the stage."""
     result = {}
+    sizes = {**dims, T_AXIS.size: tokens, PAST.size: tokens}
     for p in params:
         found, axes = p.arg
         generator = np.random.default_rng([seed, *found.name.encode()])
-        own: list[Axis] = [a for a in axes if a.name not in ("t", "s")]
-        shape = ([tokens] if found.at else []) + [dims[a.size] for a in own]
+        own: list[Axis] = [a for a in axes if not (found.at and a in (T_AXIS, S_AXIS))]
+        shape = ([tokens] if found.at else []) + [sizes[a.size] for a in own]
         value = generator.standard_normal(shape) * 0.5
         result[found.name] = np.abs(value) * 0.2 if found.role == "gate" else value
     return result

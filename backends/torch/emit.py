@@ -15,7 +15,7 @@ import sympy
 from tttc.backends.interface import Source
 from tttc.backends.torch.ops import ELEMENTWISE, FUSED_DERIVATIVES, HELPERS, formula
 from tttc.ir.contraction import layout
-from tttc.ir.expr import OPS, Axes, Expr, leaves, postorder
+from tttc.ir.expr import OPS, Axes, Expr, postorder
 from tttc.ir.ops import einsum_spec
 from tttc.ir.program import Block, Program, Scan, ScanAdjoint
 from tttc.ir.scalars import SCALARS
@@ -62,9 +62,9 @@ def emit(program: Program) -> Source:
 
 
 def _step(scan: Scan, program: Program) -> str:
-    names = [_name(p) for p in scan.params]
     doc = "One chunk." if scan.loops else scan.doc
-    return _function(f"{scan.name}_step", names, doc, scan.block, [a.leaf.name for a in scan.block.assigns], program)
+    returns = [a.leaf.name for a in scan.block.assigns]
+    return _function(f"{scan.name}_step", scan.params, doc, scan.block, returns, program)
 
 
 def _step_saving(a: ScanAdjoint, program: Program) -> str:
@@ -78,39 +78,40 @@ def _step_saving(a: ScanAdjoint, program: Program) -> str:
     assert set(residuals) <= set(lowered)
     doc = "One chunk, with the values that its backward needs."
     saved = _wrap("    saved = (", residuals, ",)" if residuals else ")")
-    made = _function(f"{a.scan.name}_step_saving", _names(a.scan.params), doc, block, [*returns, "saved"], program)
+    made = _function(f"{a.scan.name}_step_saving", a.scan.params, doc, block, [*returns, "saved"], program)
     head, _, tail = made.rpartition("    return ")
     return head + "\n".join(saved) + "\n    return " + tail
 
 
 def _step_adjoint(a: ScanAdjoint, program: Program) -> str:
-    parameters = ["saved", *_inputs_of(a), *(_name(g) for g in a.cotangents), *(_name(g) for g in a.accumulated)]
+    parameters = (*_inputs_of(a), *a.cotangents, *a.accumulated)
     residuals = _names(a.residuals)
     opening = _wrap("    (", residuals, ",) = saved") if residuals else []
     doc = "The backward of one chunk: cotangents in, cotangents out."
     returns = [x.leaf.name for x in a.backward.assigns]
-    return _function(f"{a.scan.name}_step_adjoint", parameters, doc, a.backward, returns, program, opening, residuals)
+    name = f"{a.scan.name}_step_adjoint"
+    return _function(name, parameters, doc, a.backward, returns, program, ("saved", residuals, opening))
 
 
-def _inputs_of(a: ScanAdjoint) -> list[str]:
+def _inputs_of(a: ScanAdjoint) -> list[Expr]:
     """The fixed leaves and sequences that a backward chunk is given; the carry comes with the residuals."""
-    carried = {_name(p) for p in a.scan.carry} if a.scan.loops else set()
-    return [_name(p) for p in a.scan.params if _name(p) not in carried]
+    return [p for p in a.scan.params if not (a.scan.loops and p in a.scan.carry)]
 
 
 def _function(
     name: str,
-    parameters: list[str],
+    parameters: Sequence[Expr],
     doc: str,
     block: Block,
     returns: list[str],
     program: Program,
-    opening: Sequence[str] = (),
-    taken: Sequence[str] = (),
+    kept: tuple[str, Sequence[str], Sequence[str]] | None = None,
 ) -> str:
-    lines = ["", *_wrap(f"def {name}(", parameters, "):"), f'    """{doc}"""']
-    lines += opening
-    lines += _body(block, [*parameters, *taken], program)
+    """A function of tensors; `kept` is a first parameter, what it holds, and the lines that take it apart."""
+    first, residuals, opening = kept or ("", (), ())
+    named = [*([first] if first else []), *_names(parameters)]
+    lines = ["", *_wrap(f"def {name}(", named, "):"), f'    """{doc}"""', *opening]
+    lines += _body(block, parameters, {*named, *residuals}, program)
     lines += (
         _wrap("    return (", returns, ")")
         if len(", ".join(returns)) > 95
@@ -119,10 +120,10 @@ def _function(
     return "\n".join([*lines, ""])
 
 
-def _body(block: Block, parameters: list[str], program: Program) -> list[str]:
+def _body(block: Block, parameters: Sequence[Expr], taken: set[str], program: Program) -> list[str]:
     own = {"C", "G", "F", "torch", "aten"}
-    namer = Namer({*parameters, *own, *(x.leaf.name for x in block.assigns)}, program.names)
-    like = next((n for n in parameters if n != "saved"), "")
+    namer = Namer({*taken, *own, *(x.leaf.name for x in block.assigns)}, program.names)
+    like = _name(parameters[0])
     printer = TorchPrinter(dict(program.dims), like)
     shown = Printer()
     targets = {x.leaf: x.target for x in block.assigns}
@@ -130,6 +131,8 @@ def _body(block: Block, parameters: list[str], program: Program) -> list[str]:
     for step in steps(block, namer):
         axes = targets[step.target].axes if step.target else step.value.axes
         value = printer.ordered(step.value, axes).text
+        if step.target and not _is_tensor(step.value):
+            value = f"{like}.new_full((G,), {value})"
         shown_text = shown.ordered(step.value, axes).text.replace("[c]", "")
         if value != step.name:
             if core(step.value).op not in ("leaf", "const"):
@@ -137,17 +140,16 @@ def _body(block: Block, parameters: list[str], program: Program) -> list[str]:
             lines.append(f"    {step.name} = {value}")
         if step.value.axes == axes and step.value.op not in ("leaf", "const", "broadcast"):
             printer.names[step.value] = shown.names[step.value] = step.name
-    return [*_lengths(block, "\n".join(lines), like), *lines]
+    return [*_lengths(parameters, "\n".join(lines)), *lines]
 
 
-def _lengths(block: Block, body: str, like: str) -> list[str]:
+def _lengths(parameters: Sequence[Expr], body: str) -> list[str]:
     """The lines that define C and G where the text needs them."""
     code = [line for line in body.splitlines() if not line.lstrip().startswith("#")]
     used = {name for line in code for name in re.findall(r"\b[CG]\b", line)}
-    found = leaves(x.value for x in block.assigns)
-    lengths = [f"{_name(e)}.shape[{i + 1}]" for e in found for i, a in enumerate(e.axes) if a.size == "C"]
-    lines = [f"    G = {like}.shape[0]"] if "G" in used else []
-    return [*lines, f"    C = {lengths[0]}"] if "C" in used and lengths else lines
+    lengths = [f"{_name(e)}.shape[{i + 1}]" for e in parameters for i, a in enumerate(e.axes) if a.size == "C"]
+    lines = [f"    G = {_name(parameters[0])}.shape[0]"] if "G" in used else []
+    return [*lines, f"    C = {lengths[0]}"] if "C" in used else lines
 
 
 class TorchPrinter(Printer):
@@ -198,8 +200,15 @@ class TorchPrinter(Printer):
         if e.op == "mul" and (fused := self._fused(e, axes)) is not None:
             return fused
         if SCALARS[e.op].infix is None:
-            return Text(ELEMENTWISE[e.op].format(*(self.aligned(s, axes).text for s in e.src)))
+            return Text(ELEMENTWISE[e.op].format(*self._arguments(e, axes)))
         return super()._elementwise(e, axes)
+
+    def _arguments(self, e: Expr, axes: Axes) -> list[str]:
+        """The operands of a function of PyTorch, which takes no numbers alone."""
+        texts = [self.aligned(s, axes).text for s in e.src]
+        if not any(map(_is_tensor, e.src)):
+            texts = [f"{self.like}.new_full((), {x})" for x in texts]
+        return texts
 
     def _fused(self, e: Expr, axes: Axes) -> Text | None:
         for f, g in (e.src, e.src[::-1]):
@@ -212,9 +221,9 @@ class TorchPrinter(Printer):
 
     def _map(self, e: Expr) -> Text:
         if e.arg.name in FUSED_DERIVATIVES:
-            x = self.text(e.src[0]).text
+            (x,) = self._arguments(e, e.axes)
             return Text(FUSED_DERIVATIVES[e.arg.name].format(g=f"torch.ones_like({x})", x=x))
-        return super()._map(e)
+        return Text(f"{e.arg.name}({', '.join(self._arguments(e, e.axes))})")
 
     def _contract(self, e: Expr) -> Text:
         kind, transpose_left, transpose_right = layout(e)

@@ -118,7 +118,11 @@ def leaf(name: str, role: str, axes: Axes = (), at: str | None = None) -> Expr:
 
 
 def const(value: float) -> Expr:
-    return Expr("const", (), float(value))
+    number = float(value)
+    return Expr("const", (), number if number == number else _NAN)
+
+
+_NAN = float("nan")  # one object, which is what makes the nodes that hold it one node
 
 
 def is_const(e: Expr, value: float | None = None) -> bool:

@@ -10,6 +10,7 @@ written as sums over indices.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -156,6 +157,9 @@ class LatexPrinter:
         return Text(name_latex(leaf.name, leaf.at), ATOM)
 
     def _const(self, e: Expr) -> Text:
+        if not math.isfinite(e.arg):
+            infinite = r"-\infty" if e.arg < 0 else r"\infty"
+            return Text(infinite if e.arg == e.arg else r"\mathrm{NaN}", SUM if e.arg < 0 else ATOM)
         value = sympy.Integer(int(e.arg)) if e.arg == int(e.arg) else sympy.Float(repr(e.arg))
         return Text(sympy.latex(value).replace(r"1.0 \cdot ", ""), SUM if e.arg < 0 else ATOM)
 

@@ -14,6 +14,8 @@ import numpy as np
 from tttc.ir.scalars import NUMPY_NAMES
 
 pi = np.pi
+inf = np.inf
+nan = np.nan
 einsum = np.einsum
 outer = np.outer
 tril = np.tril

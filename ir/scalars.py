@@ -105,7 +105,11 @@ class Formula:
 
 @cache
 def _compiled(formula: Formula) -> Callable[..., Any]:
-    return sympy.lambdify(formula.symbols, formula.body, modules=[NUMPY_NAMES, "numpy"], cse=True)
+    from tttc.ir.formulas import formula_text
+
+    scope: dict[str, Any] = dict(NUMPY_NAMES)
+    exec(formula_text(formula), scope)
+    return scope[formula.name]
 
 
 def _sigmoid(a: Any) -> Any:
@@ -181,72 +185,5 @@ SCALARS: dict[str, Scalar] = {
 }
 
 
-def formula_name(body: sympy.Expr) -> str:
-    """A name for a user's function, the same in every process: from the text of its formula."""
-    import hashlib
-
-    return "f_" + hashlib.sha256(sympy.srepr(body).encode()).hexdigest()[:6]
-
-
 def derivative_name(name: str, index: int, arity: int) -> str:
     return f"d{name}" if arity == 1 else f"d{name}_{index}"
-
-
-FOREIGN = {  # SymPy's own functions, as a user writes them, and the named functions that stand for them
-    sympy.exp: exp,
-    sympy.log: log,
-    sympy.tanh: tanh,
-    sympy.sin: sin,
-    sympy.cos: cos,
-    sympy.erf: erf,
-    sympy.Abs: absolute,
-    sympy.sign: sign,
-    sympy.Heaviside: step,
-}
-
-
-def adopt(body: sympy.Expr) -> sympy.Expr:
-    """A user's formula in the named functions of this file; raises `ValueError` naming a function that has no row."""
-    if body.is_Atom:
-        return body
-    if isinstance(body, sympy.Piecewise):
-        result = adopt(body.args[-1][0])
-        for value, condition in reversed(body.args[:-1]):
-            result = select(_condition(condition), adopt(value), result)
-        return result
-    args = [adopt(a) for a in body.args]
-    if isinstance(body, sympy.Max | sympy.Min):
-        result = args[0]
-        for other in args[1:]:
-            result = result + relu(other - result) if isinstance(body, sympy.Max) else result - relu(result - other)
-        return result
-    if isinstance(body, sympy.Pow):
-        return sqrt(args[0]) if args[1] == sympy.Rational(1, 2) else args[0] ** args[1]
-    if isinstance(body, sympy.Add | sympy.Mul):
-        return body.func(*args)
-    if body.func in FOREIGN:
-        return FOREIGN[body.func](args[0])
-    if body.func in (sympy.sinh, sympy.cosh):
-        half, sign_ = sympy.Rational(1, 2), (-1 if body.func is sympy.sinh else 1)
-        return half * (exp(args[0]) + sign_ * exp(-args[0]))
-    if getattr(body.func, "__name__", "") in SCALARS:
-        return body.func(*args)
-    known = ", ".join(sorted(f.__name__ for f in FOREIGN))
-    raise ValueError(
-        f"{body.func.__name__} has no elementwise form here; use one of {known}, Max, Min, Piecewise, powers"
-    )
-
-
-def _condition(condition: Any) -> sympy.Expr:
-    if condition is sympy.true:
-        return sympy.Integer(1)
-    if isinstance(condition, sympy.LessThan | sympy.StrictLessThan):
-        return less_equal(adopt(condition.args[0]), adopt(condition.args[1]))
-    if isinstance(condition, sympy.GreaterThan | sympy.StrictGreaterThan):
-        return less_equal(adopt(condition.args[1]), adopt(condition.args[0]))
-    raise ValueError(f"the condition {condition} is not a comparison of two values")
-
-
-def function_names() -> list[str]:
-    """The functions of SymPy that a formula may have."""
-    return sorted({f.__name__ for f in FOREIGN} | {"sinh", "cosh", "Max", "Min", "Piecewise"})

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -31,8 +32,17 @@ def _spread(e: Expr, like: Expr) -> Expr:
 @rule("f(2, 3) -> its value")
 def fold_constants(e: Expr) -> Expr | None:
     if e.src and all(s.op == "const" for s in e.src) and (e.op in SCALARS or e.op in ("pow", "map")):
-        value = float(OPS[e.op].numpy(e, {}, *(np.float64(s.arg) for s in e.src)))  # type: ignore[misc]
-        return const(value) if np.isfinite(value) else None
+        with np.errstate(all="ignore"):  # 1 / 0 is infinite, as in floating point
+            return const(float(OPS[e.op].numpy(e, {}, *(np.float64(s.arg) for s in e.src))))  # type: ignore[misc]
+    return None
+
+
+@rule("x / 0 -> x * inf", "div")
+def divide_by_zero(e: Expr) -> Expr | None:
+    """The same number, NaN where x is 0, and no language's constant division by zero."""
+    match e:
+        case Expr("div", (x, zero)) if is_const(zero, 0):
+            return b.mul(x, const(math.copysign(math.inf, zero.arg)))
     return None
 
 
@@ -60,6 +70,8 @@ def add_zero(e: Expr) -> Expr | None:
 
 @rule("x * 0 -> 0", "mul", "contract", "sum", "mean", "mask", "last", "put_last", "neg")
 def multiply_by_zero(e: Expr) -> Expr | None:
+    if any(s.op == "const" and not math.isfinite(s.arg) for s in map(_value, e.src)):
+        return None  # infinity times 0 is NaN
     match e:
         case Expr("mul", src) if any(is_const(_value(s), 0) for s in src):
             return _spread(const(0), e)
@@ -402,6 +414,7 @@ def number_to_smallest(e: Expr) -> Expr | None:
 
 RULES: tuple[Rule, ...] = (
     fold_constants,
+    divide_by_zero,
     multiply_by_one,
     add_zero,
     multiply_by_zero,

@@ -10,15 +10,15 @@ for the backends, so that generated code has the same lines.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import sympy
 
 from tttc.ir import numerics
 from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, Axes, Axis, Expr, Leaf, postorder
+from tttc.ir.formulas import formula_text
 from tttc.ir.ops import einsum_spec, is_upper
 from tttc.ir.program import (
     S_AXIS,
@@ -177,6 +177,8 @@ class Printer:
     """Prints expressions as NumPy; a value with axes (s, D) is an array with these dimensions in this order."""
 
     names: dict[Expr, str] = field(default_factory=dict)
+    infinity, undefined = "inf", "nan"  # how these two numbers are written
+
     lengths: Mapping[str, str] = field(default_factory=dict)  # dim -> how its size is written here ("C" -> "len(c)")
 
     def __call__(self, e: Expr) -> str:
@@ -238,6 +240,8 @@ class Printer:
         return Text(f"{leaf.name}[{leaf.at}]" if leaf.at else leaf.name)
 
     def _const(self, e: Expr) -> Text:
+        if not math.isfinite(e.arg):
+            return Text(f"-{self.infinity}", 3) if e.arg < 0 else Text(self.infinity if e.arg > 0 else self.undefined)
         text = f"{e.arg:.17g}" if e.arg != int(e.arg) or abs(e.arg) > 1e15 else str(int(e.arg))
         short = repr(e.arg)
         text = short if "." in text or "e" in text else text
@@ -406,17 +410,6 @@ def variables(function: Function) -> set[str]:
 def formulas(roots: Iterable[Expr]) -> list[Formula]:
     """The named elementwise formulas that an expression uses, each once."""
     return list(dict.fromkeys(e.arg for e in postorder(roots) if e.op == "map"))
-
-
-def formula_text(formula: Formula, render: Callable[[sympy.Expr], str] = str) -> str:
-    """A formula as a Python function, its common subexpressions named."""
-    arguments = ", ".join(s.name for s in formula.symbols)
-    free = sympy.numbered_symbols("u", exclude=formula.symbols)
-    irrational = formula.body.replace(lambda e: e.is_number and not e.is_Rational, lambda e: sympy.N(e, 17))
-    shared, (body,) = sympy.cse(irrational, symbols=free)
-    lines = [f"def {formula.name}({arguments}):"]
-    lines += [f"    {name} = {render(value)}" for name, value in shared]
-    return "\n".join([*lines, f"    return {render(body)}"])
 
 
 def function_text(function: Function, program: Program) -> str:

@@ -6,14 +6,18 @@ Each runs on torch tensors, where it is the definition of correct, and on traced
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import sympy
 import torch
 import torch.nn.functional as F
 
+from tttc.backends.torch.ops import function_of
+from tttc.ir.formulas import formula_of
+from tttc.ir.scalars import Formula
 from tttc.number import number
-from tttc.trace import Traced, apply_formula, axis_size, trace
+from tttc.trace import Traced, apply_formula, axis_size, trace, unsupported
 
 
 def _dispatch(name: str, meaning: Callable[..., Any], doc: str) -> Callable[..., Any]:
@@ -129,61 +133,42 @@ def einsum(spec: str, x: Any, y: Any) -> Any:
 def elementwise(expression: sympy.Expr) -> Callable[..., Any]:
     """A scalar function of the user's own, applied elementwise: `elementwise(x / (1 + sympy.Abs(x)))`.
 
-    Its arguments are the free symbols of `expression` in alphabetical order. Its derivatives are taken by SymPy.
+    Its arguments are the free symbols of `expression` in alphabetical order. Its derivatives are taken by SymPy; where
+    it has a kink they are those of `tttc.where` and `tttc.relu`.
+
+    Raises:
+        TTTCError: where a function has no form on tensors and in kernels, with those that have.
     """
-    expression = sympy.sympify(expression)
-    symbols = sorted(expression.free_symbols, key=lambda s: s.name)
-    meaning = sympy.lambdify(symbols, expression, modules=[_TORCH_NAMES, "numpy"], cse=True)
+    formula = _adopted(expression)
+    symbols = sorted(sympy.sympify(expression).free_symbols, key=lambda s: s.name)
+    meaning = cache(lambda: function_of(formula))
 
     def operation(*operands: Any) -> Any:
         if len(operands) != len(symbols):
             named = ", ".join(s.name for s in symbols)
             raise TypeError(f"elementwise({expression}) takes {len(symbols)} operands ({named}), got {len(operands)}")
         if any(isinstance(x, Traced) for x in operands):
-            return apply_formula(expression, symbols, operands)
-        return meaning(*map(_as_tensor, operands))
+            return apply_formula(formula, operands)
+        tensors = [_as_tensor(x) for x in operands]
+        if formula.body.is_number:  # a constant, whatever it is a function of
+            like = torch.broadcast_tensors(*tensors)[0] if tensors else torch.zeros((), dtype=torch.float64)
+            return torch.full_like(like, float(formula.body))
+        return meaning()(*tensors)
 
     operation.__doc__ = f"{expression}, elementwise."
     return operation
 
 
-def _select(conditions: list[Any], values: list[Any], default: float = float("nan")) -> Any:
-    """`numpy.select` on tensors and numbers: what SymPy prints a Piecewise as."""
-    like = next((x for x in values if isinstance(x, torch.Tensor)), None)
-    if like is None:
-        like = next(c for c in conditions if isinstance(c, torch.Tensor)).double()
-    result = torch.as_tensor(default, dtype=like.dtype)
-    for condition, value in zip(reversed(conditions), reversed(values), strict=True):
-        value = torch.as_tensor(value, dtype=like.dtype)
-        result = torch.where(torch.as_tensor(condition), value, result)
-    return result
-
-
-def _extreme(pick: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """`numpy.amax((x, y), axis=0)` on tensors and numbers: what SymPy prints Max and Min as."""
-
-    def meaning(operands: tuple[Any, ...], axis: int = 0) -> Any:
-        like = next(x for x in operands if isinstance(x, torch.Tensor))
-        result, *rest = (torch.as_tensor(x, dtype=like.dtype) for x in operands)
-        for x in rest:
-            result = pick(result, x)
-        return result
-
-    return meaning
-
-
-_TORCH_NAMES: dict[str, Any] = {
-    **{
-        name: getattr(torch, name)
-        for name in (
-            *("exp", "log", "sqrt", "tanh", "sin", "cos", "tan", "sinh", "cosh", "erf", "sign", "sigmoid", "abs"),
-            *("less", "less_equal", "greater", "greater_equal"),
-        )
-    },
-    "amax": _extreme(torch.maximum),
-    "amin": _extreme(torch.minimum),
-    "select": _select,
-}
+def _adopted(expression: Any) -> Formula:
+    """The formula, or the error that says why it is none."""
+    try:
+        formula = sympy.sympify(expression)
+        if not isinstance(formula, sympy.Expr):
+            raise ValueError(f"it is a {type(expression).__name__}, and no formula of SymPy")
+        return formula_of(formula, sorted(formula.free_symbols, key=lambda s: s.name))
+    except (ValueError, sympy.SympifyError) as reason:
+        said = str(reason).splitlines()[0].rstrip(".")
+        raise unsupported(f"elementwise({expression})", f"{said[:1].upper()}{said[1:]}.") from None
 
 
 OPERATIONS = (

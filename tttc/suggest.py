@@ -50,7 +50,7 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
 
 def instead(name: str) -> str:
     """What to write for an operation of this name, from wherever it is."""
-    from tttc.ir.scalars import function_names
+    from tttc.ir.formulas import function_names
 
     known = operations()
     if name in known:

@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import sympy
-
 from tttc.errors import ShapeError, TTTCError, users_line
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Axis, Expr, const, leaves
-from tttc.ir.scalars import Formula, adopt, formula_name
+from tttc.ir.scalars import Formula
 from tttc.number import number
 from tttc.places import note
 from tttc.suggest import instead
@@ -106,7 +104,7 @@ class Traced:
 
     def __rpow__(self, base: Any) -> Traced:
         if (n := number(base)) is None or n <= 0:
-            raise _unsupported(f"a power of {base!r}", "A value is an exponent of positive numbers: 2.0 ** x.")
+            raise unsupported(f"a power of {base!r}", "A value is an exponent of positive numbers: 2.0 ** x.")
         return _exp(_binary("mul", self, math.log(n)))
 
     def __matmul__(self, other: Any) -> Traced:
@@ -162,7 +160,7 @@ class Traced:
     def _become(self, new: Traced) -> Traced:
         """Written in place, as on tensors: whatever else has this value then has the new one."""
         if self.viewed or self.expr.op == "leaf" or self.dims != new.dims or self.truth:
-            raise _unsupported(
+            raise unsupported(
                 "an in-place operation on an argument, a declared value or one that is seen in two ways",
                 "Make a new value: x = x + y instead of x += y.",
             )
@@ -170,44 +168,40 @@ class Traced:
         return self
 
     def __hash__(self) -> int:
-        raise _unsupported("a value as the key of a dict or in a set", "Values are known only when the layer runs.")
+        raise unsupported("a value as the key of a dict or in a set", "Values are known only when the layer runs.")
 
     def __bool__(self) -> bool:
-        raise _unsupported("a Python `if`, `and`, `or` or `not` on a value", "Use tttc.where(condition, x, y).")
+        raise unsupported("a Python `if`, `and`, `or` or `not` on a value", "Use tttc.where(condition, x, y).")
 
     def __len__(self) -> int:
         if not self.axes:
-            raise _unsupported("the length of a value without axes", "tttc.size gives the length of an axis.")
+            raise unsupported("the length of a value without axes", "tttc.size gives the length of an axis.")
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Any]:
-        raise _unsupported(
-            "iterating over a value", "Write the operation on the whole vector, or contract it with `@`."
-        )
+        raise unsupported("iterating over a value", "Write the operation on the whole vector, or contract it with `@`.")
 
     def __contains__(self, x: Any) -> bool:
-        raise _unsupported("`in` on a value", "Compare elementwise: tttc.where(x == y, ..., ...).")
+        raise unsupported("`in` on a value", "Compare elementwise: tttc.where(x == y, ..., ...).")
 
     def __getitem__(self, index: Any) -> Traced:
-        raise _unsupported("indexing a value", "Declare the parts as states, params or tokens of their own.")
+        raise unsupported("indexing a value", "Declare the parts as states, params or tokens of their own.")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self[index]
 
     def __float__(self) -> float:
-        raise _unsupported(
-            "turning a value into a number", "Keep it as a value; the length of an axis is tttc.size(x)."
-        )
+        raise unsupported("turning a value into a number", "Keep it as a value; the length of an axis is tttc.size(x).")
 
     __int__ = __index__ = __complex__ = __round__ = __trunc__ = __floor__ = __ceil__ = __float__
 
     def __mod__(self, other: Any) -> Traced:
-        raise _unsupported("`%`, `//` or divmod on a value", "Its derivative is that of x, or 0, and jumps: use `/`.")
+        raise unsupported("`%`, `//` or divmod on a value", "Its derivative is that of x, or 0, and jumps: use `/`.")
 
     __rmod__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = __mod__
 
     def __array__(self, *arguments: Any, **settings: Any) -> Any:
-        raise _unsupported("an array of NumPy made of a value", "Use operations of tttc on it as it is.")
+        raise unsupported("an array of NumPy made of a value", "Use operations of tttc on it as it is.")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **settings: Any) -> Any:
         plain = method == "__call__" and not settings
@@ -223,7 +217,7 @@ class Traced:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise _unsupported(f"`.{name}` on a value", instead(name))
+        raise unsupported(f"`.{name}` on a value", instead(name))
 
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -249,10 +243,10 @@ def _of_library(library: str, name: str, operands: Sequence[Any]) -> Traced:
     if name in _OPERATORS and len(operands) == 2:
         left, right = (x if (n := number(x)) is None else n for x in operands)
         return _OPERATORS[name](left if number(left) is not None else lift(left), right)
-    raise _unsupported(f"{library}.{name} on a value", instead(name))
+    raise unsupported(f"{library}.{name} on a value", instead(name))
 
 
-def _unsupported(what: str, remedy: str) -> TTTCError:
+def unsupported(what: str, remedy: str) -> TTTCError:
     line = users_line()
     place = f"\n{line.shown()}" if line else ""
     return TTTCError(f"{what} is not an operation of a declaration.{place}\n  {remedy}")
@@ -268,7 +262,7 @@ def _truth(x: Traced) -> Traced:
 
 def _as_truth(x: Any) -> Traced:
     if not (isinstance(x, Traced) and x.truth):
-        raise _unsupported("`&`, `|` or `~` on what is no comparison", "Combine comparisons: (x > 0) & (y > 0).")
+        raise unsupported("`&`, `|` or `~` on what is no comparison", "Combine comparisons: (x > 0) & (y > 0).")
     return x
 
 
@@ -281,7 +275,7 @@ def _refuse_truths(verb: str, operands: Sequence[Traced]) -> None:
     """torch neither subtracts nor negates the results of comparisons, and adds them as `or`."""
     if any(x.truth for x in operands):
         remedy = "Make numbers of it: tttc.where(condition, 1.0, 0.0); or combine with `&`, `|` and `~`."
-        raise _unsupported(f"to {verb} the result of a comparison", remedy)
+        raise unsupported(f"to {verb} the result of a comparison", remedy)
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -296,7 +290,7 @@ def lift(x: Any) -> Traced:
         remedy = "Operands are traced values and numbers."
         if hasattr(x, "ndim"):
             remedy += " Declare it: tttc.param(..., init=...) for weights, tttc.token(...) for what comes with a token."
-        raise _unsupported(f"{kind} among the operands", remedy)
+        raise unsupported(f"{kind} among the operands", remedy)
     return Traced(const(float(n)))
 
 
@@ -381,7 +375,7 @@ def trace(name: str, operands: Sequence[Any], settings: Mapping[str, Any]) -> Tr
     if name in _SPECIAL:
         return _SPECIAL[name](values, **settings)
     if settings:
-        raise _unsupported(f"the argument {', '.join(settings)} of tttc.{name}", f"tttc.{name} takes only operands.")
+        raise unsupported(f"the argument {', '.join(settings)} of tttc.{name}", f"tttc.{name} takes only operands.")
     renamed, axes = _aligned(values, f"apply {name} to")
     return Traced(b.apply({"where": "select"}.get(name, name), *renamed), axes)
 
@@ -402,7 +396,7 @@ def _reduction(reduce: Callable[[Expr, Axes], Expr]) -> Callable[..., Traced]:
 def _normalizing(op: str) -> Callable[..., Traced]:
     def build(values: list[Traced], *, eps: float | None = None) -> Traced:
         if eps is None:
-            raise _unsupported(f"tttc.{op} without eps", "eps changes the result: write it, for example eps=1e-6.")
+            raise unsupported(f"tttc.{op} without eps", "eps changes the result: write it, for example eps=1e-6.")
         if not values[0].axes:
             raise _shape_error(f"{op} normalises over the last axis of", values[:1], "Give it a vector.")
         renamed, axes = _aligned(values, f"apply {op} to")
@@ -497,12 +491,9 @@ _SPECIAL: dict[str, Callable[..., Traced]] = {
 }
 
 
-def apply_formula(body: sympy.Expr, symbols: Sequence[sympy.Symbol], operands: Sequence[Any]) -> Traced:
+def apply_formula(formula: Formula, operands: Sequence[Any]) -> Traced:
     """Add the node of a user's own elementwise function."""
-    real = [sympy.Symbol(s.name, real=True) for s in symbols]
-    try:
-        adopted = adopt(body.subs(dict(zip(symbols, real, strict=True))))
-    except ValueError as reason:
-        raise _unsupported(f"elementwise({body})", f"{reason}.") from None
     renamed, axes = _aligned([lift(x) for x in operands], "apply elementwise to")
-    return Traced(Expr("map", tuple(renamed), Formula(formula_name(adopted), tuple(real), adopted)), axes)
+    if formula.body.is_number:  # a constant, whatever it is a function of
+        return Traced(b.broadcast(const(float(formula.body)), axes), axes)
+    return Traced(Expr("map", tuple(renamed), formula), axes)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import sympy
-from sympy.printing.str import StrPrinter
+
+from tttc.ir.formulas import FormulaPrinter, formula_text
+from tttc.ir.scalars import Formula
 
 ELEMENTWISE = {
     "exp": "torch.exp({0})",
@@ -87,7 +92,7 @@ def solve_lower(matrix, right, upper=False, along=()):
 }
 
 
-class FormulaPrinter(StrPrinter):
+class TorchFormulas(FormulaPrinter):
     """A SymPy formula as PyTorch text."""
 
     def _print_Function(self, expr: sympy.Function) -> str:
@@ -95,4 +100,14 @@ class FormulaPrinter(StrPrinter):
 
 
 def formula(body: sympy.Expr) -> str:
-    return str(FormulaPrinter().doprint(body))
+    return str(TorchFormulas().doprint(body))
+
+
+def function_of(made: Formula) -> Callable[..., Any]:
+    """A formula as a function of tensors: the text that a program has of it."""
+    used = {f.func.__name__ for f in made.body.atoms(sympy.Function)}
+    helpers = [text for name, text in HELPERS.items() if name in used]
+    text = "\n".join(["import torch", "import torch.nn.functional as F", *helpers, formula_text(made, formula)])
+    scope: dict[str, Any] = {}
+    exec(compile(text, f"<{made.name}>", "exec"), scope)
+    return scope[made.name]

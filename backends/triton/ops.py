@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sympy
-from sympy.printing.str import StrPrinter
+
+from tttc.ir.formulas import FormulaPrinter
 
 ELEMENTWISE = {
     "exp": "tl.exp({0})",
@@ -138,7 +139,7 @@ def solve_lower(matrix, x, t, operand: tl.constexpr, upper: tl.constexpr):
 }
 
 
-class FormulaPrinter(StrPrinter):
+class TritonFormulas(FormulaPrinter):
     """A SymPy formula as Triton text."""
 
     def _print_Function(self, expr: sympy.Function) -> str:
@@ -150,14 +151,17 @@ class FormulaPrinter(StrPrinter):
 
 def formula(body: sympy.Expr) -> str:
     """The text of a formula; numbers are decimal."""
-    return str(FormulaPrinter().doprint(body.evalf(17) if body.is_number else body))
+    return str(TritonFormulas().doprint(body.evalf(17) if body.is_number else body))
 
 
 def power(x: str, n: float) -> str:
     """x ** n: as a product, by way of a root, or of a logarithm."""
     if n in (0.5, -0.5):
         return f"tl.{'sqrt' if n > 0 else 'rsqrt'}({x})"
-    if n == int(n) and 0 < abs(n) <= 8:
+    if n == int(n) and 0 < abs(n) <= 16:
         product = f"power({x}, {abs(int(n))})"
         return product if n > 0 else f"(1.0 / {product})"
+    if n == int(n):  # also of a negative number
+        product = f"tl.exp({n!r} * tl.log(tl.abs({x})))"
+        return product if n % 2 == 0 else f"(sign({x}) * {product})"
     return f"tl.exp({n!r} * tl.log({x}))"

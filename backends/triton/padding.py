@@ -7,8 +7,10 @@ others get a `tl.where`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import sympy
 
 from tttc.ir.expr import Axis, Expr
@@ -80,7 +82,9 @@ class Padding:
         return self._finite[e]
 
     def _finite_of_finite(self, e: Expr) -> bool:
-        if e.op in ("leaf", "const", "size") or e.op in _FINITE:
+        if e.op == "const":
+            return math.isfinite(e.arg)
+        if e.op in ("leaf", "size") or e.op in _FINITE:
             return True
         if e.op == "div":
             return self.positive(e.src[1])
@@ -124,8 +128,8 @@ class Padding:
 
 
 def _vanishes(formula: Formula) -> bool:
-    value = formula.body.subs(dict.fromkeys(formula.symbols, 0)).doit()
-    return bool(value == 0 or (value.is_number and abs(float(sympy.N(value))) == 0.0))
+    with np.errstate(all="ignore"):
+        return bool(formula.numpy(*(np.float64(0) for _ in formula.symbols)) == 0)
 
 
 def _is_polynomial(formula: Formula) -> bool:

@@ -31,6 +31,8 @@ class TritonPrinter(Printer):
     """Prints expressions as blocks. `indices` are the names of the places along each dim, `loaded` the
     variables that come from memory and stay as they are."""
 
+    infinity, undefined = 'float("inf")', 'float("nan")'
+
     def __init__(
         self,
         form: Form,

@@ -85,7 +85,7 @@ class Functions:
         return self.const(-1.0) * x
 
     def pow_(self, x: Vector, n: float) -> Vector:
-        if n == int(n) and abs(n) <= 64:
+        if n == int(n):
             return self._whole_power(x, int(n))
         if n * 2 == int(n * 2) and abs(n) <= 64:
             root = self.let(self.sqrt(x))

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from tttc.ir import build as b
 from tttc.ir.differentiate import lower_composites, vjp
 from tttc.ir.expr import OPS, Axis, Expr, const, leaf, leaves
+from tttc.ir.formulas import adopt
 from tttc.ir.interpret import evaluate_function
 from tttc.ir.linearity import Dependence, dependence
 from tttc.ir.ops import align, evaluate
 from tttc.ir.program import Assign, Block, Function, Program
-from tttc.ir.scalars import NUMPY_NAMES, SCALARS, Formula, adopt
+from tttc.ir.scalars import NUMPY_NAMES, SCALARS, Formula
 from tttc.ir.text import program_text
 
 SIZES = {"D": 3, "E": 4, "P": 5}

@@ -177,8 +177,8 @@ class FormulaPrinter(StrPrinter):
     """A formula as Python: numbers with all their digits, roots as powers; backends say how functions are written."""
 
     def _print_Float(self, expr: sympy.Float) -> str:
-        text = str(super()._print_Float(expr))
-        return text if float(text) == float(expr) else repr(float(expr))
+        doubles = expr._prec <= 53  # of a longer number SymPy shows all digits that count
+        return repr(float(expr)) if doubles else str(super()._print_Float(expr))
 
     def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
         return str(super()._print_Pow(expr, rational=True))

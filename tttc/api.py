@@ -21,6 +21,7 @@ from tttc.declare import checked_signature
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
 from tttc.ir.program import Program
 from tttc.layer import Layer
+from tttc.number import whole
 from tttc.tuning import Lookup
 from tttc.variant import Signature, Variant
 
@@ -99,6 +100,8 @@ def compile(
         ShapeError: if a dim is missing or not positive.
         BackendRefusal: if the backend named cannot run the program.
     """
+    if not isinstance(dims, Mapping):
+        raise ShapeError(f'dims is {dims!r}; it must be a dict of sizes, such as {{"D": 64}}')
     if isinstance(variant, type) and issubclass(variant, NonParametric):
         return compile_attention(variant, dims, dtype, device)
     declared = checked_signature(variant, dims)
@@ -107,13 +110,19 @@ def compile(
         raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     if backend not in ("auto", *BACKENDS):
         raise _refused(backend, [f"there is no such backend in this version; there are auto, {', '.join(BACKENDS)}"])
-    if chunk is not None and (not _is_int(chunk) or chunk < 1):
+    if chunk is not None and (whole(chunk) or 0) < 1:
         raise ShapeError(f"chunk is {chunk!r}; it must be a positive int")
-    if not (checkpoint in (None, "auto") or (_is_int(checkpoint) and int(checkpoint) >= 0)):
+    known = checkpoint is None or (isinstance(checkpoint, str) and checkpoint == "auto")
+    if not known and ((n := whole(checkpoint)) is None or n < 0):
         raise ShapeError(f'checkpoint is {checkpoint!r}; it must be "auto", None or a number of chunks')
+    chunk, checkpoint = whole(chunk), checkpoint if known else whole(checkpoint)
     if decode not in ("auto", "sums", "rows"):
         raise ShapeError(f'decode is {decode!r}; it must be "auto", "sums" or "rows"')
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as reason:
+        said = str(reason).splitlines()[0]
+        raise DeclarationError(f'device is {device!r}; it is "cpu", "cuda" or a torch.device: {said}') from None
     candidates, asked = _candidates(backend, place)
     refused: list[str] = []
     for taken in candidates:  # the last one runs, or is refused
@@ -140,7 +149,7 @@ def compile(
         source,
         dims=sizes,
         dtype=dtype,
-        device=torch.device(device),
+        device=place,
         backend=taken,
         why=why,
         checkpoint=checkpoint,
@@ -182,7 +191,7 @@ def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Progra
     """The settings of kernels: given, or tuned; those that are given must exist."""
     known = backend.choices(program)
     config = lookup.chosen_config(known)
-    bad = [f"{n}={v!r}" for n, v in config.items() if n not in known or not _is_int(v) or v < 1]
+    bad = [f"{n}={v!r}" for n, v in config.items() if n not in known or (whole(v) or 0) < 1]
     if bad:
         said = f"has {', '.join(known)}, each a positive int" if known else "has no settings"
         raise ShapeError(f"config has {', '.join(bad)}; backend {name!r} {said}")
@@ -212,12 +221,8 @@ def _checked_dims(declared: Signature, dims: Mapping[str, int]) -> dict[str, int
         said = "; ".join(f"{d} (an axis of {', '.join(names)})" for d, names in users.items())
         example = ", ".join(f'"{d}": 64' for d in declared.dims)
         raise ShapeError(f"variant `{declared.name}`: no size is given for {said}.\n  Pass dims={{{example}}}.")
-    bad = {d: n for d, n in dims.items() if not _is_int(n) or n < 1}
+    bad = {d: n for d, n in dims.items() if (whole(n) or 0) < 1}
     if bad:
         said = ", ".join(f"{d}={n!r}" for d, n in bad.items())
         raise ShapeError(f"variant `{declared.name}`: {said}.\n  Every dim is a positive int.")
-    return {d: dims[d] for d in declared.dims}
-
-
-def _is_int(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    return {d: int(dims[d]) for d in declared.dims}

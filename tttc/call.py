@@ -103,6 +103,15 @@ class Call:
                 "  Pass the state that a call of this layer returned."
             )
 
+        kept, other = ("rows", "sums") if self.layer.decode == "rows" else ("sums", "rows")
+        names = self.sequences if kept == "rows" else [str(o.variable.arg[0].name) for o in self.layer._opened]
+        if state.position and set(names) - set(state.rows if kept == "rows" else state.summed):
+            raise StateMismatch(
+                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens into a mini-batch, "
+                f"and does not have the {kept} of these tokens, which this layer carries.\n"
+                f'  Pass a state of a layer with decode="{kept}", not "{other}", or one at a mini-batch\'s end.'
+            )
+
     def telemetry(self, names: Sequence[str]) -> Tensors:
         """What the chunks of this call measured, [B, H, mini-batches] each, by name."""
         return {n: torch.cat(self.measured[i :: len(names)], 2) for i, n in enumerate(names)}

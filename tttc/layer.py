@@ -21,6 +21,7 @@ from tttc.packing import Arguments, packed, ungrouped
 from tttc.stability import warn_of_growth
 from tttc.state import PackedState, State, Tensors
 from tttc.tuning import UNTUNED, Tuning
+from tttc.values import initial_value
 from tttc.variant import Signature
 
 __all__ = ["Layer", "PackedState", "State"]
@@ -129,7 +130,7 @@ class Layer:
         values = {}
         for name, spec in specs.items():
             shape = tuple(self.dims[d] for d in spec.dims)
-            value = spec.init(shape, generator) if callable(spec.init) else torch.full(shape, float(spec.init))
+            value = initial_value(self.signature.name, name, spec.init, shape, generator)
             values[name] = value.to(self.compute_dtype).to(self.device)
         return values
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
 from tttc.shared import shared
 from tttc.state import register_tree
+from tttc.values import initial_value
 from tttc.variant import GateSpec, Init, Signature, Variant, signature
 
 __all__ = ["TTT", "Cache"]
@@ -442,14 +443,7 @@ def _drawn(variant: type[Variant], name: str, init: Init, num_heads: int, shape:
     if not callable(init):
         return torch.full((num_heads, *shape), float(init), dtype=torch.float64, device="cpu")
     with torch.device("cpu"):  # where the generator is, also inside `with torch.device("meta")`
-        draws = [init(shape, torch.default_generator) for _ in range(num_heads)]
-    found = tuple(draws[0].shape)
-    if found != shape:
-        raise ShapeError(
-            f"variant `{variant.__name__}`: the init of `{name}` returned the shape {list(found)}, "
-            f"expected {list(shape)}.\n"
-            f"  An init is a function init(shape, generator) that returns a tensor of that shape."
-        )
+        draws = [initial_value(variant.__name__, name, init, shape, torch.default_generator) for _ in range(num_heads)]
     return torch.stack(draws)
 
 

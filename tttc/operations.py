@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tttc.backends.torch.ops import function_of
+from tttc.declared import Declared, no_value
 from tttc.ir.formulas import formula_of
 from tttc.ir.scalars import Formula
 from tttc.number import number
@@ -24,6 +25,9 @@ def _dispatch(name: str, meaning: Callable[..., Any], doc: str) -> Callable[...,
     def operation(*operands: Any, **settings: Any) -> Any:
         if any(isinstance(x, Traced) for x in operands):
             return trace(name, operands, settings)
+        for x in operands:
+            if isinstance(x, Declared):
+                raise no_value(x)
         return meaning(*map(_as_tensor, operands), **settings)
 
     operation.__name__ = operation.__qualname__ = name
@@ -168,7 +172,7 @@ def _adopted(expression: Any) -> Formula:
         return formula_of(formula, sorted(formula.free_symbols, key=lambda s: s.name))
     except (ValueError, sympy.SympifyError) as reason:
         said = str(reason).splitlines()[0].rstrip(".")
-        raise unsupported(f"elementwise({expression})", f"{said[:1].upper()}{said[1:]}.") from None
+        raise unsupported(f"elementwise({expression})", f"{said}.") from None
 
 
 OPERATIONS = (

@@ -18,6 +18,7 @@ from typing import Any
 
 import tttc.operations as ops
 from tttc.errors import ShapeError, SourceLine
+from tttc.number import number
 
 Rate = Any  # a gate, a number, or a param without axes
 Rates = Rate | Mapping[str, Rate]
@@ -125,8 +126,16 @@ def sgd(
             its tokens (arXiv:2505.23884).
         at_end: stages that act where a mini-batch ends, in this order.
     """
-    stages = (at_end,) if isinstance(at_end, AtEnd) else tuple(at_end)
+    stages = tuple(at_end) if isinstance(at_end, Iterable) else (at_end,)
+    lr, read_scale, momentum, decay, average, clip = map(_plain, (lr, read_scale, momentum, decay, average, clip))
     return SGD(lr, read_scale, momentum, nesterov, ema, decay, decay_first, average, clip, per, stages, _declared_at())
+
+
+def _plain(rates: Any) -> Any:
+    """Numbers of NumPy and torch as Python has them."""
+    if isinstance(rates, Mapping):
+        return {n: _plain(r) for n, r in rates.items()}
+    return rates if (n := number(rates)) is None else n
 
 
 # -- stages at a mini-batch's end --------------------------------------------------------------------------------------

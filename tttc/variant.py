@@ -8,15 +8,18 @@ and defines `learner` and `loss`. The class runs: bound to float64 torch tensors
 from __future__ import annotations
 
 import keyword
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tttc.declared import Declared
 from tttc.errors import DeclarationError, Problem, SourceLine, refusal
 from tttc.ir import numerics
+from tttc.number import number, whole
 from tttc.rules import ROLES, SGD, AtEnd, NoChunkForm, Rate, sgd
+from tttc.suggest import near
+from tttc.values import SETTINGS, declaration_class, evaluated_scale, short, value_problems
 
 __all__ = ["READS", "SGD", "GateSpec", "ParamSpec", "Rate", "Signature", "StateSpec", "TokenSpec", "Variant", "sgd"]
 
@@ -26,7 +29,7 @@ Init = float | Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
-class StateSpec:
+class StateSpec(Declared):
     """A fast weight: axes by dim name, and where it starts when no state is given."""
 
     dims: tuple[str, ...]
@@ -35,7 +38,7 @@ class StateSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class ParamSpec:
+class ParamSpec(Declared):
     """A slow weight of the inner loop: used by it, trained by the outer loop."""
 
     dims: tuple[str, ...]
@@ -44,7 +47,7 @@ class ParamSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenSpec:
+class TokenSpec(Declared):
     """A per-token vector; `q`, `k` and `v` are tokens of axis D unless declared otherwise.
 
     With a `window`, `given` is what a call passes for each token, and `dims` what the functions see: the last tokens.
@@ -60,7 +63,7 @@ class TokenSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class GateSpec:
+class GateSpec(Declared):
     """A per-token input, [B, T, H] or [B, T, H, axis], and how `tttc.nn.TTT` makes it from the hidden states."""
 
     name: str
@@ -77,9 +80,15 @@ class GateSpec:
 
     def scale_value(self, dims: Mapping[str, int]) -> float:
         """`scale` as a number; a string such as "1/D" is an expression of the dims."""
-        if isinstance(self.scale, str):
-            return float(eval(self.scale, {"__builtins__": {}, "sqrt": math.sqrt}, dict(dims)))
-        return float(self.scale)
+        if not isinstance(self.scale, str):
+            return float(self.scale)
+        try:
+            return float(evaluated_scale(self.scale, dims))
+        except Exception as error:  # whatever the user's expression raises
+            given = ", ".join(f"{d}={n}" for d, n in dims.items())
+            raise DeclarationError(
+                f"gate `{self.name}`: the scale {self.scale!r} is no number with {given}: {error}."
+            ) from None
 
 
 Spec = StateSpec | ParamSpec | TokenSpec | GateSpec
@@ -91,12 +100,12 @@ def state(*dims: str, init: Init = 0.0) -> Any:
     `dims` are the names of its axes. `init` (a number, or a function `init(shape, generator)` such as
     `tttc.normal(0.02)`) is where it starts when a call gives no state.
     """
-    return StateSpec(dims, init, _declared_at())
+    return StateSpec(_named(dims), init, _declared_at())
 
 
 def param(*dims: str, init: Init = 0.0) -> Any:
     """Declare a slow weight of the inner loop, trained by the outer loop: `gamma = tttc.param("D", init=1.0)`."""
-    return ParamSpec(dims, init, _declared_at())
+    return ParamSpec(_named(dims), init, _declared_at())
 
 
 def token(*dims: str, window: str | None = None) -> Any:
@@ -105,7 +114,7 @@ def token(*dims: str, window: str | None = None) -> Any:
     With `window="K"` the functions see the last K tokens, [K, *dims], the present one last and zeros before the first:
     the input of a causal convolution. A call still passes one vector for each token; the state carries the K - 1 last.
     """
-    return TokenSpec(dims, window, _declared_at())
+    return TokenSpec(_named(dims), window, _declared_at())
 
 
 def gate(
@@ -136,6 +145,11 @@ def normal(std: float) -> Init:
 
     init.__name__ = f"normal({std})"
     return init
+
+
+def _named(dims: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Dims as they are given, where lists are given too: what is no name is reported later."""
+    return tuple(tuple(d) if isinstance(d, list) else d for d in dims)
 
 
 def _declared_at() -> SourceLine:
@@ -174,9 +188,14 @@ class Variant:
     @classmethod
     def replace(cls, **settings: Any) -> type[Variant]:
         """The same declaration with other settings: `TTTLinear.replace(mini_batch=4, read="before")`."""
-        unknown = sorted(set(settings) - {"mini_batch", "read", "anchor", "steps", "update"})
+        unknown = sorted(set(settings) - set(SETTINGS))
         if unknown:
-            raise DeclarationError(f"variant `{cls.__name__}`: no such setting: {', '.join(unknown)}")
+            found = [m for n in unknown if (m := near(n, SETTINGS, 0.6))]
+            meant = f"Is it {', '.join(found)}? " if found else ""
+            raise DeclarationError(
+                f"variant `{cls.__name__}`: no such setting: {', '.join(unknown)}.\n"
+                f"  {meant}The settings are {', '.join(SETTINGS)}."
+            )
         return type(cls.__name__, (cls,), {**settings, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
@@ -224,7 +243,11 @@ def signature(variant: type[Variant]) -> Signature:
 
 
 def read_declaration(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
-    """The signature and everything wrong with it; used by `signature` and by `tttc check`."""
+    """The signature and everything wrong with it; used by `signature` and by `tttc check`.
+
+    Raises `DeclarationError` where `variant` is no declaration at all.
+    """
+    declaration_class(variant)
     declared = {name: spec for base in reversed(variant.__mro__) for name, spec in vars(base).items()}
     states = {name: spec for name, spec in declared.items() if isinstance(spec, StateSpec)}
     params = {name: spec for name, spec in declared.items() if isinstance(spec, ParamSpec)}
@@ -250,8 +273,10 @@ def read_declaration(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
     problems += _rule_problems(variant, update, states) if isinstance(update, SGD) else []
     problems += _name_problems(states, params, tokens, gates)
     attributes = {name: spec.name for name, spec in attribute_gates.items()}
-    settings = (variant.mini_batch, variant.read, variant.anchor, variant.steps, update)
-    return Signature(variant, states, params, gates, tokens, attributes, *settings), problems
+    b = variant.mini_batch if (n := whole(variant.mini_batch)) is None else n
+    settings = (b, variant.read, variant.anchor, whole(variant.steps) or 0, update)
+    found = Signature(variant, states, params, gates, tokens, attributes, *settings)
+    return found, [*problems, *value_problems(found)]
 
 
 def _rates(update: SGD) -> list[tuple[str, Rate]]:
@@ -265,13 +290,13 @@ def _rates(update: SGD) -> list[tuple[str, Rate]]:
 
 def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -> list[Problem]:
     problems = []
-    where = _class_line(variant)
+    where = class_line(variant)
     if not states:
         problems.append(
             Problem("no fast weight is declared.", 'Declare at least one: W = tttc.state("D", "D").', where)
         )
     b, update = variant.mini_batch, variant.update
-    if not (b == "all" or (isinstance(b, int) and not isinstance(b, bool) and b >= 1)):
+    if not (b == "all" if isinstance(b, str) else (whole(b) or 0) >= 1):
         problems.append(Problem(f"mini_batch is {b!r}.", 'It must be a positive int or "all".', where))
     if variant.read not in READS:
         problems.append(Problem(f"read is {variant.read!r}.", f"It must be one of {', '.join(READS)}.", where))
@@ -281,7 +306,7 @@ def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -
             "(at the weights that the token before left)."
         )
         problems.append(Problem(f"anchor is {variant.anchor!r}.", remedy, where))
-    if not isinstance(variant.steps, int) or isinstance(variant.steps, bool) or variant.steps < 1:
+    if (whole(variant.steps) or 0) < 1:
         problems.append(Problem(f"steps is {variant.steps!r}.", "It must be a positive int.", where))
     if isinstance(update, NoChunkForm):
         problems.append(
@@ -358,8 +383,8 @@ def _rule_problems(variant: type[Variant], update: SGD, states: Mapping[str, Sta
             )
         if update.ema or update.average is not None:
             refuse('per="mini_batch" has no ema and no average.', "Use momentum and decay.")
-    if update.clip is not None and not (isinstance(update.clip, int | float) and update.clip > 0):
-        refuse(f"clip is {update.clip!r}.", "It must be a positive number.")
+    if update.clip is not None and not (number(update.clip) or 0) > 0:
+        refuse(f"clip is {short(update.clip)}.", "It must be a positive number.")
     problems += _stage_problems(variant, update, states)
     return problems
 
@@ -401,11 +426,7 @@ def _rate_problems(
 ) -> list[Problem]:
     problems = []
     for role, rate in rates:
-        if isinstance(rate, GateSpec) and rate.per not in ("token", "channel"):
-            problems.append(
-                Problem(f"gate `{rate.name}` is per {rate.per!r}.", 'Use per="token" or "channel".', rate.where)
-            )
-        elif isinstance(rate, ParamSpec) and (rate.dims or not any(rate is p for p in params.values())):
+        if isinstance(rate, ParamSpec) and (rate.dims or not any(rate is p for p in params.values())):
             problems.append(
                 Problem(
                     f"{role} is a param that is {'not a single number' if rate.dims else 'not declared on the class'}.",
@@ -413,9 +434,11 @@ def _rate_problems(
                     rate.where,
                 )
             )
-        elif not isinstance(rate, GateSpec | ParamSpec | int | float) or isinstance(rate, bool):
+        elif not isinstance(rate, GateSpec | ParamSpec) and number(rate) is None:
             problems.append(
-                Problem(f"{role} is {rate!r}.", "It must be a gate, a number or a param without axes.", update.where)
+                Problem(
+                    f"{role} is {short(rate)}.", "It must be a gate, a number or a param without axes.", update.where
+                )
             )
     for role in ROLES:
         per_state = getattr(update, role)
@@ -523,7 +546,8 @@ def is_dim(name: Any) -> bool:
     return isinstance(name, str) and name.isidentifier() and name[0].isupper()
 
 
-def _class_line(variant: type[Variant]) -> SourceLine | None:
+def class_line(variant: type[Variant]) -> SourceLine | None:
+    """Where a class is written, if that is known."""
     import inspect
 
     try:

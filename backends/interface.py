@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -61,14 +61,20 @@ class CompiledScan(Protocol):
         """Said before a forward that will be followed by a backward: what takes long to make may be begun."""
         ...
 
-    def forward(self, inputs: Sequence[torch.Tensor], checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
-        """Outputs and new carry, and what the backward needs: the carry of every `checkpoint` chunks, or all with 0;
-        None where no backward will follow.
+    def forward(
+        self, inputs: Sequence[torch.Tensor], checkpoint: int | None
+    ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
+        """Outputs and new carry, none in the memory of another or of an input, and what the backward needs, which
+        autograd saves: the carry of every `checkpoint` chunks, or all with 0; None where no backward will follow.
         """
         ...
 
     def backward(
-        self, inputs: Sequence[torch.Tensor], saved: Any, checkpoint: int, cotangents: Sequence[torch.Tensor]
+        self,
+        inputs: Sequence[torch.Tensor],
+        saved: Sequence[torch.Tensor],
+        checkpoint: int,
+        cotangents: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """The cotangents of the inputs, from those of the outputs and of the new carry."""
         ...

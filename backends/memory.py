@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tttc.ir.expr import Expr
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def laid_out(of: Sequence[Expr], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -31,6 +34,16 @@ def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype
         return x.new_empty(shape, dtype=dtype)
     batch, heads, tokens, *own = shape
     return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
+
+
+def fake(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether there are sizes and no numbers in them: fake tensors, which are never made by chance."""
+    return any(type(x) not in PLAIN and isinstance(x, FakeTensor) for x in tensors)
+
+
+def autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device; some, such as "meta", have none."""
+    return bool(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def reach(x: torch.Tensor) -> int:

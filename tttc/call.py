@@ -50,6 +50,7 @@ class Call:
             for n, s in declared.params.items()
         }
         self.state = self._state(arguments.state)
+        self.continues = isinstance(arguments.state, State)
         self.taps = {n: self._window(n, spec) for n, spec in declared.tokens.items() if spec.window is not None}
 
     def _window(self, name: str, spec: TokenSpec) -> torch.Tensor:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from tttc import autograd
 from tttc.backends.interface import CompiledScan, Source
+from tttc.backends.memory import fake
 from tttc.call import Call
 from tttc.compile import History
 from tttc.errors import ShapeError
@@ -25,28 +27,6 @@ from tttc.values import initial_value
 from tttc.variant import Signature
 
 __all__ = ["Layer", "PackedState", "State"]
-
-
-class _Run(torch.autograd.Function):
-    """One scan with the derived backward. Under `create_graph` the backward is itself recorded by autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, scan: CompiledScan, checkpoint: int, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scan.expect_backward(inputs)
-        outputs, saved = scan.forward(inputs, checkpoint)
-        ctx.scan, ctx.checkpoint, ctx.saved = scan, checkpoint, saved
-        ctx.save_for_backward(*inputs)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
-        inputs, scan, checkpoint = ctx.saved_tensors, ctx.scan, ctx.checkpoint
-        if torch.is_grad_enabled():
-            scan, wide = scan.recorded, [_widened(x) for x in inputs]
-            _, saved = scan.forward(wide, 0)  # what the first forward kept has no history
-            found = scan.backward(wide, saved, 0, [_widened(x) for x in cotangents])
-            return None, None, *(g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
-        return None, None, *scan.backward(inputs, ctx.saved, checkpoint, cotangents)
 
 
 class Layer:
@@ -200,7 +180,7 @@ class Layer:
         B, T, H = call.batch, call.tokens, call.heads
         if T == 0:
             empty = call.sequences["q"].new_zeros(B, 0, H, *(self.dims[d] for d in self._width))
-            return _attached(empty, call), call.state.map(torch.Tensor.contiguous)
+            return _attached(empty, call), call.state.map(_copied)
         if T == 1 and self._has_kernel_of(call):
             z, after = self._run_token(call)
         elif self._plan.substitution:
@@ -237,7 +217,7 @@ class Layer:
             outputs.append(z)
             now = stop
         z = _joined(outputs)
-        opened = (position, start, summed) if position else (0, {}, {})
+        opened = (position, self._kept(call, start), summed) if position else (0, {}, {})
         return z, State(weights, *opened, memory)
 
     def _has_kernel_of(self, call: Call) -> bool:
@@ -250,7 +230,7 @@ class Layer:
             return False
         state = call.state
         groups = (call.sequences, call.params, state.weights, state.start, state.summed, state.memory)
-        return not (torch.is_grad_enabled() and any(x.requires_grad for group in groups for x in group.values()))
+        return not autograd.asked_for([x for group in groups for x in group.values()])
 
     def _run_token(self, call: Call) -> tuple[torch.Tensor, State]:
         """One token: a decode step."""
@@ -266,7 +246,7 @@ class Layer:
         after, memory = _updated(weights, new), _updated(memory, new)
         if b is None or b == 1 or b == position + 1:  # not `in`: as in call.py, position varies
             return z, State(after, memory=memory)
-        return z, State(after, position + 1, start, _updated(summed, new), memory)
+        return z, State(after, position + 1, self._kept(call, start), _updated(summed, new), memory)
 
     def _run_rows(self, call: Call) -> tuple[torch.Tensor, State]:
         """Whole mini-batches by the scan alone: an open one is run again from its first token."""
@@ -290,8 +270,16 @@ class Layer:
         z = _joined(outputs)[:, :, before:]
         if whole == T:
             return z, State(weights, memory=memory)
-        rows = {n: x[:, :, whole:] for n, x in call.sequences.items()}
-        return z, State(weights, T - whole, start, {}, kept, rows)
+        rows = {n: _copied(x[:, :, whole:]) for n, x in call.sequences.items()}
+        return z, State(weights, T - whole, self._kept(call, start), {}, kept, rows)
+
+    def _kept(self, call: Call, start: Tensors) -> Tensors:
+        """The weights at which an open mini-batch began; those that were given as a dict belong to the caller, who may
+        change them.
+        """
+        given = call.state.weights
+        lent = not call.continues and any(start[n] is given[n] for n in start)
+        return {n: _copied(x) for n, x in start.items()} if lent else start
 
     def _run_substituted(self, call: Call) -> tuple[torch.Tensor, State]:
         """Chunk by chunk: first the rows of its gradients, one token after the other, then the chunk from its rows."""
@@ -350,15 +338,22 @@ class Layer:
 
     def _outputs(self, name: str, call: Call, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
         inputs = [call.value(p, values, now, stop) for p in self._params[name]]
-        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if torch.compiler.is_compiling():
+        if self._recorded_by_name(inputs):
             self._prepare()
-            kept = differentiated and not torch.compiler.is_exporting()  # what is exported is first of all run
+            kept = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+            kept = kept and not torch.compiler.is_exporting()  # what is exported is first of all run
             return self._operators[name](inputs, self._checkpoint_of(name, stop - now) if kept else None)
-        if not differentiated:
+        if not autograd.asked_for(inputs):
             outputs, _ = self._scans[name].forward(inputs, None)
             return outputs
-        return _Run.apply(self._scans[name], self._checkpoint_of(name, stop - now), *inputs)
+        checkpoint = self._checkpoint_of(name, stop - now)
+        return autograd.run(self._scans[name], len(self._results[name]), checkpoint, inputs)
+
+    def _recorded_by_name(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether a graph is being made of the call, or its tensors have no memory that a kernel could read."""
+        if torch.compiler.is_compiling():
+            return True
+        return self.backend != "torch" and (torch._C._len_torch_dispatch_stack() > 0 or fake(inputs))
 
     def initial(self, role: str) -> Tensors:
         """What a call starts with that is given no params, or no state: drawn once, as it never changes."""
@@ -401,13 +396,13 @@ class Layer:
         return max(1, math.isqrt(math.ceil(tokens / chunk)))
 
 
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _updated(values: Tensors, new: Tensors) -> Tensors:
     """The same variables, with the values of those that are new."""
     return {n: new.get(n, x) for n, x in values.items()}
+
+
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:

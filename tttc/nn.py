@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tttc.backends.memory import autocast
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
 from tttc.shared import shared
 from tttc.state import register_tree
@@ -241,7 +242,7 @@ class TTT(nn.Module):
                 f"  The last axis is the hidden_size that the layer was made with."
             )
         weight = self.q_proj.weight
-        cast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        cast = autocast(x.device.type) and x.is_floating_point()
         if x.device != weight.device or (x.dtype != weight.dtype and not cast):
             raise ShapeError(
                 f"tttc.nn.TTT({self.variant.__name__}): x is {x.dtype} on {x.device}, "

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from tttc.backends.interface import Settings, Source
+from tttc.backends.memory import autocast
+from tttc.backends.torch.emit import emit
 from tttc.backends.torch.opaque import CopiedScan
 from tttc.ir.program import Program, Scan
 
@@ -27,8 +29,24 @@ def _flat(tensors: Tensors) -> tuple[tuple[int, int], list[torch.Tensor]]:
 
 def _exact(tensors: Tensors) -> AbstractContextManager[Any]:
     """Where autocast would take the products of a scan to 16 bits: without it. Arithmetic is as it was compiled."""
-    device = tensors[0].device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    device = tensors[0].device.type if tensors else "cpu"
+    return torch.autocast(device, enabled=False) if autocast(device) else nullcontext()
+
+
+def _apart(results: Tensors, others: Tensors) -> list[torch.Tensor]:
+    """The results, each in memory of its own: what is done to one in place changes no other, and no input."""
+    if torch._C._are_functorch_transforms_active():
+        return list(results)  # they have no memory, and nobody holds them
+    taken = {x.untyped_storage()._cdata for x in others}
+    found = []
+    for x in results:
+        memory = x.untyped_storage()._cdata
+        expanded = any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True))
+        if memory in taken or expanded:
+            x = x.clone(memory_format=torch.contiguous_format)
+        taken.add(memory)
+        found.append(x)
+    return found
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,8 @@ class TorchScan:
     scan: Scan
     module: ModuleType
     program: Program
+    compiled: bool = False
+    """Whether its steps were given to torch.compile, whose functions are differentiated once."""
 
     @cached_property
     def opaque(self) -> CopiedScan:
@@ -47,39 +67,52 @@ class TorchScan:
     def halves(self) -> bool:
         return False
 
-    @property
+    @cached_property
     def recorded(self) -> TorchScan:
-        return self
+        return load(emit(self.program), self.program)[self.scan.name] if self.compiled else self
 
     def expect_backward(self, inputs: Tensors) -> None:
         """Nothing: all is there."""
 
-    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def forward(
+        self, inputs: Tensors, checkpoint: int | None
+    ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
         with _exact(inputs):
             return self._forward(inputs, checkpoint)
 
-    def _forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def _forward(
+        self, inputs: Tensors, checkpoint: int | None
+    ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
         leading, inputs = _flat(inputs)
         if self.scan.loops:
             every = self._tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
             outputs, saved = self._call("")(*inputs, self._chunk(inputs), every)
         elif self.scan.differentiated:
-            *outputs, saved = self._call("_step_saving")(*inputs)
+            *outputs, kept = self._call("_step_saving")(*inputs)
+            saved = [kept]
         else:
-            outputs, saved = self._call("_step")(*inputs), None
-        return tuple(x.unflatten(0, leading) for x in outputs), saved
+            outputs, saved = self._call("_step")(*inputs), []
+        flat = [] if checkpoint is None else [x for kept in saved for x in kept]
+        return tuple(x.unflatten(0, leading) for x in _apart(outputs, [*inputs, *flat])), flat
 
-    def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+    def backward(
+        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
+    ) -> tuple[torch.Tensor, ...]:
         with _exact(inputs):
             return self._backward(inputs, saved, checkpoint, cotangents)
 
-    def _backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+    def _backward(
+        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
+    ) -> tuple[torch.Tensor, ...]:
         leading, inputs = _flat(inputs)
         _, cotangents = _flat(cotangents)
         carried, fixed = len(self.scan.carry), len(self.scan.fixed)
         if self.scan.loops:
             settings = self._chunk(inputs), checkpoint
-            found = self._call("_adjoint")(saved, *inputs[carried:], *cotangents, *settings)
+            width = carried if checkpoint else len(self.program.adjoint_of(self.scan).residuals)
+            groups = -(-self._tokens(inputs) // (settings[0] * (checkpoint or 1)))
+            kept = [saved[i * width : (i + 1) * width] for i in range(groups)]
+            found = self._call("_adjoint")(kept, *inputs[carried:], *cotangents, *settings)
         else:
             zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
             found = self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros)
@@ -118,4 +151,4 @@ def load(
         for name in (f"{s.name}{end}" for s in program.scans for end in ("_step", "_step_saving", "_step_adjoint")):
             if name in module.__dict__:
                 setattr(module, name, steps(getattr(module, name)))
-    return {scan.name: TorchScan(scan, module, program) for scan in program.scans}
+    return {scan.name: TorchScan(scan, module, program, steps is not None) for scan in program.scans}

@@ -57,8 +57,9 @@ class CopiedScan:
         found, saved = self.inner.forward(inputs, checkpoint if checkpoint is None else checkpoint or 1)
         _fill(outputs, found)
         if checkpoint is not None and self.scan.loops:
-            for i, carry in enumerate(saved):
-                _fill([x[:, :, i] for x in kept], [x.unflatten(0, inputs[0].shape[:2]) for x in carry])
+            for i, x in enumerate(saved):
+                group, which = divmod(i, len(kept))
+                kept[which][:, :, group].copy_(x.unflatten(0, inputs[0].shape[:2]))
         return tuple(outputs), kept
 
     def backward(
@@ -67,7 +68,7 @@ class CopiedScan:
         every = checkpoint or 1
         if self.scan.loops:
             groups = saved[0].shape[2]
-            kept = [tuple(x[:, :, i].flatten(0, 1) for x in saved) for i in range(groups)]
+            kept: Tensors = [x[:, :, i].flatten(0, 1) for i in range(groups) for x in saved]
         else:
             _, kept = self.inner.forward(inputs, every)
         results = self.gradients(inputs)

@@ -10,6 +10,8 @@ import sympy
 from tttc.ir.formulas import FormulaPrinter, formula_text
 from tttc.ir.scalars import Formula
 
+# Every form can be differentiated again and again, in reverse and in forward mode, and mapped over: torch.heaviside has
+# no derivative, not even the one that is zero, and that of F.silu carries no tangents.
 ELEMENTWISE = {
     "exp": "torch.exp({0})",
     "log": "torch.log({0})",
@@ -24,9 +26,9 @@ ELEMENTWISE = {
     "relu": "torch.relu({0})",
     "sigmoid": "torch.sigmoid({0})",
     "softplus": "F.softplus({0}, threshold=1e4)",
-    "silu": "F.silu({0})",
+    "silu": "silu({0})",
     "gelu": 'F.gelu({0}, approximate="tanh")',
-    "step": "torch.heaviside({0}, torch.zeros_like({0}))",
+    "step": "torch.relu(torch.sign({0}))",
     "less_equal": "less_equal({0}, {1})",
     "select": "select({0}, {1}, {2})",
     "huber": "huber({0}, {1})",
@@ -37,6 +39,11 @@ ELEMENTWISE = {
 FUSED_DERIVATIVES = {"dgelu": 'aten.gelu_backward({g}, {x}, approximate="tanh")'}
 
 HELPERS = {
+    "silu": '''
+def silu(x):
+    """x * sigmoid(x)."""
+    return x * torch.sigmoid(x)
+''',
     "less_equal": '''
 def less_equal(x, y):
     """1 where x <= y, else 0, in the dtype of x."""

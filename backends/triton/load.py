@@ -223,7 +223,7 @@ class TritonScan:
     def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
         return [like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
 
-    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Tensors]:
         inputs = laid_out(self.scan.params, inputs)
         groups, dtype = self._groups(inputs, checkpoint), self._operand(inputs)
         outputs, kept = self._memory(inputs, groups, dtype)
@@ -279,7 +279,9 @@ class TritonScan:
         states, outputs = (Kernels(form, module, self.settings) for form in forms)
         return states, outputs
 
-    def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+    def backward(
+        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
+    ) -> tuple[torch.Tensor, ...]:
         scan = self.scan
         carried, every = len(scan.carry), checkpoint or 1
         inputs, cotangents = laid_out(scan.params, inputs), laid_out(scan.results, cotangents)

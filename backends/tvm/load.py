@@ -97,7 +97,7 @@ class TVMScan:
     def content(self) -> str:
         return content_of(self.scan, self.program, "tvm", self.config)
 
-    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Tensors]:
         outputs = self.outputs(inputs)
         return tuple(outputs), self.forward_into(outputs, inputs, checkpoint)
 
@@ -127,7 +127,9 @@ class TVMScan:
     def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
         return [like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
 
-    def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
+    def backward(
+        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
+    ) -> tuple[torch.Tensor, ...]:
         results = self.gradients(inputs)
         self.backward_into(results, self.stored(inputs), inputs, saved, checkpoint, cotangents)
         return tuple(results)

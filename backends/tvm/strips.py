@@ -9,11 +9,10 @@ was; the cotangents of what all strips read are added up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from threading import Lock
-from typing import Any
 
 import torch
 
@@ -31,14 +30,6 @@ SERIAL = 1 << 14  # numbers that torch adds up without waking other threads
 VECTORS = 2  # that a strip has at least: narrower ones would do little but what all of them do
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a forward in strips keeps for its backward, which may find another number of threads."""
-
-    strips: int
-    carries: Tensors
-
-
 class StripScan(TVMScan):
     """One scan: head by head, or in strips of heads where that keeps more threads busy."""
 
@@ -52,7 +43,7 @@ class StripScan(TVMScan):
         """Head by head: a graph has to know what is kept whatever the number of threads."""
         return TVMScan(self.scan, self.program, self.config)
 
-    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Any]:
+    def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Tensors]:
         n = self.strips(inputs)
         if n == 1:
             return super().forward(inputs, checkpoint)
@@ -62,18 +53,21 @@ class StripScan(TVMScan):
         carries = self.part(n).forward_into(places, self._cut(self.scan.params, inputs, n), checkpoint)
         for f in filled:
             f.finish()
-        return tuple(outputs), Kept(n, carries)
+        return tuple(outputs), carries
 
-    def backward(self, inputs: Tensors, saved: Any, checkpoint: int, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
-        if not isinstance(saved, Kept):
+    def backward(
+        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
+    ) -> tuple[torch.Tensor, ...]:
+        n = self._strips_of(saved, inputs)
+        if n == 1:
             return super().backward(inputs, saved, checkpoint, cotangents)
-        n, params, stored = saved.strips, self.scan.params, self._stored_backward(inputs)
+        params, stored = self.scan.params, self._stored_backward(inputs)
         dtypes = [self.dtype if self._slot(p) is None else x.dtype for p, x in zip(params, inputs, strict=True)]
         results = [like(p, x.shape, x, d) for p, x, d in zip(params, inputs, dtypes, strict=True)]
         filled = [_Filled(p, x, self._slot(p), n) for p, x in zip(params, results, strict=True)]
         places, cut = [f.place for f in filled], self._cut(params, inputs, n)
         given = self._cut(self._results, cotangents, n)
-        self.part(n).backward_into(places, stored, cut, saved.carries, checkpoint, given)
+        self.part(n).backward_into(places, stored, cut, saved, checkpoint, given)
         for f in filled:
             f.finish()
         return tuple(r.to(x.dtype) for r, x in zip(results, inputs, strict=True))
@@ -114,6 +108,11 @@ class StripScan(TVMScan):
         if rest:
             return 1
         return max(n for n in range(1, most + 1) if n == 1 or (vectors % n == 0 and vectors // n >= VECTORS))
+
+    def _strips_of(self, saved: Tensors, inputs: Tensors) -> int:
+        """Into how many the forward cut each head: the backward may find another number of threads."""
+        heads = prod(inputs[0].shape[:2])
+        return prod(saved[0].shape[:2]) // heads if saved and heads else 1
 
     def part(self, n: int) -> TVMScan:
         """The scan of one of n strips."""

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from tttc.ir.names import Wording
 from tttc.ir.program import Program, Scan
 from tttc.ir.structure import written
 
@@ -20,12 +21,18 @@ Settings = Mapping[str, int]
 class Source:
     """Generated code: a file that can be printed, saved and read. It is written when it is first asked for."""
 
-    write: Callable[[], str]
+    write: Callable[[], str | Wording]
     language: str
 
     @cached_property
     def text(self) -> str:
-        return self.write()
+        return self.wording.text
+
+    @cached_property
+    def wording(self) -> Wording:
+        """The text, and what it calls the functions of the program, and their variables."""
+        made = self.write()
+        return Wording(made, {}, {}) if isinstance(made, str) else made
 
 
 @dataclass(frozen=True)

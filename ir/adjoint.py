@@ -16,6 +16,7 @@ from tttc.ir import build as b
 from tttc.ir.differentiate import collected, lower_composites, vjp
 from tttc.ir.dualize import finished
 from tttc.ir.expr import Expr, const, depends_on, leaf, leaves, postorder, substitute
+from tttc.ir.names import differential, spelled, suffixed
 from tttc.ir.program import (
     Allocate,
     Assign,
@@ -80,9 +81,10 @@ def _cut(
     found = [e for e in leaves(roots) if e.arg[0].name in carried]  # the carry as the chunk found it
     starts = [p for p in scan.carry if scan.loops and any(e.arg[0] == p.arg[0] for e in found)]
     needed = [*starts, *_frontier(roots, computed)]
-    taken = {p.arg[0].name for p in scan.params} | {"d" + p.arg[0].name for p in scan.params}
-    taken |= {a.leaf.name for a in forward} | {"d" + a.leaf.name for a in forward} | set(program.dims) | {"T", "c"}
-    hints = {e: f"{e.arg[0].name}_in" for e in starts}
+    known = {str(p.arg[0].name) for p in scan.params} | {a.leaf.name for a in forward}
+    known |= set(map(differential, known))
+    taken = {*map(spelled, (*known, *program.dims)), "T", "c"}
+    hints = {e: spelled(suffixed(e.arg[0].name, "in")) for e in starts}
     namer = Namer(taken, {**names, **hints})
     residuals = tuple((e, leaf(namer(e), "saved", e.axes)) for e in needed)
     stand_in = dict(residuals)

@@ -8,6 +8,7 @@ from functools import cache
 import sympy
 
 from tttc.ir.expr import Axes, Axis, Expr, const, leaf
+from tttc.ir.names import numbered, own
 from tttc.ir.scalars import SCALARS, Formula, derivative_name
 
 __all__ = [
@@ -72,7 +73,7 @@ def contract(operands: Sequence[Expr], over: Iterable[Axis]) -> Expr:
 def _token_rank(e: Expr, over: Axes) -> int:
     """0 if `e` keeps the reading-token axis of a chunk, 1 if the source-token axis, 2 if neither."""
     kept = {a.name for a in e.axes if a not in over}
-    return 0 if "t" in kept else 1 if "s" in kept else 2
+    return 0 if own("t") in kept else 1 if own("s") in kept else 2
 
 
 def total(a: Expr, over: Iterable[Axis]) -> Expr:
@@ -160,7 +161,7 @@ def normalize(op: str, operands: Sequence[Expr], arg: tuple[Axis, *tuple[float, 
 
 def between(*taken: Axis) -> Axis:
     """A token axis that is none of `taken`."""
-    return next(Axis(name, taken[0].size) for name in ("t", "r", "s") if name not in {a.name for a in taken})
+    return next(Axis(name, taken[0].size) for name in map(own, "trs") if name not in {a.name for a in taken})
 
 
 def stop_gradient(a: Expr) -> Expr:
@@ -187,9 +188,9 @@ def rename(a: Expr, to: Mapping[Axis, Axis]) -> Expr:
 
 
 def fresh(axis: Axis, taken: Iterable[Axis]) -> Axis:
-    """An axis of the same size whose name is not taken: D, D1, D2, ..."""
+    """An axis of the same size whose name is not taken: D, D1, D2, ..., which are no names of dims."""
     names = {a.name for a in taken}
-    candidates = (axis.size if i == 0 else f"{axis.size}{i}" for i in range(len(names) + 1))
+    candidates = (axis.size if i == 0 else numbered(axis.size, i) for i in range(len(names) + 1))
     return Axis(next(name for name in candidates if name not in names), axis.size)
 
 

@@ -26,19 +26,32 @@ from typing import TypeAlias
 import sympy
 
 from tttc.ir.expr import OPS, Axes, Expr, depends_on, leaves, postorder, rebuild, transform
+from tttc.ir.names import is_declared, own, spelled
 from tttc.ir.program import Block, For, Function, Scan, ScanAdjoint, Statement, cotangent
 
 Formula: TypeAlias = sympy.Expr
 
 
 def dim(name: str) -> sympy.Symbol:
-    """The symbol of a dim: D, F, ..., and B batch, H heads, T tokens, C chunk."""
-    return sympy.Symbol(name, positive=True, integer=True)
+    """The symbol of a dim: D, F, ..., and of what is no dim: B batch, H heads, T tokens, C chunk."""
+    if is_declared(name):
+        return sympy.Symbol(name, positive=True, integer=True)
+    return _Counted(spelled(name), positive=True, integer=True)
 
 
-BATCH, HEADS, TOKENS, CHUNK = (dim(name) for name in "BHTC")
-MINI_BATCH = dim("b")  # dims that users name start with a capital, so this one is free
-EVERY = dim("n")  # chunks between two states that are kept for the backward
+class _Counted(sympy.Symbol):
+    """The symbol of something that is no dim, unlike that of a dim which is called so."""
+
+    __slots__ = ()
+
+    @classmethod
+    def class_key(cls) -> tuple[int, int, str]:
+        return sympy.Symbol.class_key()  # it stands where the symbol of a dim would
+
+
+BATCH, HEADS, TOKENS, CHUNK = (dim(own(name)) for name in "BHTC")
+MINI_BATCH = dim(own("b"))
+EVERY = dim(own("n"))  # chunks between two states that are kept for the backward
 
 ITEM_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
 
@@ -353,7 +366,7 @@ def lengths_of(function: Function) -> dict[sympy.Symbol, Formula]:
 
 def tokens(step: int | str) -> Formula:
     """A number of tokens, or "T": all of them."""
-    return dim(step) if isinstance(step, str) else sympy.Integer(step)
+    return TOKENS if isinstance(step, str) else sympy.Integer(step)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from dataclasses import replace
 from tttc.ir import build as b
 from tttc.ir.expr import OPS, Expr, const, depends_on, leaf, leaves, postorder, transform
 from tttc.ir.expr import rebuild as rebuilt
+from tttc.ir.names import differential
 from tttc.ir.program import Assign, Block, Function, Program, blocks
 
 
@@ -40,7 +41,7 @@ def differentiate(program: Program) -> Program:
     for w in states:
         total = collected(w, zip(read, found, strict=True))
         value = b.broadcast(const(0) if total is None else total, w.axes)
-        assigns.append(Assign(leaf(f"d{w.arg[0].name}", "gradient", w.axes), value))
+        assigns.append(Assign(leaf(differential(w.arg[0].name), "gradient", w.axes), value))
     used = {e.arg[0].name for e in leaves(a.value for a in assigns)}
     params = tuple(p for p in program["loss"].params if p.arg[0].name in used)
     gradient = Function("gradient", params, (Block(tuple(assigns)),), tuple(a.target for a in assigns))

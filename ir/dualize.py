@@ -19,15 +19,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tttc.ir import build as b
-from tttc.ir.expr import Axis, Expr, Leaf, const
+from tttc.ir.expr import TOKENS, Expr, Leaf, const
 from tttc.ir.linearity import Dependence, Finding, dependence
+from tttc.ir.names import own
 from tttc.ir.online import NotTriangular, named_like, numbers_apart, solved, the_unknown, unknown_rows, unnamed
 from tttc.ir.primal import loop_params, per_token
 from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
 from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
 from tttc.ir.response import GRADIENT, ChunkAlgebra, Response, coefficients, held
 from tttc.ir.simplify import renamed_hints, simplify
-from tttc.ir.substitution import Substitution, rows_given, substitution
+from tttc.ir.substitution import PAST, Substitution, rows_given, substitution
 from tttc.ir.update import (
     COUNT,
     Advanced,
@@ -47,7 +48,6 @@ from tttc.ir.update import (
 )
 
 DEFAULT_CHUNK = 64  # assumed length of a chunk where the mini-batch is the whole sequence
-CHUNK_SIZE = Axis("t", "C")
 Gradients = Mapping[str, tuple[Term, ...]]
 
 
@@ -84,7 +84,7 @@ def chunk_sizes(program: Program) -> dict[str, int]:
     """Sizes for the cost of contractions: the dims, and the chunk."""
     assert program.update is not None
     b_ = program.update.mini_batch
-    return {**program.dims, "C": DEFAULT_CHUNK if b_ == "all" else min(int(b_), DEFAULT_CHUNK)}
+    return {**program.dims, TOKENS: DEFAULT_CHUNK if b_ == "all" else min(int(b_), DEFAULT_CHUNK)}
 
 
 def finished(
@@ -129,7 +129,7 @@ def gradient_class(program: Program) -> GradientClass:
         why = "clipping makes the gradients nonlinear in the weights: one token after the other"
         return GradientClass("sequential", found, why)
     try:
-        _Chunk(program, {**program.dims, "C": DEFAULT_CHUNK}, opened=False).solved_rows()
+        _Chunk(program, {**program.dims, TOKENS: DEFAULT_CHUNK}, opened=False).solved_rows()
     except NotTriangular as reason:
         return GradientClass("sequential", found, f"{reason}: one token after the other")
     return GradientClass("affine", found, "the gradients are affine in the weights: one triangular system per chunk")
@@ -158,7 +158,9 @@ def chunk_substitution(program: Program, sizes: Mapping[str, int]) -> Substituti
     """What gives the rows of a chunk whose gradients are online and not affine."""
     chunk = _Chunk(program, sizes, opened=False)
     states = dict(chunk._states())
-    return substitution(states, {n: chunk._anchor(n) for n in states}, chunk.raw, {**sizes, "n": sizes["C"], "C": 1})
+    return substitution(
+        states, {n: chunk._anchor(n) for n in states}, chunk.raw, {**sizes, PAST.size: sizes[TOKENS], TOKENS: 1}
+    )
 
 
 class _Chunk:
@@ -368,7 +370,7 @@ class _Chunk:
             ends[n] = Ending(start, added, tau)
         means = {}
         for gate, sum_ in averaged_gates(self.declared).items():
-            total, count = b.total(at_chunk(gate, T_AXIS), (T_AXIS,)), b.size(CHUNK_SIZE)
+            total, count = b.total(at_chunk(gate, T_AXIS), (T_AXIS,)), b.size(T_AXIS)
             if self.opened:
                 total, count = b.add(sum_, total), b.add(COUNT, count)
             means[gate] = b.div(total, count)
@@ -389,7 +391,7 @@ class _Chunk:
         for gate, sum_ in sums.items():
             made.append(Assign(sum_, b.add(sum_, b.total(at_chunk(gate, T_AXIS), (T_AXIS,)))))
         if sums:
-            made.append(Assign(COUNT, b.add(COUNT, b.size(CHUNK_SIZE))))
+            made.append(Assign(COUNT, b.add(COUNT, b.size(T_AXIS))))
         return tuple(made)
 
     def memories(self) -> tuple[Assign, ...]:
@@ -448,10 +450,10 @@ class _Chunk:
         added = {n: summed([t.summed((S_AXIS,)) for t in gradients[n]], w.axes, self.sizes) for n, w in self._states()}
         moved = {n: b.sub(end[n], start[n]) for n in start}
         found = {
-            "loss_before": b.total(read_through(loss, start, self.sizes, {}), (T_AXIS,)),
-            "loss_after": b.total(read_through(loss, end, self.sizes, {}), (T_AXIS,)),
-            "gradient_norm": _norm([b.broadcast(added[n], w.axes) for n, w in self._states()]),
-            "update_norm": _norm([b.broadcast(moved[n], w.axes) for n, w in self._states()]),
+            own("loss_before"): b.total(read_through(loss, start, self.sizes, {}), (T_AXIS,)),
+            own("loss_after"): b.total(read_through(loss, end, self.sizes, {}), (T_AXIS,)),
+            own("gradient_norm"): _norm([b.broadcast(added[n], w.axes) for n, w in self._states()]),
+            own("update_norm"): _norm([b.broadcast(moved[n], w.axes) for n, w in self._states()]),
         }
         return tuple(
             Assign(Expr("leaf", (), (Leaf(n, "output", "c"), (T_AXIS,))), b.stop_gradient(b.broadcast(x, (T_AXIS,))))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tttc.ir.names import own
+
 
 class Axis(NamedTuple):
     """A named axis: `name` tells it from the others of one expression, `size` is the dim that it runs over."""
@@ -27,10 +29,13 @@ class Axis(NamedTuple):
 
 
 Axes = tuple[Axis, ...]
+TOKENS = own("C")  # the size of an axis that runs along the tokens of a chunk: no dim is called so
 
 
 class Leaf(NamedTuple):
     """What a leaf stands for: a variable, what it is to the variant, and which tokens of it are read.
+
+    `name` is as the user declared it; what is derived has one that nobody can declare (ir/names.py).
 
     `role` is one of state, param, token, gate, sum (the learning-rate weighted gradients of the open mini-batch),
     cotangent. `at` is the loop variable that indexes its token axis: "t" (one token), "c" (the tokens of a chunk) or

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, postorder, rebuild, transform
+from tttc.ir.names import suffixed
 from tttc.ir.program import T_AXIS, Assign, Scan, values
 
-SUFFIX = "_strip"
 _LABELS = ("leaf", "rename", "broadcast")  # their arguments name axes, yet they do nothing along them
 
 
@@ -43,7 +43,7 @@ class FreeAxis:
     @property
     def strip(self) -> str:
         """The dim of a strip; that of the whole axis keeps its meaning."""
-        return self.size + SUFFIX
+        return suffixed(self.size, "strip")
 
     def cut(self, scan: Scan) -> Scan:
         """The scan of one strip."""
@@ -52,7 +52,7 @@ class FreeAxis:
         stored = len(scan.outputs)
         return replace(
             scan,
-            name=scan.name + SUFFIX,
+            name=f"{scan.name}_strip",
             fixed=tuple(map(self._variable, scan.fixed)),
             carry=tuple(map(self._variable, scan.carry)),
             sequence=tuple(map(self._variable, scan.sequence)),
@@ -80,7 +80,7 @@ class FreeAxis:
 
 
 def _narrow(axis: Axis) -> Axis:
-    return Axis(axis.name + SUFFIX, axis.size + SUFFIX)
+    return Axis(suffixed(axis.name, "strip"), suffixed(axis.size, "strip"))
 
 
 def free_axis(scan: Scan) -> FreeAxis | None:

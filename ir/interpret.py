@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tttc.ir.expr import OPS, Expr, postorder
+from tttc.ir.expr import OPS, TOKENS, Expr, postorder
 from tttc.ir.numerics import chunks
 from tttc.ir.ops import align
 from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Block, For, Function, Program, Restore, Save, Statement
@@ -38,6 +38,7 @@ class _Machine:
     def __init__(self, dims: Mapping[str, int], variables: dict[str, Array]) -> None:
         self.dims = dict(dims)
         self.variables: dict[str, Any] = variables
+        self.places: dict[str, Any] = {}  # of loops: the tokens of a chunk, or one
         self.tokens = 0
         self.chunk = 0
         self.saved: list[list[Array]] = []
@@ -60,18 +61,18 @@ class _Machine:
             getattr(self, f"_{type(statement).__name__.lower()}")(statement)
 
     def _for(self, loop: For) -> None:
-        whole = range(self.tokens) if loop.over == "T" else self.variables[loop.over]
+        whole = range(self.tokens) if loop.over == "T" else self.places[loop.over]
         step = self.tokens if loop.step == "T" else loop.step
         ranges: list[Any] = list(whole) if step is None else chunks(whole, int(step))
         for part in reversed(ranges) if loop.reverse else ranges:
-            self.variables[loop.var] = part
+            self.places[loop.var] = part
             if loop.step is not None:
                 self.chunk = len(part)
             self.run(loop.body)
 
     def _allocate(self, statement: Allocate) -> None:
         leaf, axes = statement.target.arg
-        shape = [self.dims[a.size] for a in axes if a.name not in ("t", "s")]
+        shape = [self.dims[a.size] for a in axes if a.size != TOKENS]
         self.variables[leaf.name] = np.full((self.tokens, *shape), np.nan)
 
     def _save(self, statement: Save) -> None:
@@ -96,17 +97,17 @@ class _Machine:
             if a.leaf.at is None:
                 self.variables[a.leaf.name] = value
             else:
-                self.variables[a.leaf.name][self.variables[a.leaf.at]] = value
+                self.variables[a.leaf.name][self.places[a.leaf.at]] = value
 
     def _read(self, node: Expr) -> Array:
         leaf = node.arg[0]
         value = self.variables[leaf.name]
-        return np.asarray(value[self.variables[leaf.at]] if leaf.at else value, dtype=np.float64)
+        return np.asarray(value[self.places[leaf.at]] if leaf.at else value, dtype=np.float64)
 
 
 class _Sizes:
     def __init__(self, dims: Mapping[str, int], chunk: int) -> None:
-        self.by_dim = {**dims, "C": chunk}
+        self.by_dim = {**dims, TOKENS: chunk}
 
     def of(self, node: Expr) -> dict[str, int]:
         """Sizes by axis name for one node: axis names are unique within it."""

@@ -19,10 +19,11 @@ import sympy
 
 from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, Axes, Axis, Expr, Leaf, leaves
+from tttc.ir.names import spelled
 from tttc.ir.ops import TOKEN_AXES, is_upper
 from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement, blocks, values
 from tttc.ir.scalars import SCALARS, Formula
-from tttc.ir.text import Namer, Text, core, formulas, steps, variables
+from tttc.ir.text import Namer, Text, core, formulas, said, steps
 
 ONES = r"\mathbf{1}"
 TRANSPOSED = r"^{\top}"
@@ -55,7 +56,7 @@ _FUNCTIONS = {
 
 def name_latex(name: str, at: str | None = None) -> str:
     r"""W1 -> W_{1}, S_W1 -> S_{W_{1}}, tau at t -> \tau_{t}, lr -> \mathrm{lr}, dW1 -> \mathrm{d}W_{1}."""
-    stem, _, below = name.partition("_")
+    stem, _, below = spelled(name).partition("_")
     letters, digits = re.fullmatch(r"(.*?)(\d*)", stem).groups()  # type: ignore[union-attr]
     subscripts = [digits] if digits else []
     subscripts += [name_latex(below)] if below else []
@@ -164,7 +165,7 @@ class LatexPrinter:
         return Text(sympy.latex(value).replace(r"1.0 \cdot ", ""), SUM if e.arg < 0 else ATOM)
 
     def _size(self, e: Expr) -> Text:
-        return Text(e.arg.size, ATOM)
+        return Text(spelled(e.arg.size), ATOM)
 
     # -- elementwise
 
@@ -275,7 +276,7 @@ class LatexPrinter:
 
     def _over(self, e: Expr, name: str) -> Text:
         (x,) = e.src
-        text = rf"{name}_{{{','.join(a.size for a in e.arg)}}}\left({self(x)}\right)"
+        text = rf"{name}_{{{','.join(spelled(a.size) for a in e.arg)}}}\left({self(x)}\right)"
         rows, columns = natural(x.axes)
         kept = (None if rows in e.arg else rows, None if columns in e.arg else columns)
         return Text(text, ATOM) if kept == natural(e.axes) else Text(text + TRANSPOSED, POWER)
@@ -326,7 +327,7 @@ class LatexPrinter:
         """By indices: the operands with their axes as subscripts, the summed axes below a sum."""
         operands = [self._inside(s).text for s in e.src]
         if e.op in ("contract", "sum"):
-            total = rf"\textstyle\sum_{{{','.join(a.name for a in e.arg)}}} " if e.arg else ""
+            total = rf"\textstyle\sum_{{{','.join(spelled(a.name) for a in e.arg)}}} " if e.arg else ""
             return Text(total + r" \, ".join(operands), SUM)
         if e.op == "solve":
             return _product(_inverse(e, self._inside(e.src[0])), self._inside(e.src[1]))
@@ -341,7 +342,7 @@ class LatexPrinter:
 
     def _inside(self, e: Expr) -> Text:
         text = self._own(e)
-        indices = "".join(a.name for a in e.axes)
+        indices = "".join(spelled(a.name) for a in e.axes)
         return Text(rf"\left[{text.text}\right]_{{{indices}}}", ATOM) if indices else text
 
 
@@ -411,7 +412,7 @@ def formula_latex(formula: Formula) -> str:
 def function_latex(function: Function, program: Program) -> str:
     """One function: its name and parameters as text, then its body."""
     head = rf"\paragraph{{\texttt{{{_escaped(function.name)}}}}} of {_listed(function.params)}:"
-    namer = Namer(variables(function) | set(program.dims) | {"T"}, program.names)
+    namer = Namer(said(function, program), program.names)
     return "\n".join(
         [head, *_body(function.body, program, namer), rf"\par\noindent gives {_listed(function.returns)}."]
     )
@@ -470,7 +471,7 @@ def _block(block: Block, program: Program, namer: Namer) -> list[str]:
 
 
 def _space(axes: Axes) -> str:
-    sizes = r" \times ".join(a.size for a in axes)
+    sizes = r" \times ".join(spelled(a.size) for a in axes)
     return rf"\in \mathbb{{R}}^{{{sizes}}}" if axes else r"\in \mathbb{R}"
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, const, depends_on, leaf, leaves
 from tttc.ir.linearity import Dependence, dependence
+from tttc.ir.names import own, suffixed
 from tttc.ir.program import S_AXIS, T_AXIS
 from tttc.ir.reading import Moving, Term, over_chunk, summed
 
@@ -74,7 +75,7 @@ def named_like(f: Expr, value: Expr) -> Expr:
 
 def unknown_rows(u: Expr) -> Expr:
     """The leaf that stands for the values of `u` at the source tokens."""
-    return leaf("u", "unknown", (S_AXIS, *u.axes))
+    return leaf(own("u"), "unknown", (S_AXIS, *u.axes))
 
 
 def solved(u: Expr, weights: Mapping[str, Moving], sizes: Mapping[str, int], moved: dict[Expr, Expr]) -> Expr:
@@ -202,7 +203,7 @@ class _Affine:
 
     def _summed_over(self, terms: Sequence[Term], over: Sequence[Axis]) -> Sequence[Term]:
         self.hidden += 1
-        names = {a: Axis(f"{a.name}_{self.hidden}", a.size) for a in over}
+        names = {a: Axis(suffixed(a.name, str(self.hidden)), a.size) for a in over}
         return [t.summed(over).renamed(names) for t in terms]
 
 

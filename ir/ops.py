@@ -16,9 +16,10 @@ import numpy as np
 from tttc.ir import build as b
 from tttc.ir import numerics
 from tttc.ir.expr import OPS, Axes, Axis, Expr, IllTyped, Op, postorder
+from tttc.ir.names import own
 from tttc.ir.scalars import SCALARS
 
-TOKEN_AXES = ("t", "r", "s")  # the reading tokens of a chunk, those between, and the source tokens
+TOKEN_AXES = tuple(map(own, "trs"))  # the reading tokens of a chunk, those between, and the source tokens
 Values = Mapping[str, int]
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, substitute, transform
+from tttc.ir.names import differential, suffixed
 from tttc.ir.program import EACH, T_AXIS, Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
 from tttc.ir.simplify import renamed_hints, simplify_program
 from tttc.ir.update import (
@@ -56,7 +57,7 @@ class _Loop:
         self.gradients, self.z = per_token(program)
         self.moved: dict[Expr, Expr] = {}
         self.states = {state_name(w): w for w in self.update.states}
-        self.start = {n: leaf(f"{n}_start", "state", w.axes) for n, w in self.states.items()}
+        self.start = {n: leaf(suffixed(n, "start"), "state", w.axes) for n, w in self.states.items()}
         self.before = {n: self._carried(w) for n, w in self.states.items()}
         self.after = self._advanced()
 
@@ -234,7 +235,7 @@ def loop_params(program: Program) -> tuple[Expr, ...]:
 
 def per_token(program: Program) -> tuple[dict[str, Expr], Assign]:
     """The gradient of each state, and the output, of one token."""
-    states = {"d" + _name(w): _name(w) for w in _update(program).states}
+    states = {differential(_name(w)): _name(w) for w in _update(program).states}
     functions = {f.name: f for f in program.per_token}
     (gradient,) = blocks(functions["gradient"].body)
     (output,) = blocks(functions["output"].body)

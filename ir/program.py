@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from tttc.ir.expr import Axis, Expr, Leaf, leaf
+from tttc.ir.expr import TOKENS, Axis, Expr, Leaf, leaf
+from tttc.ir.names import differential, own, prefixed
 
-T_AXIS = Axis("t", "C")  # the reading tokens of a chunk
-S_AXIS = Axis("s", "C")  # the source tokens of a chunk
-EACH = leaf("each", "token")  # a number for each token, of which only how many there are is read
+T_AXIS = Axis(own("t"), TOKENS)  # the reading tokens of a chunk
+S_AXIS = Axis(own("s"), TOKENS)  # the source tokens of a chunk
+EACH = leaf(own("each"), "token")  # a number for each token, of which only how many there are is read
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class EndStage:
 def end_leaf(w: Expr) -> Expr:
     """The leaf that stands, in an `EndStage`, for what the stage is given for the state `w`."""
     found, axes = w.arg
-    return Expr("leaf", (), (Leaf(f"in_{found.name}", "end"), axes))
+    return Expr("leaf", (), (Leaf(prefixed("in", found.name), "end"), axes))
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class ScanAdjoint:
 def cotangent(e: Expr) -> Expr:
     """The leaf that holds the cotangent of a leaf: z[c] -> dz[c]."""
     leaf, axes = e.arg
-    return Expr("leaf", (), (Leaf("d" + leaf.name, "cotangent", leaf.at), axes))
+    return Expr("leaf", (), (Leaf(differential(leaf.name), "cotangent", leaf.at), axes))
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from tttc.ir.dualize import (
     open_form,
     whole_form,
 )
-from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, substitute
+from tttc.ir.expr import TOKENS, Expr, Leaf, const, leaf, leaves, substitute
 from tttc.ir.primal import loop_params, token_block
 from tttc.ir.program import EACH, T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan, Statement, Update
 from tttc.ir.reading import NoExactForm, at_chunk
 from tttc.ir.simplify import renamed_hints
+from tttc.ir.substitution import is_row
 from tttc.ir.update import (
     COUNT,
     Ending,
@@ -53,7 +54,7 @@ CHANNEL_CHUNK = 16  # decays of single channels take a product for each pair of 
 def schedule(program: Program, chunk: int | None = None) -> Program:
     """Choose the chunk, and lay the mini-batch out as scans."""
     plan = choose_plan(program, chunk)
-    sizes = {**program.dims, "C": plan.chunk if isinstance(plan.chunk, int) else DEFAULT_CHUNK}
+    sizes = {**program.dims, TOKENS: plan.chunk if isinstance(plan.chunk, int) else DEFAULT_CHUNK}
     names = dict(program.names)
     layout = _Layout(program, plan, sizes, names)
     scans = []
@@ -115,7 +116,7 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
 
 def _substitutable(program: Program) -> bool:
     """Whether tokens can read the rows of those before them: a matrix used nonlinearly cannot be read through rows."""
-    sizes = {**program.dims, "C": SUBSTITUTED_CHUNK}
+    sizes = {**program.dims, TOKENS: SUBSTITUTED_CHUNK}
     try:
         chunk_substitution(program, sizes)
         whole_form(program, sizes, rows=True)
@@ -169,7 +170,7 @@ class _Layout:
         read = {e.arg[0].name for e in leaves(a.value for a in assigns)}
         params = (*loop_params(self.program), *self.memory)
         if self.plan.substitution:  # the rows come as sequences, and what made them is not read again
-            rows = {e.arg[0]: e for e in leaves(a.value for a in assigns) if e.arg[0].name.startswith("row_")}
+            rows = {e.arg[0]: e for e in leaves(a.value for a in assigns) if is_row(e)}
             params = (*params, *(leaf(found.name, found.role, e.axes[1:]) for found, e in rows.items()))
         params = tuple(p for p in params if p.arg[0].name in read or p.arg[0].role in ("token", "gate"))
         sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.arg[0].role in ("token", "gate"))
@@ -268,7 +269,7 @@ class _Layout:
         """The loop over chunks, as one function to be read and run; with a substitution, a chunk is a token."""
         if self.plan.substitution:
             plan = replace(self.plan, chunk=1, substitution=False)
-            scan = _Layout(self.program, plan, {**self.sizes, "C": 1}, self.names).whole()
+            scan = _Layout(self.program, plan, {**self.sizes, TOKENS: 1}, self.names).whole()
         body: tuple[Statement, ...] = (
             *(Allocate(a.target) for a in scan.outputs),
             *self._beginning(),

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, Leaf, const, leaf, leaves, substitute
+from tttc.ir.names import own, prefixed, suffixed
 from tttc.ir.program import S_AXIS, T_AXIS, Assign
 from tttc.ir.reading import Moving, Term, over_chunk, read_through
 from tttc.ir.response import Kernel, Response, coefficients
 
-PAST = Axis("n", "n")  # the tokens of the chunk, seen from one of them; no declaration can name this size
-NOW = leaf("now", "token", (T_AXIS, PAST), "c")  # a one where the token itself stands
+PAST = Axis(own("n"), own("n"))  # the tokens of the chunk, seen from one of them
+NOW = leaf(own("now"), "token", (T_AXIS, PAST), "c")  # a one where the token itself stands
 
 
 class Substitution(NamedTuple):
@@ -39,7 +40,12 @@ def distinct_factors(gradients: Mapping[str, tuple[Term, ...]]) -> list[Expr]:
 
 def row(i: int, f: Expr, axis: Axis) -> Expr:
     """The i-th factor at the tokens of the chunk."""
-    return Expr("leaf", (), (Leaf(f"row_{i}", "token", "c"), (axis, *f.axes)))
+    return Expr("leaf", (), (Leaf(prefixed("row", own(str(i))), "token", "c"), (axis, *f.axes)))
+
+
+def is_row(e: Expr) -> bool:
+    """Whether a leaf is a factor at the tokens of the chunk."""
+    return str(e.arg[0].name).startswith(prefixed("row", own("")))
 
 
 def rows_given(gradients: Mapping[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
@@ -56,7 +62,7 @@ def substitution(
 ) -> Substitution:
     """The rows of a chunk, from the responses of the weights at which each token takes its gradient."""
     factors = distinct_factors(gradients)
-    past = {f: leaf(f"past_{i}", "sum", (PAST, *f.axes)) for i, f in enumerate(factors)}
+    past = {f: leaf(prefixed("past", own(str(i))), "sum", (PAST, *f.axes)) for i, f in enumerate(factors)}
     made: list[Assign] = []
     weights: dict[str, Moving | Expr] = {}
 
@@ -71,12 +77,12 @@ def substitution(
     for n, w in states.items():
         terms = []
         for i, p in enumerate(anchors[n].parts):
-            scale = () if p.coefficient is None else (coefficient(p.coefficient, f"a_{n}_{i}"),)
+            scale = () if p.coefficient is None else (coefficient(p.coefficient, suffixed(prefixed("a", n), str(i))),)
             terms.append(Term(p.sign, (*scale, *p.held)))
         for i, k in enumerate(anchors[n].kernels):
             # rows that are still to come are zero: a triangle of ones need not be said
             whole = (k.column or const(1)) if k.kind == "strict" else _matrix_of(k)
-            A = coefficient(whole, f"A_{n}_{i}")
+            A = coefficient(whole, suffixed(prefixed("A", n), str(i)))
             kernel = Term(k.sign, (A,), (PAST,))
             terms += [kernel.times(t.mapped(past.__getitem__)) for t in gradients[n]]
         weights[n] = Moving(w.axes, tuple(terms))

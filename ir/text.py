@@ -4,21 +4,22 @@
     W1 = W1 - (eta[:, None] * k[c]).T @ g1
 
 Only shared and long expressions get a name; the names that the user gave win. `steps` decides both for the printer and
-for the backends, so that generated code has the same lines.
+for the backends, so that generated code has the same lines. Which word stands for which variable, ir/names.py decides
+when the text is whole.
 """
 
 from __future__ import annotations
 
-import keyword
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
-from tttc.ir import numerics
 from tttc.ir.contraction import layout
-from tttc.ir.expr import OPS, Axes, Axis, Expr, Leaf, postorder
+from tttc.ir.expr import OPS, TOKENS, Axes, Axis, Expr, Leaf, postorder
 from tttc.ir.formulas import formula_text
+from tttc.ir.names import Word, function, marked, own, size_of, spelled, unmarked, worded
 from tttc.ir.ops import einsum_spec, is_upper
 from tttc.ir.program import (
     S_AXIS,
@@ -36,9 +37,9 @@ from tttc.ir.program import (
 )
 from tttc.ir.scalars import SCALARS, Formula
 
+ALL_TOKENS = Axis(own("T"), own("T"))
 LONG = 72  # an expression whose text is longer is cut in two by a name
 
-_RESERVED = frozenset(numerics.names()) | set(keyword.kwlist) | {"saved", "range", "len"}
 _FREE = ("leaf", "const", "size", "rename")  # reading these is not a computation
 
 
@@ -54,23 +55,23 @@ class Step(NamedTuple):
 
 
 class Namer:
-    """Gives every value a name that is free, the same in every process: from hints and positions, never from a
-    counter.
+    """Gives every value a name of its own, the same in every process: from hints and positions, never from a counter.
+    It reads like none of `taken`.
     """
 
     def __init__(self, taken: Iterable[str], hints: Mapping[Expr, str]) -> None:
-        self.taken = set(taken) | _RESERVED
+        self.taken = set(taken)
         self.hints = hints
 
     def __call__(self, e: Expr) -> str:
         hint = self.hints.get(e) or self.hints.get(core(e)) or OPS[core(e).op].hint
         if hint not in self.taken:
             self.taken.add(hint)
-            return hint
+            return own(hint)
         stem = hint + "_" if hint[-1].isdigit() else hint
         n = next(n for n in range(1, len(self.taken) + 2) if f"{stem}{n}" not in self.taken)
         self.taken.add(f"{stem}{n}")
-        return f"{stem}{n}"
+        return own(f"{stem}{n}")
 
 
 def core(e: Expr) -> Expr:
@@ -179,7 +180,8 @@ class Printer:
     names: dict[Expr, str] = field(default_factory=dict)
     infinity, undefined = "inf", "nan"  # how these two numbers are written
 
-    lengths: Mapping[str, str] = field(default_factory=dict)  # dim -> how its size is written here ("C" -> "len(c)")
+    lengths: Mapping[str, str] = field(default_factory=dict)  # dim -> how its size is written here (TOKENS -> "len(c)")
+    word: Word = spelled
 
     def __call__(self, e: Expr) -> str:
         return self.text(e).text
@@ -202,7 +204,7 @@ class Printer:
                 return self.ordered(e.src[0], tuple(back.get(a, a) for a in axes))
             if e.op == "contract" and (contracted := self._contraction(e, axes)) is not None:
                 return contracted
-        text = Text(self.names[e]) if e in self.names else getattr(self, f"_{e.op}", self._composite)(e)
+        text = Text(self.word(self.names[e])) if e in self.names else getattr(self, f"_{e.op}", self._composite)(e)
         own = self.arranged(e.axes)
         return text if own == axes else self.transposed(text, own, axes)
 
@@ -222,7 +224,7 @@ class Printer:
         return Text(f"transpose({text.text}, {tuple(axes.index(a) for a in to)})")
 
     def size(self, dim: str) -> str:
-        return self.lengths.get(dim, dim)
+        return self.lengths.get(dim) or self.word(size_of(dim))
 
     def aligned(self, e: Expr, to: Axes) -> Text:
         """`e` made ready to broadcast against an array with axes `to`."""
@@ -237,7 +239,7 @@ class Printer:
 
     def _leaf(self, e: Expr) -> Text:
         leaf: Leaf = e.arg[0]
-        return Text(f"{leaf.name}[{leaf.at}]" if leaf.at else leaf.name)
+        return Text(f"{self.word(leaf.name)}[{self.word(own(leaf.at))}]" if leaf.at else self.word(leaf.name))
 
     def _const(self, e: Expr) -> Text:
         if not math.isfinite(e.arg):
@@ -386,17 +388,18 @@ def expression_text(e: Expr) -> str:
 
 
 def type_text(axes: Axes, dtype: str) -> str:
-    return f"{dtype}[{', '.join(a.size for a in axes)}]" if axes else dtype
+    """The type of a value, in a text that is not yet whole."""
+    return f"{dtype}[{', '.join(marked(size_of(a.size)) for a in axes)}]" if axes else dtype
 
 
-def variables(function: Function) -> set[str]:
-    """The names that a function's parameters, targets and loop variables take."""
+def said(function: Function, program: Program) -> set[str]:
+    """What parameters, targets, loop variables and sizes are called in a function, as they read."""
     names = {p.arg[0].name for p in function.params} | {r.arg[0].name for r in function.returns}
 
     def visit(statements: tuple[Statement, ...]) -> None:
         for s in statements:
             if isinstance(s, For):
-                names.add(s.var)
+                names.add(own(s.var))
                 visit(s.body)
             elif isinstance(s, Block):
                 names.update(a.leaf.name for a in s.assigns)
@@ -404,7 +407,7 @@ def variables(function: Function) -> set[str]:
                 names.add(s.target.arg[0].name)
 
     visit(function.body)
-    return names
+    return {*map(spelled, (*names, *program.dims)), "T"}
 
 
 def formulas(roots: Iterable[Expr]) -> list[Formula]:
@@ -412,30 +415,27 @@ def formulas(roots: Iterable[Expr]) -> list[Formula]:
     return list(dict.fromkeys(e.arg for e in postorder(roots) if e.op == "map"))
 
 
-def function_text(function: Function, program: Program) -> str:
-    """One function of a program."""
-    sequence = any(p.arg[0].role in ("token", "gate") and p.arg[0].at for p in function.params)
+def function_text(of: Function, program: Program) -> str:
+    """One function of a program, its names marked."""
+    sequence = any(p.arg[0].role in ("token", "gate") and p.arg[0].at for p in of.params)
     arguments = []
-    for p in function.params:
+    for p in of.params:
         leaf = p.arg[0]
-        axes = (
-            ("T", *(a.size for a in p.axes if a.name not in ("t", "s"))) if leaf.at else tuple(a.size for a in p.axes)
-        )
-        arguments.append(
-            f"{leaf.name}: {program.dtype}[{', '.join(axes)}]" if axes else f"{leaf.name}: {program.dtype}"
-        )
-    lines = _wrapped(f"def {function.name}(", arguments, "):")
-    if function.doc:
-        lines.append(f'    """{function.doc}"""')
+        own_axes = tuple(a for a in p.axes if a.size != TOKENS) if leaf.at else p.axes
+        shape = type_text(((ALL_TOKENS, *own_axes) if leaf.at else own_axes), program.dtype)
+        arguments.append(f"{marked(leaf.name)}: {shape}")
+    lines = _wrapped(f"def {marked(function(of.name))}(", arguments, "):")
+    if of.doc:
+        lines.append(f'    """{of.doc}"""')
     if sequence:
-        first = next(p for p in function.params if p.arg[0].at)
-        lines.append(f"    T = len({first.arg[0].name})")
-    lines += [f"    {size} = {length}" for size, length in _measured(function, program).items()]
-    if any(isinstance(s, For) and any(isinstance(x, Save) for x in s.body) for s in function.body):
+        first = next(p for p in of.params if p.arg[0].at)
+        lines.append(f"    {_loop_name('T')} = len({marked(first.arg[0].name)})")
+    lines += [f"    {marked(size_of(size))} = {length}" for size, length in _measured(of, program).items()]
+    if any(isinstance(s, For) and any(isinstance(x, Save) for x in s.body) for s in of.body):
         lines.append("    saved = []")
-    namer = Namer(variables(function) | set(program.dims) | {"T"}, program.names)
-    lines += _statements_text(function.body, program, namer, "    ", {})
-    lines.append("    return " + (", ".join(r.arg[0].name for r in function.returns) or "()"))
+    namer = Namer(said(of, program), program.names)
+    lines += _statements_text(of.body, program, namer, "    ", {})
+    lines.append("    return " + (", ".join(marked(r.arg[0].name) for r in of.returns) or "()"))
     return "\n".join(lines)
 
 
@@ -448,8 +448,13 @@ def _measured(function: Function, program: Program) -> dict[str, str]:
             axes = (None, *(a for a in axes if a not in (T_AXIS, S_AXIS)))
         for i, axis in enumerate(axes):
             if axis is not None and axis.size not in program.dims:
-                found.setdefault(axis.size, f"{leaf.name}.shape[{i}]")
+                found.setdefault(axis.size, f"{marked(leaf.name)}.shape[{i}]")
     return found
+
+
+def _loop_name(name: str) -> str:
+    """The variable of a loop, or T: all tokens."""
+    return marked(size_of(ALL_TOKENS.size) if name == "T" else own(name))
 
 
 def _wrapped(head: str, items: list[str], tail: str) -> list[str]:
@@ -457,9 +462,9 @@ def _wrapped(head: str, items: list[str], tail: str) -> list[str]:
     lines, current = [], head
     for i, item in enumerate(items):
         piece = item + (", " if i + 1 < len(items) else "")
-        if len(current) + len(piece) > 100:
+        if len(unmarked(current + piece)) > 100:
             lines.append(current.rstrip())
-            current = " " * len(head)
+            current = " " * len(unmarked(head))
         current += piece
     return [*lines, current + tail]
 
@@ -470,19 +475,22 @@ def _statements_text(
     lines: list[str] = []
     for statement in body:
         if isinstance(statement, For):
-            over = f"chunks({statement.over}, {statement.step})" if statement.step is not None else statement.over
-            lines.append(f"{indent}for {statement.var} in {f'reversed({over})' if statement.reverse else over}:")
-            inner = {**lengths, "C": f"len({statement.var})"} if statement.step is not None else lengths
+            over, var = _loop_name(statement.over), _loop_name(statement.var)
+            if statement.step is not None:
+                step = statement.step if isinstance(statement.step, int) else _loop_name(statement.step)
+                over = f"chunks({over}, {step})"
+            lines.append(f"{indent}for {var} in {f'reversed({over})' if statement.reverse else over}:")
+            inner = {**lengths, TOKENS: f"len({var})"} if statement.step is not None else lengths
             lines += _statements_text(statement.body, program, namer, indent + "    ", inner)
         elif isinstance(statement, Allocate):
             leaf, axes = statement.target.arg
-            shape = ", ".join(["T", *(a.size for a in axes if a.name not in ("t", "s"))])
-            lines.append(f"{indent}{leaf.name} = empty({shape})")
+            sizes = [marked(size_of(a.size)) for a in axes if a.size != TOKENS]
+            lines.append(f"{indent}{marked(leaf.name)} = empty({', '.join([_loop_name('T'), *sizes])})")
         elif isinstance(statement, Save):
-            names = [e.arg[0].name for e in statement.values]
+            names = [marked(e.arg[0].name) for e in statement.values]
             lines += _wrapped(f"{indent}saved.append((", names, ",))" if names else "))")
         elif isinstance(statement, Restore):
-            names = [r.arg[0].name for r in statement.targets]
+            names = [marked(r.arg[0].name) for r in statement.targets]
             lines += _wrapped(f"{indent}(", names, ",) = saved.pop()" if names else ") = saved.pop()")
         else:
             lines += _block_text(statement, program, namer, indent, lengths)
@@ -491,15 +499,15 @@ def _statements_text(
 
 def _block_text(block: Block, program: Program, namer: Namer, indent: str, lengths: Mapping[str, str]) -> list[str]:
     local = Namer(namer.taken, program.names)  # names of one block may be taken again by the next
-    printer = Printer(lengths=lengths)
+    printer = Printer(lengths=lengths, word=marked)
     targets = {a.leaf: a.target for a in block.assigns}
     lines = []
     for step in steps(block, local):
         if step.target is None:
-            axes, shown = step.value.axes, step.name
+            axes, shown = step.value.axes, marked(step.name)
         else:
             axes = targets[step.target].axes
-            shown = f"{step.name}[{step.target.at}]" if step.target.at else step.name
+            shown = marked(step.name) + (f"[{_loop_name(step.target.at)}]" if step.target.at else "")
         value = printer.ordered(step.value, axes).text
         new = step.target is None or step.target.role == "saved"
         annotation = f": {type_text(axes, program.dtype)}" if new else ""
@@ -512,10 +520,10 @@ def _block_text(block: Block, program: Program, namer: Namer, indent: str, lengt
 def program_text(program: Program) -> str:
     """A whole program as a Python file that runs."""
     roots = [v for f in program.functions for block in blocks(f.body) for v in values(block)]
-    dims = ", ".join(program.dims), ", ".join(str(n) for n in program.dims.values())
+    dims = ", ".join(marked(size_of(d)) for d in program.dims), ", ".join(str(n) for n in program.dims.values())
     parts = ["from __future__ import annotations\n\nfrom tttc.ir.numerics import *"]
     if program.dims:
         parts.append(f"{dims[0]} = {dims[1]}")
     parts += [formula_text(f) for f in formulas(roots)]
     parts += [function_text(f, program) for f in program.functions]
-    return "\n\n".join(parts) + "\n"
+    return worded("\n\n".join(parts) + "\n").text

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Expr, const, leaf, leaves, substitute
+from tttc.ir.names import own, prefixed
 from tttc.ir.program import Assign, EndStage, Update, end_leaf
 
 
@@ -118,7 +119,7 @@ def state_name(w: Expr) -> str:
 
 def added_leaf(w: Expr) -> Expr:
     """U: what the open mini-batch has added."""
-    return leaf(f"S_{state_name(w)}", "sum", w.axes)
+    return leaf(prefixed("S", state_name(w)), "sum", w.axes)
 
 
 def scale_leaf(update: Update, w: Expr) -> Expr | None:
@@ -126,21 +127,25 @@ def scale_leaf(update: Update, w: Expr) -> Expr | None:
     decay = update.decay.get(state_name(w))
     if decay is None or update.per == "mini_batch":
         return None
-    return leaf(f"a_{state_name(w)}", "sum", decay.axes)
+    return leaf(prefixed("a", state_name(w)), "sum", decay.axes)
 
 
 def momentum_leaf(update: Update, w: Expr) -> Expr | None:
-    return leaf(f"M_{state_name(w)}", "memory", w.axes) if update.momentum.get(state_name(w)) is not None else None
+    return (
+        leaf(prefixed("M", state_name(w)), "memory", w.axes) if update.momentum.get(state_name(w)) is not None else None
+    )
 
 
 def average_leaf(update: Update, w: Expr) -> Expr | None:
-    return leaf(f"V_{state_name(w)}", "memory", w.axes) if update.average.get(state_name(w)) is not None else None
+    return (
+        leaf(prefixed("V", state_name(w)), "memory", w.axes) if update.average.get(state_name(w)) is not None else None
+    )
 
 
 def accumulated(update: Update, w: Expr) -> Expr:
     """What the rule adds to: the weights, or the accumulator `A_W` of which they are a view."""
     viewed = any(state_name(w) in s.values for s in update.at_end if s.on == "view")
-    return leaf(f"A_{state_name(w)}", "memory", w.axes) if viewed else w
+    return leaf(prefixed("A", state_name(w)), "memory", w.axes) if viewed else w
 
 
 def memories(update: Update) -> tuple[Memory, ...]:
@@ -169,7 +174,7 @@ class Opened(NamedTuple):
     begins: float
 
 
-COUNT = leaf("n_tokens", "sum")
+COUNT = leaf(own("n_tokens"), "sum")
 
 
 def averaged_gates(update: Update) -> dict[Expr, Expr]:
@@ -178,7 +183,7 @@ def averaged_gates(update: Update) -> dict[Expr, Expr]:
         return {}
     rates = [r for g in (update.momentum, update.decay) for r in g.values() if r is not None]
     gates = dict.fromkeys(r for r in rates if r.op == "leaf" and r.arg[0].role == "gate")
-    return {r: leaf(f"m_{state_name(r)}", "sum", r.axes) for r in gates}
+    return {r: leaf(prefixed("m", state_name(r)), "sum", r.axes) for r in gates}
 
 
 def openings(update: Update) -> tuple[Opened, ...]:

@@ -7,7 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tttc.ir.expr import OPS, Expr, postorder
+from tttc.ir.names import is_declared, own
 from tttc.ir.program import T_AXIS, Allocate, Block, For, Program, Restore, Save, Scan, Statement, values
+
+DECLARED = ("state", "param", "token", "gate")  # what a user names
 
 
 class MalformedProgram(Exception):
@@ -39,9 +42,9 @@ def _given_tokens(scan: Scan, where: str) -> None:
 def _statements(body: tuple[Statement, ...], scope: set[str], where: str, forbidden: frozenset[str]) -> None:
     for statement in body:
         if isinstance(statement, For):
-            if statement.over != "T" and statement.over not in scope:
+            if statement.over != "T" and own(statement.over) not in scope:
                 raise MalformedProgram(f"{where}: the loop over {statement.over!r} runs over nothing")
-            scope.add(statement.var)
+            scope.add(own(statement.var))
             _statements(statement.body, scope, where, forbidden)
         elif isinstance(statement, Allocate):
             scope.add(statement.target.arg[0].name)
@@ -78,7 +81,9 @@ def _leaf(e: Expr, scope: set[str], where: str) -> None:
     if e.op != "leaf":
         return
     leaf = e.arg[0]
-    for name in (leaf.name, leaf.at):
+    if leaf.role not in DECLARED and is_declared(leaf.name):
+        raise MalformedProgram(f"{where}: {leaf.name}, a {leaf.role}, is called as a user may call a variable")
+    for name in (leaf.name, leaf.at and own(leaf.at)):
         if name is not None and name not in scope:
             raise MalformedProgram(f"{where}: {name} is read before it is defined")
 

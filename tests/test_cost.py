@@ -15,11 +15,13 @@ import tttc
 from tests.helpers import dims_of
 from tttc.ir import build as b
 from tttc.ir import cost
-from tttc.ir.expr import Axis, Expr, leaf, postorder
+from tttc.ir.expr import TOKENS, Axis, Expr, leaf, postorder
+from tttc.ir.names import own
 from tttc.ir.program import S_AXIS, T_AXIS, Assign, Block, Program
 from tttc.library import GLA, TTTMLP, GatedDeltaNet, GatedThreeLayer, LaCT, LinearAttention, Titans, TTTLinear
 
-B, H, T, C, D, F, n = (cost.dim(name) for name in "BHTCDFn")
+B, H, T, C, n = cost.BATCH, cost.HEADS, cost.TOKENS, cost.CHUNK, cost.EVERY
+D, F = map(cost.dim, "DF")
 
 
 @cache
@@ -102,7 +104,7 @@ def count_from_arrays(roots: list[Expr], sizes: Mapping[str, int]) -> int:
 
 
 @pytest.mark.parametrize("variant", [TTTLinear, TTTMLP, LinearAttention, GatedThreeLayer])
-@pytest.mark.parametrize("sizes", [{"C": 4, "D": 3, "F": 5}, {"C": 2, "D": 6, "F": 3}])
+@pytest.mark.parametrize("sizes", [{TOKENS: 4, "D": 3, "F": 5}, {TOKENS: 2, "D": 6, "F": 3}])
 def test_contractions_of_both_sweeps_agree_with_numpy(variant: type[tttc.Variant], sizes: dict[str, int]) -> None:
     """Small sizes: the report of NumPy has four digits."""
     for a in program(variant).adjoints:
@@ -139,13 +141,13 @@ def test_contractions_of_a_call_agree_with_running_the_printed_text(variant: typ
     scope |= {name: lambda *x, make=make: make(*x).view(Counting) for name, make in made.items()}
     arguments = []
     for p in function.params:
-        shape = [dims[a.size] for a in p.axes if a.name not in ("t", "s")]
+        shape = [dims[a.size] for a in p.axes if a.size != TOKENS]
         arguments.append(np.ones([32, *shape] if p.arg[0].at else shape).view(Counting))
     Counting.flops = 0
     scope[function.name](*arguments)
     formula = cost.function_work(function).contraction
     assert Counting.flops > 0
-    assert cost.evaluate(formula, {**dims, "T": 32}, cost.lengths_of(function)) == Counting.flops
+    assert cost.evaluate(formula, {**dims, own("T"): 32}, cost.lengths_of(function)) == Counting.flops
 
 
 # -- the rules of counting ---------------------------------------------------------------------------------------------

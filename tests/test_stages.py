@@ -20,7 +20,8 @@ from tttc.backends.garbage import uncollected
 from tttc.errors import PassChangedMeaning
 from tttc.ir import build as b
 from tttc.ir.interpret import interpret
-from tttc.ir.program import Assign, Block, For
+from tttc.ir.names import own, spelled
+from tttc.ir.program import Assign, Block, For, cotangent
 from tttc.ir.update import openings
 from tttc.ir.verify import MalformedProgram
 from tttc.meaning import random_arguments
@@ -51,11 +52,11 @@ def one_head(inputs):
 
 
 def called(scope, function, arguments):
-    """A printed function on arrays by name; its results by name."""
-    given = {p.arg[0].name: arguments[p.arg[0].name] for p in function.params}
+    """A printed function on arrays by name; its results by name, as it is printed."""
+    given = {n: arguments[n] for p in function.params for n in [spelled(p.arg[0].name)]}
     results = scope[function.name](**given)
     results = results if isinstance(results, tuple) else (results,)
-    return {r.arg[0].name: x for r, x in zip(function.returns, results, strict=True)}
+    return {spelled(r.arg[0].name): x for r, x in zip(function.returns, results, strict=True)}
 
 
 def error(found, wanted):
@@ -167,7 +168,7 @@ def swept_back(layer, arguments, cotangents):
     forward, backward = executed(layer, "schedule"), executed(layer, "adjoint")
     scans = {s.name.removeprefix(program.name): s for s in program.scans}
     order = [part for part in ("_begin", "", *(() if "" in scans else ("_open", "_close"))) if part in scans]
-    values = arguments | {str(o.variable.arg[0].name): opened(o, program) for o in openings(program.update)}
+    values = arguments | {spelled(o.variable.arg[0].name): opened(o, program) for o in openings(program.update)}
     gates = layer.signature.gates
     met = []
     for part in order:
@@ -177,7 +178,7 @@ def swept_back(layer, arguments, cotangents):
         if part != order[-1]:
             values = values | called(forward, schedule[scans[part].name], values)
     found = {
-        f"d{a.leaf.name}": np.zeros_like(values[a.leaf.name])
+        spelled(cotangent(a.target).arg[0].name): np.zeros_like(values[spelled(a.leaf.name)])
         for s in scans.values()
         if s.differentiated
         for a in s.updates
@@ -185,7 +186,7 @@ def swept_back(layer, arguments, cotangents):
     for part, values in zip(reversed(order), reversed(met), strict=True):
         scan = scans[part]
         pulled = called(backward, program[f"{scan.name}_adjoint"], values | found)
-        made = {f"d{a.leaf.name}" for a in scan.updates}
+        made = {spelled(cotangent(a.target).arg[0].name) for a in scan.updates}
         for n, g in pulled.items():
             if part == "_close" and n[1:] in gates:
                 g = np.append(np.zeros((TOKENS - 1, *np.shape(g))), [g], 0)
@@ -261,7 +262,7 @@ def interpreted_otherwise(layer, stage):
     wrong = {}
     for function in program.functions:
         arguments = random_arguments(function.params, program.dims, TOKENS)
-        found = called(scope, function, arguments)
+        found = called(scope, function, {spelled(n): x for n, x in arguments.items()})
         for n, x in zip(found, interpret(program, function.name, arguments), strict=True):
             if not (e := error(found[n], x)) <= 1e-13:
                 wrong[function.name, n] = e
@@ -372,7 +373,7 @@ def doubled(program):
         if isinstance(s, For):
             return replace(s, body=tuple(map(statement, s.body)))
         if isinstance(s, Block):
-            return Block(tuple(Assign(a.target, twice(a.value)) if a.leaf.name == "z" else a for a in s.assigns))
+            return Block(tuple(Assign(a.target, twice(a.value)) if a.leaf.name == own("z") else a for a in s.assigns))
         return s
 
     functions = tuple(replace(f, body=tuple(map(statement, f.body))) for f in program.functions)

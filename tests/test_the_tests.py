@@ -26,6 +26,7 @@ from tests.helpers import (
 from tttc.call import Call
 from tttc.ir import build as b
 from tttc.ir.expr import OPS, Expr, transform
+from tttc.ir.names import prefixed
 from tttc.ir.program import Assign
 from tttc.ir.response import Response
 from tttc.library import GatedThreeLayer, LinearAttention, TTTLinear
@@ -278,12 +279,12 @@ def forgetful(scan):
     return replace(scan, updates=tuple(kept))
 
 
-@pytest.mark.parametrize("variable", ["S_W1", "a_W1"])
+@pytest.mark.parametrize("variable", ["S", "a"])
 def test_an_open_mini_batch_that_loses_its_tail(monkeypatch, variable):
     """What the last tokens added, or how much they forgot: right where there is no tail."""
 
     def losing(scan):
-        kept = (Assign(a.target, a.target) if a.leaf.name == variable else a for a in scan.updates)
+        kept = (Assign(a.target, a.target) if a.leaf.name == prefixed(variable, "W1") else a for a in scan.updates)
         return replace(scan, updates=tuple(kept))
 
     after_stage(monkeypatch, "schedule", lambda p: replace(p, scans=tuple(map(losing, p.scans))))
@@ -324,7 +325,9 @@ def unstaged(scan):
     if not scan.name.endswith("_close"):
         return scan
     sums = {p.arg[0].name: p for p in scan.fixed}
-    plain = [b.sub(a.target, sums[f"S_{a.leaf.name}"]) if a.leaf.role == "state" else a.value for a in scan.updates]
+    plain = [
+        b.sub(a.target, sums[prefixed("S", a.leaf.name)]) if a.leaf.role == "state" else a.value for a in scan.updates
+    ]
     return replace(scan, updates=tuple(Assign(a.target, x) for a, x in zip(scan.updates, plain, strict=True)))
 
 

@@ -12,6 +12,7 @@ from tttc.api import program_for
 from tttc.backends.triton.forms import Form
 from tttc.backends.triton.lifetimes import shortened
 from tttc.ir.adjoint import backward_block
+from tttc.ir.names import spelled
 from tttc.ir.program import Block, cotangent
 from tttc.ir.text import Namer, steps
 
@@ -26,7 +27,7 @@ def both_orders(variant, backward):
     names = {p.arg[0].name for p in passing}
 
     def namer():
-        return Namer({a.leaf.name for a in assigns} | {p.arg[0].name for p in scan.params}, program.names)
+        return Namer({spelled(p.arg[0].name) for p in (*scan.results, *scan.params)}, program.names)
 
     lines = steps(Block(assigns), namer())
     form = Form(scan, program)

@@ -71,7 +71,7 @@ def as_triton_does(folder):
         return worker.compiled(order, worker.function_of(order)).asm["ptx"]
 
 before = as_triton_does(sys.argv[1])
-sizes = {"C": 64, "D": 16, "E": 16}
+sizes = {":C": 64, "D": 16, "E": 16}
 tensors = [torch.zeros(1, 4, *(sizes[a.size] for a in t.of.axes)) for t in form.tensors(False)]
 given = [x for t, y in zip(form.tensors(False), tensors) for x in (y, *y.stride()[:len(t.strides)])]
 launched = module.kernel(form.scan, False).warmup(

@@ -11,6 +11,7 @@ from tttc.functions import Leaves, Produce, Repeated, declared_leaves, run_twice
 from tttc.ir import build as b
 from tttc.ir.differentiate import NoGradient, differentiate
 from tttc.ir.expr import Expr, const, leaf, leaves
+from tttc.ir.names import own, prefixed
 from tttc.ir.primal import token_loop
 from tttc.ir.program import T_AXIS, Assign, Block, EndStage, Function, Program, Update, end_leaf
 from tttc.ir.reading import NoExactForm, over_chunk
@@ -131,9 +132,9 @@ def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program
             update = _update_rule(declared, traced.leaves)
         except Repeated as found:
             raise refusal(declared.name, [found.problem]) from None
-    z = leaf("z", "output", traced.output.axes)
+    z = leaf(own("z"), "output", traced.output.axes)
     functions = (
-        _function("loss", traced.loss.expr, leaf("loss", "output"), traced.leaves),
+        _function("loss", traced.loss.expr, leaf(own("loss"), "output"), traced.leaves),
         _function("output", traced.output.expr, z, traced.leaves),
     )
     name = _snake(declared.name)
@@ -216,7 +217,7 @@ def _traced_stage(stage: AtEnd, known: Leaves, memory: str = "N") -> EndStage:
         for n in acted:
             begins[n] = value(lambda leaf_of, n=n: begin(leaf_of(given[n])))  # type: ignore[misc]
             if stage.on == "weights":
-                kept[n] = leaf(f"{memory}_{n}", "memory", begins[n].axes)
+                kept[n] = leaf(prefixed(memory, n), "memory", begins[n].axes)
     act = stage.function
     if stage.joint:
 

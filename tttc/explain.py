@@ -23,11 +23,12 @@ from tttc.ir.dualize import GradientClass, gradient_class
 from tttc.ir.expr import Expr, postorder
 from tttc.ir.latex import program_latex
 from tttc.ir.linearity import Dependence, Finding, dependence
+from tttc.ir.names import spelled
 from tttc.ir.online import the_unknown
 from tttc.ir.primal import per_token
 from tttc.ir.program import Plan, Program, Scan, Update, blocks
 from tttc.ir.reading import terms_of
-from tttc.ir.text import Namer, Printer, steps, variables
+from tttc.ir.text import Namer, Printer, said, steps
 from tttc.ir.update import is_staged
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _header(layer: Layer) -> list[str]:
     if layer.tuning.how != "off":
         lines += _item("tuning", str(layer.tuning))
     if program.telemetry:
-        measured = ", ".join(str(a.leaf.name) for a in program.scans[0].outputs[1:])
+        measured = ", ".join(spelled(a.leaf.name) for a in program.scans[0].outputs[1:])
         lines += _item("telemetry", f"{measured} of each mini-batch; the costs have them in")
     return lines
 
@@ -129,8 +130,8 @@ def _class_lines(layer: Layer, kind: GradientClass) -> list[str]:
     alike: dict[str, list[str]] = {}
     for name, g in per_token(program)[0].items():
         alike.setdefault(_dependence_text(g, program.update.states, names), []).append(f"d{name}")
-    for said, which in alike.items():
-        lines += _comment(f"{', '.join(which)}: {said}", indent=15, hang=2)
+    for text, which in alike.items():
+        lines += _comment(f"{', '.join(which)}: {text}", indent=15, hang=2)
     return lines
 
 
@@ -186,7 +187,7 @@ def _gradient_names(layer: Layer) -> dict[Expr, str]:
     assert program is not None
     function = program["gradient"]
     (block,) = blocks(function.body)
-    namer = Namer(variables(function) | set(program.dims) | {"T"}, program.names)
+    namer = Namer(said(function, program), program.names)
     return {step.value: step.name for step in steps(block, namer) if step.value.op != "leaf"}
 
 

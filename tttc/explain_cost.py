@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from tttc.ir import cost
+from tttc.ir import cost, substitution
 from tttc.ir.cost import CHUNK, MINI_BATCH, TOKENS, Formula, Work
 from tttc.ir.expr import Expr
+from tttc.ir.names import spelled
 from tttc.ir.program import Block, For, Program, Scan, Statement
 from tttc.ir.update import memories, openings
 
 if TYPE_CHECKING:
     from tttc.layer import Layer
 
-PAST = cost.dim("n")  # the tokens of a chunk as one of them sees them (ir/substitution.py)
+PAST = cost.dim(substitution.PAST.size)  # the tokens of a chunk as one of them sees them (ir/substitution.py)
 
 
 @dataclass(frozen=True)
@@ -294,10 +295,10 @@ def _kept_inside(layer: Layer) -> Iterator[Kept]:
     yield Kept(update.names, "the weights at its start", cost.total_elements(update.states), inside=True)
     if layer.decode == "rows":
         declared = layer.signature
-        rows = {n: t.dims for n, t in declared.tokens.items()} | {n: g.dims for n, g in declared.gates.items()}
+        rows = [(n, t.dims) for n, t in declared.tokens.items()] + [(n, g.dims) for n, g in declared.gates.items()]
         length = TOKENS if plan.mini_batch == "T" else cost.tokens(plan.mini_batch) - 1
-        elements = length * sympy.Add(*(_product(dims) for dims in rows.values()))
-        yield Kept(tuple(rows), "its tokens", elements, inside=True)
+        elements = length * sympy.Add(*(_product(dims) for _, dims in rows))
+        yield Kept(tuple(n for n, _ in rows), "its tokens", elements, inside=True)
         return
     for letter, found in _by_letter(o.variable for o in openings(update)).items():
         yield _of_letter(letter, found, inside=True)
@@ -310,10 +311,10 @@ def _product(dims: Iterable[str]) -> Formula:
 def _by_letter(variables: Iterable[Expr]) -> dict[str, list[Expr]]:
     found: dict[str, list[Expr]] = {}
     for e in variables:
-        found.setdefault(e.arg[0].name[0], []).append(e)
+        found.setdefault(spelled(e.arg[0].name)[0], []).append(e)
     return found
 
 
 def _of_letter(letter: str, found: list[Expr], *, inside: bool = False, each_token: bool = False) -> Kept:
-    names = tuple(str(e.arg[0].name) for e in found)
+    names = tuple(spelled(e.arg[0].name) for e in found)
     return Kept(names, _LETTERS[letter], cost.total_elements(found), inside, each_token)

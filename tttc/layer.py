@@ -16,7 +16,10 @@ from tttc.call import Call
 from tttc.compile import History
 from tttc.errors import ShapeError
 from tttc.explain import explain
+from tttc.ir.expr import TOKENS
+from tttc.ir.names import spelled
 from tttc.ir.program import EACH
+from tttc.ir.substitution import PAST
 from tttc.ir.update import memories, openings
 from tttc.operators import Operator, operator, untraced
 from tttc.packing import Arguments, packed, ungrouped
@@ -74,14 +77,14 @@ class Layer:
         self._opened = openings(program.update)
         loop = next((s for s in program.scans if s.name == f"{self._name}_rows"), None)
         past = loop.carry if loop is not None and self._plan.substitution else ()
-        self._past = {str(p.arg[0].name): [self.dims[a.size] for a in p.axes if a.size != "n"] for p in past}
+        self._past = {str(p.arg[0].name): [self.dims[a.size] for a in p.axes if a != PAST] for p in past}
         self.decode = "rows" if self._keeps_rows(decode) else "sums"
         self._token = next((s for s in program.scans if s.name == f"{self._name}_token"), None)
         self._memory = tuple(m.variable for m in memories(program.update))
         self._counts = any(p.arg[0].name == EACH.arg[0].name for s in program.scans for p in s.params)
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
         self._width: tuple[str, ...] = (
-            tuple(a.size for a in output.axes if a.name not in ("t", "s")) if output is not None else ()
+            tuple(a.size for a in output.axes if a.size != TOKENS) if output is not None else ()
         )
 
     @property
@@ -187,7 +190,7 @@ class Layer:
             z, after = self._run_substituted(call)
         else:
             z, after = self._run_rows(call) if self.decode == "rows" else self._run_tokens(call)
-        after.taps, after.telemetry = call.taps, call.telemetry(self._measures)
+        after.taps, after.telemetry = call.taps, call.telemetry(list(map(spelled, self._measures)))
         return z.transpose(1, 2), after
 
     def _run_tokens(self, call: Call) -> tuple[torch.Tensor, State]:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from tttc.errors import PassChangedMeaning
-from tttc.ir.expr import Axis, Expr, leaves, postorder
+from tttc.ir.expr import TOKENS, Axis, Expr, leaves, postorder
 from tttc.ir.interpret import interpret
+from tttc.ir.names import differentiated, prefixed, spelled
 from tttc.ir.ops import align, evaluate
 from tttc.ir.program import S_AXIS, T_AXIS, EndStage, Program
 from tttc.ir.substitution import PAST
@@ -54,7 +55,7 @@ def _compare(
         error = float(np.max(np.abs(x - y), initial=0.0)) / (1.0 + float(np.max(np.abs(x), initial=0.0)))
         if not error <= allowed:
             raise PassChangedMeaning(
-                f"stage {after.stage!r} changed the output {returned.arg[0].name} of {name}: "
+                f"stage {after.stage!r} changed the output {spelled(returned.arg[0].name)} of {name}: "
                 f"relative error {error:.1e}.\n"
                 f"--- {before.stage}\n{before}\n--- {after.stage}\n{after}"
             )
@@ -68,7 +69,7 @@ def _check_gradient(before: Program, after: Program) -> None:
     gradients = interpret(after, "gradient", arguments)
     wanted, found = [], []
     for returned, gradient in zip(after["gradient"].returns, gradients, strict=True):
-        state = returned.arg[0].name.removeprefix("d")
+        state = differentiated(returned.arg[0].name)
         if state not in arguments:
             continue
         direction = generator.standard_normal(gradient.shape)
@@ -96,13 +97,13 @@ class _Rule:
         self.tokens = len(arguments[next(iter(sequences))])
         self.memory: Arrays = {}
         for n in self.states:
-            self.memory[f"M_{n}"], self.memory[f"V_{n}"] = np.zeros_like(arguments[n]), arguments[n]
+            self.memory[prefixed("M", n)], self.memory[prefixed("V", n)] = np.zeros_like(arguments[n]), arguments[n]
         for stage in self.update.at_end:
             for n in stage.values:
-                given = {f"in_{n}": arguments[n]}
+                given = {prefixed("in", n): arguments[n]}
                 begun = self.evaluated(stage.begins[n], given) if n in stage.begins else arguments[n]
                 if stage.on == "view":
-                    self.memory[f"A_{n}"] = begun
+                    self.memory[prefixed("A", n)] = begun
                 elif n in stage.kept:
                     self.memory[stage.kept[n].arg[0].name] = begun
 
@@ -121,12 +122,12 @@ class _Rule:
             start = weights
             U = {n: np.zeros_like(w) for n, w in start.items()}
             a = {n: np.ones_like(w) for n, w in start.items()}
-            trail = [(U, a, {n: self.memory[f"V_{n}"] for n in start})]
+            trail = [(U, a, {n: self.memory[prefixed("V", n)] for n in start})]
             for s in tokens:
                 trail.append(self.after_token(s, start, *trail[-1]))
             weights = self.ended(tokens, start, *trail[-1][:2])
         for n in self.states:
-            self.memory[f"V_{n}"] = trail[-1][2][n]
+            self.memory[prefixed("V", n)] = trail[-1][2][n]
         staged, outputs = bool(update.at_end) or update.per != "token", []
         for i, t in enumerate(tokens):
             seen = trail[{"after": i + 1, "before": i, "start": 0, "end": -1}[update.read]]
@@ -150,7 +151,9 @@ class _Rule:
             decay, rho = self.rate("decay", n, s, 1.0) if per_token else 1.0, self.rate("average", n, s, 0.0)
             step = lr * g[n]
             if update.momentum.get(n) is not None and per_token:
-                self.memory[f"M_{n}"] = M = mu * self.memory[f"M_{n}"] + ((1 - mu) * g[n] if update.ema else step)
+                self.memory[prefixed("M", n)] = M = mu * self.memory[prefixed("M", n)] + (
+                    (1 - mu) * g[n] if update.ema else step
+                )
                 step = lr * M if update.ema else step + mu * M if update.nesterov else M
             U[n], a[n] = decay * U[n] + step, decay * a[n]
             V[n] = (1 - rho) * V[n] + rho * (a[n] * start[n] - U[n])
@@ -169,23 +172,23 @@ class _Rule:
                 mu, decay = (
                     np.mean([self.rate(r, n, s, x) for s in tokens], 0) for r, x in (("momentum", 0), ("decay", 1))
                 )
-                self.memory[f"M_{n}"] = M = mu * self.memory[f"M_{n}"] + step
+                self.memory[prefixed("M", n)] = M = mu * self.memory[prefixed("M", n)] + step
                 step, scale = step + mu * M if update.nesterov else M, scale * decay
             steps[n] = self.rate("tau", n, tokens[-1], 1.0) * step
-            weights[n] = scale * self.memory.get(f"A_{n}", start[n])
+            weights[n] = scale * self.memory.get(prefixed("A", n), start[n])
         for stage in update.at_end:
             if stage.on == "update":
                 steps |= self.staged(stage, steps)
         weights = {n: w - steps[n] for n, w in weights.items()}
         for stage in update.at_end:
             if stage.on == "view":
-                self.memory |= {f"A_{n}": weights[n] for n in stage.values}
+                self.memory |= {prefixed("A", n): weights[n] for n in stage.values}
             if stage.on != "update":
                 weights |= self.staged(stage, weights)
         return weights
 
     def staged(self, stage: EndStage, values: Arrays) -> Arrays:
-        given = {f"in_{n}": values[n] for n in stage.values} | self.memory
+        given = {prefixed("in", n): values[n] for n in stage.values} | self.memory
         return {n: self.value(e, given, self.states[n]) for n, e in stage.values.items()}
 
     def at(self, t: int) -> Arrays:
@@ -216,7 +219,7 @@ def random_arguments(
     sizes = {**dims, T_AXIS.size: tokens, PAST.size: tokens}
     for p in params:
         found, axes = p.arg
-        generator = np.random.default_rng([seed, *found.name.encode()])
+        generator = np.random.default_rng([seed, *spelled(found.name).encode()])
         own: list[Axis] = [a for a in axes if not (found.at and a in (T_AXIS, S_AXIS))]
         shape = ([tokens] if found.at else []) + [sizes[a.size] for a in own]
         value = generator.standard_normal(shape) * 0.5

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tttc.ir.expr import leaves, postorder
+from tttc.ir.expr import TOKENS, leaves, postorder
 from tttc.ir.online import gain
 from tttc.ir.ops import evaluate
 from tttc.ir.primal import per_token
@@ -36,7 +36,7 @@ def warn_of_growth(layer: Layer, call: Call) -> None:
     assert update is not None
     gradients, _ = per_token(primal)
     products = {w.arg[0].name: terms_of(gradients[w.arg[0].name], w.axes) for w in update.states}
-    found = gain(products, update.states, update.lr, {**primal.dims, "C": max(call.tokens, 1)})
+    found = gain(products, update.states, update.lr, {**primal.dims, TOKENS: max(call.tokens, 1)})
     if found is None or not call.tokens:
         return
     largest, at = 0.0, (0, 0)
@@ -63,5 +63,5 @@ def _values(e: Any, call: Call, g: int) -> np.ndarray:
         known[x] = found[divmod(g, call.heads)].detach().double().cpu().numpy()
     for node in postorder([e]):
         for axis in node.axes:
-            sizes[axis.name] = call.tokens if axis.size == "C" else call.layer.dims[axis.size]
+            sizes[axis.name] = call.tokens if axis.size == TOKENS else call.layer.dims[axis.size]
     return np.broadcast_to(evaluate(e, known, sizes), (call.tokens,))

@@ -38,6 +38,7 @@ from tttc.errors import BackendRefusal, TuningError
 from tttc.estimate import Kernel, Turn, turn_of
 from tttc.explain_cost import plan_lengths, shares
 from tttc.ir import cost
+from tttc.ir.names import own
 from tttc.ir.program import Program, Scan
 from tttc.offline import missing_for
 from tttc.ranking import Ranking, Row, rank, ranked, shown
@@ -326,7 +327,7 @@ def _parts(program: Program, dtype: torch.dtype, target: str, tokens: int, forwa
 
 def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
     """The scans that every mini-batch runs, each with its turns in a call; not what only the beginning of one does."""
-    sizes = {**program.dims, "T": tokens}
+    sizes = {**program.dims, own("T"): tokens}
     for name, share in shares(program).items():
         if name != f"{program.name}_begin":
             scan = next(s for s in program.scans if s.name == name)

@@ -27,6 +27,7 @@ from tttc.api import BACKENDS, DTYPES, compile
 from tttc.backends.gpus import GPUS, architecture_of
 from tttc.declare import checked_signature
 from tttc.errors import TuningError
+from tttc.ir.expr import TOKENS
 from tttc.ir.program import Plan, Program
 from tttc.ir.schedule import choose_plan, schedule
 from tttc.layer import Layer
@@ -339,7 +340,7 @@ class _Subject:
         assert plan is not None
         if self.forward_only or isinstance(plan.chunk, str):
             return ()
-        dims = {**self.dims, "C": plan.chunk}
+        dims = {**self.dims, TOKENS: plan.chunk}
         carry = sum(math.prod(dims[a.size] for a in p.axes) for p in self.scheduled.scans[0].carry)
         declared = self.signature
         widths = [s.dims for s in declared.tokens.values()] + [s.dims for s in declared.gates.values()]

@@ -7,7 +7,6 @@ written in place, so every function can be differentiated again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import sympy
@@ -15,10 +14,11 @@ import sympy
 from tttc.backends.interface import Source
 from tttc.backends.torch.ops import ELEMENTWISE, FUSED_DERIVATIVES, HELPERS, formula
 from tttc.ir.contraction import layout
-from tttc.ir.expr import OPS, Axes, Expr, postorder
+from tttc.ir.expr import OPS, TOKENS, Axes, Expr, postorder
 from tttc.ir.formulas import formula_text
+from tttc.ir.names import function, inner, marked, own, renamed, size_of, spelled, suffixed, unmarked, worded
 from tttc.ir.ops import einsum_spec
-from tttc.ir.program import Block, Program, Scan, ScanAdjoint
+from tttc.ir.program import Block, Program, Scan, ScanAdjoint, cotangent
 from tttc.ir.scalars import SCALARS
 from tttc.ir.text import Namer, Printer, Text, core, formulas, steps, type_text
 
@@ -29,6 +29,8 @@ import torch.nn.functional as F
 
 aten = torch.ops.aten
 '''
+CHUNK, HEADS = marked(own("C")), marked(own("G"))  # the tokens of a chunk; batch elements times heads
+X = marked(inner("x"))
 
 
 def refusals(program: Program) -> list[str]:
@@ -56,7 +58,8 @@ def emit(program: Program) -> Source:
             a = program.adjoint_of(scan)
             parts += [_step_saving(a, program), _step_adjoint(a, program)]
             parts += [_loop(a), _adjoint_loop(a)] if scan.loops else []
-    return Source(lambda: "\n".join(parts), "python")
+    text = "\n".join(parts)
+    return Source(lambda: worded(text), "python")
 
 
 # -- one chunk ---------------------------------------------------------------------------------------------------------
@@ -64,19 +67,15 @@ def emit(program: Program) -> Source:
 
 def _step(scan: Scan, program: Program) -> str:
     doc = "One chunk." if scan.loops else scan.doc
-    returns = [a.leaf.name for a in scan.block.assigns]
-    return _function(f"{scan.name}_step", scan.params, doc, scan.block, returns, program)
+    return _function(f"{scan.name}_step", scan.params, doc, scan.block, _names(scan.results), program)
 
 
 def _step_saving(a: ScanAdjoint, program: Program) -> str:
     """The forward chunk of the adjoint, with the outputs, so that it can stand for the forward."""
-    lowered = {x.leaf.name: x for x in a.forward.assigns}
-    outputs = tuple(x for x in a.outputs)
-    block = Block((*outputs, *a.forward.assigns))
-    returns = [_name(x.target) for x in outputs]
-    returns += [_name(x.target) for x in a.scan.updates]
-    residuals = [_name(r) for r in a.residuals]
-    assert set(residuals) <= set(lowered)
+    block = Block((*a.outputs, *a.forward.assigns))
+    returns = _names([x.target for x in (*a.outputs, *a.scan.updates)])
+    residuals = _names(a.residuals)
+    assert set(a.residuals) <= {x.target for x in a.forward.assigns}
     doc = "One chunk, with the values that its backward needs."
     saved = _wrap("    saved = (", residuals, ",)" if residuals else ")")
     made = _function(f"{a.scan.name}_step_saving", a.scan.params, doc, block, [*returns, "saved"], program)
@@ -89,7 +88,7 @@ def _step_adjoint(a: ScanAdjoint, program: Program) -> str:
     residuals = _names(a.residuals)
     opening = _wrap("    (", residuals, ",) = saved") if residuals else []
     doc = "The backward of one chunk: cotangents in, cotangents out."
-    returns = [x.leaf.name for x in a.backward.assigns]
+    returns = _names([x.target for x in a.backward.assigns])
     name = f"{a.scan.name}_step_adjoint"
     return _function(name, parameters, doc, a.backward, returns, program, ("saved", residuals, opening))
 
@@ -111,34 +110,35 @@ def _function(
     """A function of tensors; `kept` is a first parameter, what it holds, and the lines that take it apart."""
     first, residuals, opening = kept or ("", (), ())
     named = [*([first] if first else []), *_names(parameters)]
-    lines = ["", *_wrap(f"def {name}(", named, "):"), f'    """{doc}"""', *opening]
+    lines = ["", *_wrap(f"def {marked(function(name))}(", named, "):"), f'    """{doc}"""', *opening]
     lines += _body(block, parameters, {*named, *residuals}, program)
     lines += (
         _wrap("    return (", returns, ")")
-        if len(", ".join(returns)) > 95
+        if len(unmarked(", ".join(returns))) > 95
         else [f"    return {', '.join(returns)}{',' * (len(returns) == 1)}"]
     )
     return "\n".join([*lines, ""])
 
 
 def _body(block: Block, parameters: Sequence[Expr], taken: set[str], program: Program) -> list[str]:
-    own = {"C", "G", "F", "torch", "aten"}
-    namer = Namer({*taken, *own, *(x.leaf.name for x in block.assigns)}, program.names)
+    variables = {*taken, *_names([x.target for x in block.assigns]), CHUNK, HEADS, "F", "torch", "aten"}
+    namer = Namer(map(unmarked, variables), program.names)
     like = _name(parameters[0])
     printer = TorchPrinter(dict(program.dims), like)
-    shown = Printer()
+    shown = Printer(word=lambda n: spelled(n) if n.startswith(size_of("")) else marked(n))  # in comments
     targets = {x.leaf: x.target for x in block.assigns}
     lines = []
     for step in steps(block, namer):
         axes = targets[step.target].axes if step.target else step.value.axes
         value = printer.ordered(step.value, axes).text
         if step.target and not _is_tensor(step.value):
-            value = f"{like}.new_full((G,), {value})"
-        shown_text = shown.ordered(step.value, axes).text.replace("[c]", "")
-        if value != step.name:
+            value = f"{like}.new_full(({HEADS},), {value})"
+        shown_text = shown.ordered(step.value, axes).text.replace(f"[{marked(own('c'))}]", "")
+        name = marked(step.name)
+        if value != name:
             if core(step.value).op not in ("leaf", "const"):
-                lines.append(f"    # {step.name}: {type_text(axes, program.dtype)} = {shown_text}")
-            lines.append(f"    {step.name} = {value}")
+                lines.append(f"    # {name}: {unmarked(type_text(axes, program.dtype))} = {shown_text}")
+            lines.append(f"    {name} = {value}")
         if step.value.axes == axes and step.value.op not in ("leaf", "const", "broadcast"):
             printer.names[step.value] = shown.names[step.value] = step.name
     return [*_lengths(parameters, "\n".join(lines)), *lines]
@@ -147,10 +147,10 @@ def _body(block: Block, parameters: Sequence[Expr], taken: set[str], program: Pr
 def _lengths(parameters: Sequence[Expr], body: str) -> list[str]:
     """The lines that define C and G where the text needs them."""
     code = [line for line in body.splitlines() if not line.lstrip().startswith("#")]
-    used = {name for line in code for name in re.findall(r"\b[CG]\b", line)}
-    lengths = [f"{_name(e)}.shape[{i + 1}]" for e in parameters for i, a in enumerate(e.axes) if a.size == "C"]
-    lines = [f"    G = {_name(parameters[0])}.shape[0]"] if "G" in used else []
-    return [*lines, f"    C = {lengths[0]}"] if "C" in used else lines
+    used = {name for name in (CHUNK, HEADS) if any(name in line for line in code)}
+    lengths = [f"{_name(e)}.shape[{i + 1}]" for e in parameters for i, a in enumerate(e.axes) if a.size == TOKENS]
+    lines = [f"    {HEADS} = {_name(parameters[0])}.shape[0]"] if HEADS in used else []
+    return [*lines, f"    {CHUNK} = {lengths[0]}"] if CHUNK in used else lines
 
 
 class TorchPrinter(Printer):
@@ -159,7 +159,7 @@ class TorchPrinter(Printer):
     infinity, undefined = "torch.inf", "torch.nan"
 
     def __init__(self, dims: dict[str, int], like: str) -> None:
-        super().__init__(lengths={**{d: str(n) for d, n in dims.items()}, "C": "C"})
+        super().__init__(lengths={**{d: str(n) for d, n in dims.items()}, TOKENS: CHUNK}, word=marked)
         self.like = like
 
     def transposed(self, text: Text, axes: Axes, to: Axes) -> Text:
@@ -272,13 +272,13 @@ class TorchPrinter(Printer):
             return Text(f"torch.tril({inside}{', -1' if strict else ''})")
         if e.axes[-2:] == (columns, rows):
             return Text(f"torch.triu({inside}{', 1' if strict else ''})")
-        allowed = f"torch.tril({self.like}.new_ones((C, C)){', -1' if strict else ''})"
+        allowed = f"torch.tril({self.like}.new_ones(({CHUNK}, {CHUNK})){', -1' if strict else ''})"
         turned = f"{allowed}.mT" if e.axes.index(columns) < e.axes.index(rows) else allowed
         index = [":" if a in (rows, columns) else "None" for a in e.axes]
         return Text(f"({inside}) * {turned}[{', '.join(index)}]", 2)
 
     def _broadcast(self, e: Expr) -> Text:
-        shape = ", ".join(["G", *(self.size(a.size) for a in e.axes)])
+        shape = ", ".join([HEADS, *(self.size(a.size) for a in e.axes)])
         value = e.src[0]
         if not _is_tensor(value):
             return Text(f"{self.like}.new_full(({shape}), {self.text(value).text})")
@@ -290,7 +290,7 @@ class TorchPrinter(Printer):
 
     def _put_last(self, e: Expr) -> Text:
         after = "0, 0, " * len(e.src[0].axes)
-        return Text(f"F.pad({self.text(e.src[0]).at_least(5)}.unsqueeze(1), ({after}C - 1, 0))")
+        return Text(f"F.pad({self.text(e.src[0]).at_least(5)}.unsqueeze(1), ({after}{CHUNK} - 1, 0))")
 
     def _cumprod(self, e: Expr) -> Text:
         return Text(f"torch.cumprod({self._token_first(e.src[0], e.arg)}, 1)")
@@ -325,28 +325,28 @@ def _is_tensor(e: Expr) -> bool:
 def _loop(a: ScanAdjoint) -> str:
     scan = a.scan
     carry, fixed, sequence = _names(scan.carry), _names(scan.fixed), _names(scan.sequence)
-    outputs = [x.leaf.name for x in scan.outputs]
-    passed = [*carry, *fixed, *_chunk_names(sequence)]
-    made = ", ".join([*_chunk_names(outputs), *carry])
+    outputs, step = _names([x.target for x in scan.outputs]), f"{scan.name}_step"
+    passed = [*carry, *fixed, *_chunks(sequence)]
+    made = ", ".join([*_chunks(outputs), *carry])
     lines = [
         "",
-        *_wrap(f"def {scan.name}(", [*_names(scan.params), "chunk", "every"], "):"),
+        *_wrap(f"def {marked(function(scan.name))}(", [*_names(scan.params), "chunk", "every"], "):"),
         f'    """{scan.doc}',
         "",
         "    Keeps for the backward the carry at every `every` chunks, or with 0 all that it needs.",
         '    """',
         f"    kept, {', '.join(outputs)} = [], {', '.join('[]' for _ in outputs)}",
         *_wrap("    sequences = (", sequence, ",)"),
-        "    chunks = zip(*(x.split(chunk, 1) for x in sequences), strict=True)",
-        f"    for i, ({', '.join(_chunk_names(sequence))},) in enumerate(chunks):",
+        f"    chunks = zip(*({X}.split(chunk, 1) for {X} in sequences), strict=True)",
+        f"    for i, ({', '.join(_chunks(sequence))},) in enumerate(chunks):",
         "        if every == 0:",
-        *_wrap(f"            {made}, saved = {scan.name}_step_saving(", passed, ")"),
+        *_wrap(f"            {made}, saved = {marked(function(f'{scan.name}_step_saving'))}(", passed, ")"),
         "            kept.append(saved)",
         "        else:",
         "            if i % every == 0:",
         f"                kept.append(({', '.join(carry)},))",
-        *_wrap(f"            {made} = {scan.name}_step(", passed, ")"),
-        *(f"        {o}.append({o}_c)" for o in outputs),
+        *_wrap(f"            {made} = {marked(function(step))}(", passed, ")"),
+        *(f"        {o}.append({_chunk(o)})" for o in outputs),
         f"    return ({', '.join([*(f'torch.cat({o}, 1)' for o in outputs), *carry])},), kept",
         "",
     ]
@@ -356,20 +356,24 @@ def _loop(a: ScanAdjoint) -> str:
 def _adjoint_loop(a: ScanAdjoint) -> str:
     scan = a.scan
     carry, fixed, sequence = _names(scan.carry), _names(scan.fixed), _names(scan.sequence)
-    outputs = [x.leaf.name for x in scan.outputs]
-    d_outputs, d_carry, stores = ([f"d{n}" for n in names] for names in (outputs, carry, sequence))
+    outputs = [x.target for x in scan.outputs]
+    d_outputs, d_carry, stores = (_names(list(map(cotangent, of))) for of in (outputs, scan.carry, scan.sequence))
     accumulated = _names(a.accumulated)
-    passed = [*carry, *fixed, *_chunk_names(sequence)]
-    back_in = ["saved", *fixed, *_chunk_names(sequence), *_chunk_names(d_outputs), *d_carry, *accumulated]
-    back_out = [f"{x.leaf.name}_c" if x.leaf.name in stores else x.leaf.name for x in a.backward.assigns]
-    each = ", ".join(_chunk_names([*sequence, *d_outputs]))
+    passed = [*carry, *fixed, *_chunks(sequence)]
+    back_in = ["saved", *fixed, *_chunks(sequence), *_chunks(d_outputs), *d_carry, *accumulated]
+    back_out = [_chunk(n) if n in stores else n for n in _names([x.target for x in a.backward.assigns])]
+    each = ", ".join(_chunks([*sequence, *d_outputs]))
     recomputed = ", ".join([*("_" for _ in outputs), *carry])
     lines = [
         "",
-        *_wrap(f"def {scan.name}_adjoint(", ["kept", *fixed, *sequence, *d_outputs, *d_carry, "chunk", "every"], "):"),
+        *_wrap(
+            f"def {marked(function(f'{scan.name}_adjoint'))}(",
+            ["kept", *fixed, *sequence, *d_outputs, *d_carry, "chunk", "every"],
+            "):",
+        ),
         '    """The reverse sweep, group by group of `every` chunks, each recomputed from the carry at its start."""',
         *_wrap("    sequences = (", [*sequence, *d_outputs], ",)"),
-        "    chunks = list(zip(*(x.split(chunk, 1) for x in sequences), strict=True))",
+        f"    chunks = list(zip(*({X}.split(chunk, 1) for {X} in sequences), strict=True))",
         *(f"    {g} = torch.zeros_like({f})" for g, f in zip(accumulated, fixed, strict=True)),
         f"    {', '.join(stores)} = {', '.join('[]' for _ in stores)}",
         "    size = every or len(chunks)",
@@ -378,39 +382,44 @@ def _adjoint_loop(a: ScanAdjoint) -> str:
         "        if every:",
         f"            ({', '.join(carry)},), saves = kept[start // size], []",
         f"            for {each} in group:",
-        *_wrap(f"                {recomputed}, saved = {scan.name}_step_saving(", passed, ")"),
+        *_wrap(f"                {recomputed}, saved = {marked(function(f'{scan.name}_step_saving'))}(", passed, ")"),
         "                saves.append(saved)",
         f"        for ({each},), saved in zip(reversed(group), reversed(saves), strict=True):",
-        *_wrap(f"            made = {scan.name}_step_adjoint(", back_in, ")"),
+        *_wrap(f"            made = {marked(function(f'{scan.name}_step_adjoint'))}(", back_in, ")"),
         *_wrap("            (", back_out, ") = made"),
-        *(f"            {s}.append({s}_c)" for s in stores),
+        *(f"            {s}.append({_chunk(s)})" for s in stores),
     ]
     results = [*d_carry, *accumulated, *(f"torch.cat({s}[::-1], 1)" for s in stores)]
     return "\n".join([*lines, *_wrap("    return (", results, ")"), ""])
 
 
-def _chunk_names(names: Sequence[str]) -> list[str]:
-    return [f"{n}_c" for n in names]
+def _chunks(names: Sequence[str]) -> list[str]:
+    return list(map(_chunk, names))
 
 
-def _names(leaves: Sequence[Expr]) -> list[str]:
-    return [_name(e) for e in leaves]
+def _chunk(name: str) -> str:
+    """The tokens of one chunk of a sequence."""
+    return renamed(name, lambda n: suffixed(n, "c"))
+
+
+def _names(of: Sequence[Expr]) -> list[str]:
+    return list(map(_name, of))
 
 
 def _name(e: Expr) -> str:
-    return str(e.arg[0].name)
+    return marked(e.arg[0].name)
 
 
 def _wrap(head: str, items: Sequence[str], tail: str) -> list[str]:
     """A comma-separated list on one line, or on lines of their own where that is longer than 110 columns."""
     one = head + ", ".join(items) + tail
-    if len(one) <= 110:
+    if len(unmarked(one)) <= 110:
         return [one]
     indent = " " * (len(head) - len(head.lstrip()))
     lines, current = [head.rstrip()], indent + "    "
     for i, item in enumerate(items):
         piece = item + ("," if i + 1 < len(items) else "")
-        if len(current) + len(piece) > 109:
+        if len(unmarked(current + piece)) > 109:
             lines.append(current.rstrip())
             current = indent + "    "
         current += piece + " "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from tttc.backends.interface import Settings, Source
 from tttc.backends.memory import autocast
 from tttc.backends.torch.emit import emit
 from tttc.backends.torch.opaque import CopiedScan
+from tttc.ir.names import function
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
@@ -55,6 +56,7 @@ class TorchScan:
 
     scan: Scan
     module: ModuleType
+    called: Mapping[str, str]
     program: Program
     compiled: bool = False
     """Whether its steps were given to torch.compile, whose functions are differentiated once."""
@@ -119,7 +121,7 @@ class TorchScan:
         return tuple(x.unflatten(0, leading) for x in found)
 
     def _call(self, suffix: str) -> Callable[..., Any]:
-        return getattr(self.module, f"{self.scan.name}{suffix}")
+        return getattr(self.module, self.called[function(f"{self.scan.name}{suffix}")])
 
     def _chunk(self, inputs: Tensors) -> int:
         """The chunk in tokens; a mini-batch that is the whole sequence takes all of it."""
@@ -149,6 +151,6 @@ def load(
     exec(compile(source.text, file, "exec"), module.__dict__)
     if steps is not None:
         for name in (f"{s.name}{end}" for s in program.scans for end in ("_step", "_step_saving", "_step_adjoint")):
-            if name in module.__dict__:
-                setattr(module, name, steps(getattr(module, name)))
-    return {scan.name: TorchScan(scan, module, program, steps is not None) for scan in program.scans}
+            if (word := source.wording.called.get(function(name))) is not None:
+                setattr(module, word, steps(getattr(module, word)))
+    return {scan.name: TorchScan(scan, module, source.wording.called, program, steps is not None) for scan in program.scans}

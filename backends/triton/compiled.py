@@ -12,10 +12,11 @@ from tttc.backends import nvidia
 from tttc.backends.triton import frugal, worker
 from tttc.backends.triton.emit import emit, rounded
 from tttc.backends.triton.forms import Form, form_of, unfused
-from tttc.backends.triton.load import Module, interpreted, kernel_name
+from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.resources import resources
 from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.ir.expr import Expr
+from tttc.ir.names import suffixed
 from tttc.ir.program import Program, Scan, cotangent
 
 DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
@@ -70,19 +71,20 @@ def order_of(
 ) -> dict[str, Any]:
     """All that has to be known to compile a kernel, as plain data: its source, and what a launch would tell of it."""
     signature: dict[str, str] = {}
-    scan = form.scan
+    scan, words = form.scan, module.variables(form.scan, backward)
     short = rounded(form) if backward and scan.loops else set()
     for t in form.tensors(backward):
-        work = t.name.endswith("_work") and str(t.of.arg[0].name) in short
+        work = t.name.endswith(suffixed("", "work")) and str(t.of.arg[0].name) in short
         full = torch.float32 if t.parts else stored(t.of, scan, dtype)  # what is still to be added up is not rounded
-        signature[f"{t.name}_ptr"] = f"*{TYPES[dtype if work else full]}"
-        signature |= dict.fromkeys(t.strides, "i32")
-    plain = form.unspecialized(backward)
+        signature[words[t.pointer]] = f"*{TYPES[dtype if work else full]}"
+        signature |= dict.fromkeys((words[n] for n in t.strides), "i32")
+    sizes, strides = form.unspecialized(backward)
+    plain = {*sizes, *(words[n] for n in strides)}
     attributes = {name: DIVISIBLE for name in signature if name not in plain}
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")
     signature |= {"operand": "constexpr", "index": "constexpr"}
     return {
-        **module.about(kernel_name(scan, backward)),
+        **module.about(module.word(scan, backward)),
         "signature": signature,
         "constants": {"operand": TYPES[dtype], "index": "int32"},
         "attributes": attributes,

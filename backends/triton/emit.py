@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from math import prod
 
 from tttc.backends.interface import Source
-from tttc.backends.triton.forms import TOKENS, Form, Tensor, form_of, free_name, name_of, unfused
+from tttc.backends.triton.forms import Form, Tensor, form_of, name_of, unfused
 from tttc.backends.triton.lifetimes import shortened
 from tttc.backends.triton.ops import HELPERS, formula
 from tttc.backends.triton.padding import Padding
 from tttc.backends.triton.printer import TritonPrinter, wide
 from tttc.ir.adjoint import backward_block
 from tttc.ir.differentiate import lower_composites
-from tttc.ir.expr import Axis, Expr, leaves, postorder
+from tttc.ir.expr import TOKENS, Axis, Expr, leaves, postorder
 from tttc.ir.formulas import formula_text
+from tttc.ir.names import function, marked, places_of, spelled, suffixed, unmarked, worded
 from tttc.ir.program import Assign, Block, Program, Scan, cotangent
 from tttc.ir.text import Namer, Printer, Step, core, formulas, steps
 
@@ -36,10 +37,6 @@ import triton
 import triton.language as tl
 '''
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
-_LOCALS = (
-    *("tl", "triton", "operand", "index", "range", "float", "H", "T", "every", "groups", "i", "b", "h", "t", "chunk"),
-    *("strip", "first", "length", "inside", "token", "back", "group", "count", "j", "j_back"),
-)
 
 
 def refusals(program: Program) -> list[str]:
@@ -62,12 +59,12 @@ def notes(program: Program) -> list[str]:
 
 def emit(program: Program) -> Source:
     """The whole program as one Python file."""
-    return Source(lambda: _program_text(program), "python")
+    return Source(lambda: worded(_program_text(program)), "python")
 
 
 def emit_forms(name: str, forms: Sequence[Form]) -> Source:
     """The kernels of these forms as one Python file."""
-    return Source(lambda: module_text(name, forms), "python")
+    return Source(lambda: worded(module_text(name, forms)), "python")
 
 
 def _program_text(program: Program) -> str:
@@ -79,14 +76,14 @@ def _program_text(program: Program) -> str:
 
 
 def module_text(name: str, forms: Sequence[Form]) -> str:
-    """A file: the functions that its kernels use, then the kernels."""
+    """A file that is not yet whole: the functions that its kernels use, then the kernels."""
     kernels = [text for form in forms for text in _kernels(form)]
     roots = [a.value for f in forms for a in (*_forward(f), *(_backward(f) if f.scan.differentiated else ()))]
     functions = [f"\n@triton.jit\n{formula_text(f, formula)}\n" for f in formulas(roots)]
     used = "\n".join([*functions, *kernels])
     helpers: list[str] = []
-    for function, text in reversed(_functions().items()):
-        if f"{function}(" in used + "".join(helpers):
+    for name_, text in reversed(_functions().items()):
+        if f"{name_}(" in used + "".join(helpers):
             helpers.insert(0, text)
     return "\n".join([HEADER.format(name=name), *helpers, *functions, *kernels])
 
@@ -142,38 +139,17 @@ class _Kernel:
         dims = dict.fromkeys(a.size for p in (*self.scan.params, *self.scan.results) for a in p.axes)
         inner = [a.size for e in postorder(a.value for a in self.scan.block.assigns) for a in e.axes]
         self.used = [d for d in dict.fromkeys([*dims, *inner]) if d != TOKENS or self.scan.loops]
-        self._choose_names()
-
-    def _choose_names(self) -> None:
-        """Names for what the kernel has beside the values of the program, and others for values that are called so: a
-        state may be named b, and a value as the user's own code has it.
-        """
-        values = _forward(self.form) if not self.backwards else _backward(self.form)
-        given = self.form.tensors(self.backwards)
-        known = {name_of(e) for e in (*leaves(a.value for a in values), *(a.target for a in values))}
-        known |= {name_of(p) for p in (*self.scan.results, *(t.of for t in given))}
-        own = {*_LOCALS, *_functions(), *(f.name for f in formulas(a.value for a in values))}
-        own |= {x for t in given for x in (f"{t.name}_ptr", *t.strides)}
-        own |= {f"{n}{end}" for n in known for end in ("_found", "_f32")}
-        self.indices = {TOKENS: "t"}
-        for d in self.used:
-            if d != TOKENS:
-                self.indices[d] = free_name(d.lower(), own | known)
-                own.add(self.indices[d])
-        self.taken = own | known
-        self.called: dict[str, str] = {}
-        for name in sorted(known & own):
-            self.called[name] = free_name(name, self.taken)
-            self.taken.add(self.called[name])
-        self.taken |= {f"{n}{end}" for n in self.taken for end in ("_found", "_f32", "_found_f32")}
+        self.indices = {d: "t" if d == TOKENS else marked(places_of(d)) for d in (TOKENS, *self.used)}
+        given = [name_of(t.of) for t in self.form.tensors(self.backwards)]
+        self.taken = {*map(spelled, (*given, *map(name_of, self.scan.results), *map(places_of, self.used)))}
 
     def variable(self, p: Expr) -> str:
         """What a variable of the program is called."""
-        return self.called.get(name_of(p), name_of(p))
+        return marked(name_of(p))
 
     def found(self, p: Expr) -> str:
         """What a carry is called as a chunk of the backward finds it."""
-        return f"{self.variable(p)}_found"
+        return marked(suffixed(name_of(p), "found"))
 
     # -- text
 
@@ -182,13 +158,13 @@ class _Kernel:
 
     def wrapped(self, head: str, items: Sequence[str], tail: str) -> None:
         """A comma-separated list, on lines of their own where it is longer than 110 columns."""
-        if len(head) + sum(len(i) + 2 for i in items) + 4 * self.depth < 110:
+        if len(unmarked(head)) + sum(len(unmarked(i)) + 2 for i in items) + 4 * self.depth < 110:
             self.line(head + ", ".join(items) + tail)
             return
         self.line(head)
         current = ""
         for item in items:
-            if len(current) + len(item) > 100:
+            if len(unmarked(current + item)) > 100:
                 self.line("    " + current.rstrip())
                 current = ""
             current += f"{item}, "
@@ -200,14 +176,15 @@ class _Kernel:
         scan, backward = self.scan, self.backwards
         self.depth = 0
         found = self.form.tensors(backward)
-        parameters = [x for t in found for x in (f"{t.name}_ptr", *t.strides)]
+        parameters = [marked(x) for t in found for x in (t.pointer, *t.strides)]
         sizes = ["H", *(["T", "every", "groups"] if scan.loops else [])]
         self.line("")
-        names = [f'"{n}"' for n in self.form.unspecialized(backward)]
+        plain, strides = self.form.unspecialized(backward)
+        names = [f'"{n}"' for n in (*plain, *map(marked, strides))]
         self.wrapped("@triton.jit(do_not_specialize=[", names, "])")
         suffix = "_adjoint" if backward else ""
         settings = ["operand: tl.constexpr", "index: tl.constexpr"]
-        self.wrapped(f"def {scan.name}{suffix}(", [*parameters, *sizes, *settings], "):")
+        self.wrapped(f"def {marked(function(scan.name + suffix))}(", [*parameters, *sizes, *settings], "):")
         self.depth = 1
         doc = scan.doc if not backward else "The transpose of the derivative, applied to the cotangents."
         self.line(f'"""{doc}"""')
@@ -251,13 +228,13 @@ class _Kernel:
 
     def pointer(self, t: Tensor, at: Place = None) -> str:
         p = t.of
-        offset = self.offset(p).format(stride=f"{t.name}_t") if p.axes else ""
+        offset = self.offset(p).format(stride=marked(suffixed(t.name, "t"))) if p.axes else ""
         if t.many and at is not None:
             size = prod(self.program.dims[a.size] for a in p.axes)
             place = f"(i * {at[0]} + {at[1]})" + (f" * {size}" if size > 1 else "")
         else:
-            place = f"b * {t.name}_b + h * {t.name}_h" + (f" + strip * {t.name}_s" if t.parts else "")
-        return f"{t.name}_ptr + ({place}{f' + {offset}' if offset else ''})"
+            place = " + ".join(f"{x} * {marked(n)}" for x, n in zip(("b", "h", "strip"), t.lying, strict=False))
+        return f"{marked(t.pointer)} + ({place}{f' + {offset}' if offset else ''})"
 
     def load(self, t: Tensor, name: str, at: Place = None) -> None:
         mask = self.mask(t.of)
@@ -292,11 +269,11 @@ class _Kernel:
         self.lines += body
 
     def _body(self, assigns: Sequence[Assign], stores: dict[str, Tensor]) -> None:
-        printer, shown = self.printer, Printer()
+        printer, shown = self.printer, Printer(word=marked)
         printer.names.clear()
         targets = {a.leaf: a.target for a in assigns}
         for step in self._lines(assigns):
-            name = step.name if step.target is None else self.called.get(step.name, step.name)
+            name = marked(step.name)
             axes = targets[step.target].axes if step.target else step.value.axes
             text = printer.ordered(step.value, printer.arranged(axes))
             if step.target is not None and step.target.at is None:
@@ -305,17 +282,19 @@ class _Kernel:
             if text.text == name:
                 continue
             if any(e.op in ("contract", "solve") for e in self._own(step.value, printer)):
-                self.line(f"# {step.name} = {shown.ordered(step.value, axes).text}")
+                self.line(f"# {name} = {shown.ordered(step.value, axes).text}")
             if step.target is not None and step.target.at is not None:
                 self.store(stores[step.name], text.text)
             else:
                 self.line(f"{name} = {text.text}")
             if step.value.axes == axes and step.value.op not in ("leaf", "const", "broadcast"):
-                printer.names[step.value], shown.names[step.value] = name, step.name
+                printer.names[step.value] = shown.names[step.value] = step.name
 
     def _lines(self, assigns: Sequence[Assign]) -> list[Step]:
         """The lines of the printed program, in an order that asks for few registers."""
-        first, again = (Namer({*self.taken, *(a.leaf.name for a in assigns)}, self.program.names) for _ in range(2))
+        first, again = (
+            Namer({*self.taken, *(spelled(a.leaf.name) for a in assigns)}, self.program.names) for _ in range(2)
+        )
         return shortened(
             steps(Block(tuple(assigns)), first), lambda e: prod(map(self.form.block, e.axes)), self.passing, again
         )
@@ -339,7 +318,7 @@ class _Kernel:
         self.loaded += [self.found(p) for p in carry if p.axes]
         self.passing = {name_of(p) for p in (*loaded, *carry) if p not in self.scan.fixed}
         self.printer = TritonPrinter(self.form, self.indices, self.padding, self.loaded)
-        self.printer.called = self.called | {name_of(p): self.found(p) for p in carry}
+        self.printer.called = {name_of(p): self.found(p) for p in carry}
 
     def forward(self) -> str:
         scan = self.scan
@@ -351,7 +330,7 @@ class _Kernel:
         if self.form.alone:
             self.chunk_begins(f"chunk * {self.chunk}")
             for p in scan.carry:
-                self.load(named[f"{name_of(p)}_kept"], self.variable(p), ("groups", "chunk"))
+                self.load(named[suffixed(name_of(p), "kept")], self.variable(p), ("groups", "chunk"))
             for p in scan.sequence:
                 self.load(named[name_of(p)], self.variable(p))
         elif scan.loops:
@@ -361,14 +340,14 @@ class _Kernel:
             self.line("if chunk % every == 0 and groups > 0:")
             self.depth += 1
             for p in scan.carry:
-                self.store(named[f"{name_of(p)}_kept"], self.variable(p), ("groups", "chunk // every"))
+                self.store(named[suffixed(name_of(p), "kept")], self.variable(p), ("groups", "chunk // every"))
             self.depth -= 1
             for p in scan.sequence:
                 self.load(named[name_of(p)], self.variable(p))
         self.body(_forward(self.form), named)
         self.depth = 1
         for a in scan.updates:
-            self.store(named[f"{a.leaf.name}_out"], self.variable(a.target))
+            self.store(named[suffixed(a.leaf.name, "out")], self.variable(a.target))
         return "\n".join(self.lines) + "\n"
 
     def backward(self) -> str:
@@ -384,17 +363,17 @@ class _Kernel:
             self.load(named[name_of(d)], self.variable(d))
         for d in map(cotangent, scan.fixed):
             self.line(f"{self.variable(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
-        stores = {name_of(cotangent(p)): named[f"{name_of(cotangent(p))}_out"] for p in scan.sequence}
+        stores = {name_of(cotangent(p)): named[suffixed(name_of(cotangent(p)), "out")] for p in scan.sequence}
         if scan.loops:
             self._sweeps(block, named, stores)
         else:
             for p in scan.carry:
-                self.load(named[f"{name_of(p)}_kept"], self.variable(p))
+                self.load(named[suffixed(name_of(p), "kept")], self.variable(p))
             self.body(block, stores)
         self.depth = 1
         for p in (*scan.carry, *scan.fixed):
             d = cotangent(p)
-            self.store(named[f"{name_of(d)}_out"], self.variable(d))
+            self.store(named[suffixed(name_of(d), "out")], self.variable(d))
         return "\n".join(self.lines) + "\n"
 
     def _sweeps(self, block: Sequence[Assign], named: dict[str, Tensor], stores: dict[str, Tensor]) -> None:
@@ -404,11 +383,11 @@ class _Kernel:
         self.line("group = groups - 1 - back")
         self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
         for p in scan.carry:
-            self.load(named[f"{name_of(p)}_kept"], self.variable(p), ("groups", "group"))
+            self.load(named[suffixed(name_of(p), "kept")], self.variable(p), ("groups", "group"))
         self.line("for j in range(0, count):  # the carry before every chunk of the group")
         self.depth += 1
         for p in scan.carry:
-            self.store(named[f"{name_of(p)}_work"], self.variable(p), ("every", "j"))
+            self.store(named[suffixed(name_of(p), "work")], self.variable(p), ("every", "j"))
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         updates = [a for a in _forward(self.form) if a.leaf.at is None]
         read = {e.arg[0].name for e in leaves(a.value for a in updates)}
@@ -424,7 +403,7 @@ class _Kernel:
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
         for p in scan.carry:
-            self.load(named[f"{name_of(p)}_work"], self.found(p), ("every", "j"))
+            self.load(named[suffixed(name_of(p), "work")], self.found(p), ("every", "j"))
         for p in (*scan.sequence, *_d_outputs(scan)):
             self.load(named[name_of(p)], self.variable(p))
         self.body(block, stores)

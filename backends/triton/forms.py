@@ -13,17 +13,17 @@ Where heads are few and nothing may be cut, a forward is split (ir/split.py): th
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import prod
 
 from tttc.backends.strips import cut_axis, cut_program
-from tttc.ir.expr import Axis, Expr, postorder
+from tttc.ir.expr import TOKENS, Axis, Expr, postorder
+from tttc.ir.names import suffixed
 from tttc.ir.program import Program, Scan, cotangent
 from tttc.ir.split import split
+from tttc.ir.substitution import PAST
 
 SMALLEST = 16  # of the three sizes of a product on tensor cores
-TOKENS = "C"
 LARGEST_CHUNK = 128  # tokens: a Gram matrix of them is a block
 LARGEST_VALUE = 1 << 13  # numbers of a value of all tokens of a chunk, some of which go through shared memory at once
 LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the registers of a multiprocessor hold
@@ -55,7 +55,17 @@ class Tensor:
         if self.many:
             return []
         letters = [*(["b", "h", "t"] if self.of.arg[0].at else ["b", "h"]), *(["s"] if self.parts else [])]
-        return [f"{self.name}_{x}" for x in letters]
+        return [suffixed(self.name, x) for x in letters]
+
+    @property
+    def lying(self) -> list[str]:
+        """Of these, how far batch elements, heads and parts lie apart."""
+        return [n for n in self.strides if n != suffixed(self.name, "t")]
+
+    @property
+    def pointer(self) -> str:
+        """The parameter that says where it lies."""
+        return suffixed(self.name, "ptr")
 
 
 @dataclass(frozen=True)
@@ -102,31 +112,33 @@ class Form:
         """The tensors of a kernel, in the order of its parameters."""
         scan = self.scan
         if self.alone:
-            found = [Tensor(p, f"{name_of(p)}_kept", True) for p in scan.carry]
+            found = [Tensor(p, suffixed(name_of(p), "kept"), True) for p in scan.carry]
             found += [Tensor(p, name_of(p)) for p in (*scan.fixed, *scan.sequence)]
             return found + [Tensor(a.target, name_of(a.target)) for a in scan.outputs]
         if not backward:
             found = [Tensor(p, name_of(p)) for p in scan.params]
             found += [Tensor(a.target, name_of(a.target)) for a in scan.outputs]
-            found += [Tensor(a.target, f"{name_of(a.target)}_out") for a in scan.updates]
-            return found + [Tensor(p, f"{name_of(p)}_kept", True) for p in scan.carry if scan.loops]
-        found = [Tensor(p, f"{name_of(p)}_kept", scan.loops) for p in scan.carry]
+            found += [Tensor(a.target, suffixed(name_of(a.target), "out")) for a in scan.updates]
+            return found + [Tensor(p, suffixed(name_of(p), "kept"), True) for p in scan.carry if scan.loops]
+        found = [Tensor(p, suffixed(name_of(p), "kept"), scan.loops) for p in scan.carry]
         found += [Tensor(p, name_of(p)) for p in (*scan.fixed, *scan.sequence)]
         found += [Tensor(cotangent(a.target), name_of(cotangent(a.target))) for a in (*scan.outputs, *scan.updates)]
-        found += [Tensor(cotangent(p), f"{name_of(cotangent(p))}_out", parts=self.shared(p)) for p in scan.params]
-        return found + [Tensor(p, f"{name_of(p)}_work", True) for p in scan.carry if scan.loops]
+        found += [
+            Tensor(cotangent(p), suffixed(name_of(cotangent(p)), "out"), parts=self.shared(p)) for p in scan.params
+        ]
+        return found + [Tensor(p, suffixed(name_of(p), "work"), True) for p in scan.carry if scan.loops]
 
     def shared(self, p: Expr) -> bool:
         """Whether all strips of a head read the whole of a variable."""
         return bool(self.cut) and all(a.size != self.cut for a in p.axes)
 
-    def unspecialized(self, backward: bool) -> list[str]:
-        """The parameters that change from call to call and make no kernel faster: without their names here, Triton
-        would compile again for every length that is, or is not, a multiple of 16.
+    def unspecialized(self, backward: bool) -> tuple[list[str], list[str]]:
+        """The sizes and the distances that change from call to call and make no kernel faster: without their names
+        here, Triton would compile again for every length that is, or is not, a multiple of 16.
         """
         scalars = [t for t in self.tensors(backward) if not any(a.size != TOKENS for a in t.of.axes)]
         sizes = ["T", "every", "groups"] if self.scan.loops else ["H"]
-        return [*sizes, *(n for t in scalars for n in t.strides)]
+        return sizes, [n for t in scalars for n in t.strides]
 
     def too_large(self) -> str:
         """Why a program cannot hold it; "" where it can."""
@@ -173,7 +185,7 @@ def halves_of(form: Form) -> tuple[Form, Form] | None:
 def unfused(scan: Scan, program: Program) -> str:
     """Why a scan is no kernel but a sequence of batched operations; "" where it is one."""
     axes = {a for p in (*scan.params, *scan.results) for a in p.axes}
-    if any(a.size == "n" for a in axes):
+    if PAST in axes:
         return "its rows come one after the other, each from all before it"
     if not scan.loops and any(a.size == TOKENS for a in axes):
         return "it is elementwise over the tokens of a chunk"
@@ -190,11 +202,4 @@ def name_of(p: Expr) -> str:
     return str(p.arg[0].name)
 
 
-def free_name(name: str, taken: Collection[str]) -> str:
-    """The name, or one that nothing else has."""
-    while name in taken:
-        name += "_"
-    return name
-
-
-__all__ = ["Form", "Tensor", "block_size", "form_of", "free_name", "half_of", "halves_of", "name_of", "unfused"]
+__all__ = ["Form", "Tensor", "block_size", "form_of", "half_of", "halves_of", "name_of", "unfused"]

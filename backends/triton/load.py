@@ -27,6 +27,7 @@ from tttc.backends.triton.emit import emit_forms, rounded
 from tttc.backends.triton.forms import SMALLEST, Form, form_of, half_of, halves_of, name_of, unfused
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
+from tttc.ir.names import function, suffixed
 from tttc.ir.program import Program, Scan
 
 Tensors = Sequence[torch.Tensor]
@@ -92,8 +93,8 @@ class Module:
         module = ModuleType(self.name)
         module.__file__ = file
         exec(compile(text, file, "exec"), module.__dict__)
-        for name, function in vars(module).items():
-            frugal.adopt(function, self.about(name))
+        for name, value in vars(module).items():
+            frugal.adopt(value, self.about(name))
         return module
 
     @property
@@ -108,7 +109,15 @@ class Module:
 
     def kernel(self, scan: Scan, backward: bool) -> Any:
         """The function of a scan, or of its adjoint."""
-        return getattr(self.kernels, kernel_name(scan, backward))
+        return getattr(self.kernels, self.word(scan, backward))
+
+    def word(self, scan: Scan, backward: bool) -> str:
+        """What that function is called in the file."""
+        return self.source.wording.called[function(kernel_name(scan, backward))]
+
+    def variables(self, scan: Scan, backward: bool) -> Mapping[str, str]:
+        """What its parameters are called, by their names in the program."""
+        return self.source.wording.variables[function(kernel_name(scan, backward))]
 
     def about(self, kernel: str) -> dict[str, str]:
         """Which function of which file that is, for a process that compiles it."""
@@ -250,10 +259,10 @@ class TritonScan:
             kept if dense else [x.new_empty(*x.shape[:2], chunks, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
         )
         tensors = dict(zip(map(name_of, scan.params), inputs, strict=True))
-        tensors |= {f"{name_of(p)}_kept": x for p, x in zip(scan.carry, carries, strict=True)}
+        tensors |= {suffixed(name_of(p), "kept"): x for p, x in zip(scan.carry, carries, strict=True)}
         tensors |= {name_of(a.target): x for a, x in zip(scan.outputs, outputs, strict=False)}
         made = zip(scan.updates, outputs[len(scan.outputs) :], strict=True)
-        tensors |= {f"{name_of(a.target)}_out": x for a, x in made}
+        tensors |= {suffixed(name_of(a.target), "out"): x for a, x in made}
         for half in halves:
             given = [tensors[t.name] for t in half.form.tensors(False)]
             half.launch(False, given, tokens, 1, chunks, dtype)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
-from tttc.backends.triton.forms import SMALLEST, TOKENS, Form
+from tttc.backends.triton.forms import SMALLEST, Form
 from tttc.backends.triton.ops import ELEMENTWISE, power
 from tttc.backends.triton.padding import Padding
-from tttc.ir.expr import Axes, Axis, Expr
+from tttc.ir.expr import TOKENS, Axes, Axis, Expr
+from tttc.ir.names import marked, renamed, suffixed, unmarked
 from tttc.ir.ops import is_upper
 from tttc.ir.scalars import SCALARS
 from tttc.ir.text import Printer, Text, core
@@ -24,7 +25,7 @@ from tttc.ir.text import Printer, Text, core
 
 def wide(name: str) -> str:
     """What a variable is called as float32."""
-    return f"{name}_f32"
+    return renamed(name, lambda n: suffixed(n, "f32"))
 
 
 class TritonPrinter(Printer):
@@ -40,7 +41,7 @@ class TritonPrinter(Printer):
         padding: Padding,
         loaded: Collection[str],
     ) -> None:
-        super().__init__()
+        super().__init__(word=marked)
         self.loaded = loaded
         self.form, self.dims, self.indices, self.padding = form, form.program.dims, indices, padding
         self.called: dict[str, str] = {}
@@ -111,7 +112,7 @@ class TritonPrinter(Printer):
     def variable(self, e: Expr) -> str:
         """What a leaf is called in the kernel."""
         name = str(e.arg[0].name)
-        return self.called.get(name, name)
+        return self.called.get(name) or marked(name)
 
     def _size(self, e: Expr) -> Text:
         return Text("length" if e.arg.size == TOKENS else str(self.dims[e.arg.size]))
@@ -123,7 +124,7 @@ class TritonPrinter(Printer):
 
     def _pow(self, e: Expr) -> Text:
         text = self.text(e.src[0])
-        if e.arg == 2 and text.text.isidentifier():
+        if e.arg == 2 and unmarked(text.text).isidentifier():
             return Text(f"{text.text} * {text.text}", 2)
         return Text(power(text.text, float(e.arg)))
 

@@ -24,7 +24,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from tttc.backends.tvm.cuda_text import stride_name
+from tttc.backends.tvm.cuda_text import CudaWords, stride_name
 from tttc.backends.tvm.device import Device
 from tttc.backends.tvm.kernels import with_cotangents
 from tttc.backends.tvm.loops import TOKENS, grouped, statements
@@ -36,10 +36,13 @@ from tttc.backends.tvm.threads import Converted, Threads
 from tttc.backends.tvm.wmma import SIDE, SPREAD, Half, multiplied, rounded, tiles_of
 from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Axes, Expr
+from tttc.ir.names import own, spelled, suffixed
 from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
 
-EXCHANGE = "(tiles)"  # no name that a declaration can give
-SCALARS = ("_batch", "_heads", "_tokens", "_groups", "_places", "_every")  # what a launch is told beside its tensors
+EXCHANGE = own("tiles")
+SCALARS = tuple(
+    map(own, ("batch", "heads", "tokens", "groups", "places", "every"))
+)  # what a launch is told beside its tensors
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class CudaKernel:
     offsets: dict[str, int]
     shared: int
     workspaces: dict[str, tuple[str, tuple[Size, ...]]]
+    names: dict[str, str]
+    """What the words of its text stand for."""
 
 
 def cuda_forward(scan: Scan, program: Program, device: Device, stored: Mapping[str, str]) -> CudaKernel:
@@ -73,7 +78,7 @@ def cuda_forward(scan: Scan, program: Program, device: Device, stored: Mapping[s
         if scan.loops:
             for p in scan.carry:
                 b.reserve_carries(p, "kept", b.groups)
-            b.every = T.arg(SCALARS[5], T.int32())
+            b.every = T.arg(b.called(SCALARS[5]), T.int32())
         with b.block():
             for p in scan.carry:
                 b.load(p, b.tensor(p, "in"))
@@ -115,7 +120,7 @@ def cuda_backward(a: ScanAdjoint, program: Program, device: Device, stored: Mapp
         if scan.loops:
             for p in scan.carry:
                 b.reserve_carries(p, "work", b.places)
-            b.every = T.arg(SCALARS[5], T.int32())
+            b.every = T.arg(b.called(SCALARS[5]), T.int32())
         with b.block():
             for d in d_made:
                 b.load(d, b.tensor(d, "in"))
@@ -150,6 +155,7 @@ class _Builder:
         self.name, self.scan, self.program, self.device, self.stored = name, scan, program, device, stored
         self.dims = program.dims
         self.sequence = (*scan.sequence, *incoming)
+        self.called = CudaWords()
         self.tensors: dict[str, Any] = {}
         self.workspaces: dict[str, tuple[str, tuple[Size, ...]]] = {}
         self.pending: tuple[set[str], set[str]] = (set(), set())
@@ -184,21 +190,6 @@ class _Builder:
         if tiles:
             variables[EXCHANGE] = Variable(EXCHANGE, (self.device.warps * tiles * SIDE * SIDE,), "float32", stays=True)
         self.layout: Layout = laid_out(variables.values(), self.device.shared)
-        self.called = self._called(variables, outside)
-
-    def _called(self, names: Iterable[str], outside: set[str]) -> dict[str, str]:
-        """What values in memory are called in the kernel: as in the program, and unlike any tensor of the caller."""
-        given = {_name(p) for p in (*self.scan.fixed, *self.sequence)} | outside
-        given |= {a.leaf.name for a in self.scan.outputs} | set(SCALARS)
-        given |= {f"{n}_{s}" for n in (*given, *names) for s in ("in", "out", "kept", "work")}
-        found: dict[str, str] = {}
-        for name in names:
-            plain = "tiles" if name == EXCHANGE else name.replace(".", "_")
-            while plain in given:
-                plain += "_"
-            given.add(plain)
-            found[name] = plain
-        return found
 
     def _variable(self, name: str, axes: Axes, begin: int | None = None, end: int = 0) -> Variable:
         when = (0, FOREVER) if begin is None else (begin, end)
@@ -224,29 +215,40 @@ class _Builder:
             with T.prim_func(s_tir=True):
                 T.func_name(self.name)
                 T.func_attr({"tirx.noalias": True, "global_symbol": self.name})
-                self.B, self.H, self.T, self.groups, self.places = (tirx.Var(n, "int32") for n in SCALARS[:5])
+                self.B, self.H, self.T, self.groups, self.places = (
+                    tirx.Var(self.called(n), "int32") for n in SCALARS[:5]
+                )
                 self.every: Any = None
                 self.memory = {v.name: self._workspace(v) for v in self.layout.outside}
                 yield
             self.built = ib.get()
 
     def kernel(self) -> CudaKernel:
-        offsets = {self.called[n]: o for n, o in self.layout.offsets.items()}
-        return CudaKernel(self.name, self.built, self.device, offsets, self.layout.size, self.workspaces)
+        layout = self.layout
+        return CudaKernel(
+            self.name,
+            self.built,
+            self.device,
+            dict(layout.offsets),
+            layout.size,
+            self.workspaces,
+            self.called.identities,
+        )
 
     def _buffer(self, name: str, shape: Sequence[Any], dtype: str, strides: Sequence[Any] | None = None) -> Any:
-        handle = T.arg(f"{name}_handle", T.handle())
+        handle = T.arg(f"{self.called(name)}_handle", T.handle())
         settings = {} if strides is None else {"strides": list(strides)}
-        return IRBuilder.name(name, T.match_buffer(handle, tuple(shape), dtype, align=BYTES[dtype], **settings))
+        return IRBuilder.name(
+            self.called(name), T.match_buffer(handle, tuple(shape), dtype, align=BYTES[dtype], **settings)
+        )
 
     def _workspace(self, v: Variable) -> Any:
         """Memory of the caller for what does not fit on the chip: [blocks, ...]."""
-        name = self.called[v.name]
-        self.workspaces[name] = (v.dtype, v.shape)
+        self.workspaces[v.name] = (v.dtype, v.shape)
         shape = [self._expression(n) for n in v.shape]
         if v.name.endswith(half("")):
-            return self._buffer(name, [self.B * self.H * shape[0] * shape[1]], v.dtype)
-        return self._buffer(name, [self.B * self.H, *shape], v.dtype)
+            return self._buffer(v.name, [self.B * self.H * shape[0] * shape[1]], v.dtype)
+        return self._buffer(v.name, [self.B * self.H, *shape], v.dtype)
 
     def _expression(self, n: Size) -> Any:
         if isinstance(n, int):
@@ -267,7 +269,7 @@ class _Builder:
     def _strided(self, p: Expr, suffix: str) -> None:
         name, own = _tensor(p, suffix), self._own(p)
         leading = [self.B, self.H, *([self.T] if p.arg[0].at else [])]
-        strides = [tirx.Var(stride_name(name, i), "int32") for i in range(len(leading))]
+        strides = [tirx.Var(self.called(stride_name(name, i)), "int32") for i in range(len(leading))]
         dtype = self.stored.get(_name(p), self.device.dtype)
         inner = [prod(own[i + 1 :]) for i in range(len(own))]
         self.tensors[name] = self._buffer(name, [*leading, *own], dtype, [*strides, *inner])
@@ -293,15 +295,15 @@ class _Builder:
             T.launch_thread("blockIdx.x", self.B * self.H) as self.number,
             T.launch_thread("threadIdx.x", self.device.threads) as thread,
         ):
-            self.threads = Threads(self.device, self.dims, thread)
+            self.threads = Threads(self.device, self.dims, thread, self.called)
             self.first: Any = 0
             for name, v in self.layout.inside.items():
                 shape = v.shape
                 if name.endswith(half("")):
                     shape = (v.shape[0] * v.shape[1],)  # type: ignore[operator]
-                self.memory[name] = IRBuilder.name(self.called[name], T.alloc_buffer(shape, v.dtype, scope="shared"))
+                self.memory[name] = IRBuilder.name(self.called(name), T.alloc_buffer(shape, v.dtype, scope="shared"))
             batch, head = T.truncdiv(self.number, self.H), T.truncmod(self.number, self.H)
-            self.g = self.threads.named("b", batch)[0], self.threads.named("h", head)[0]
+            self.g = self.threads.named(own("b"), batch)[0], self.threads.named(own("h"), head)[0]
             for p in (*self.scan.fixed, *(() if self.scan.loops else self.sequence)):
                 self.threads.stores[_name(p)] = self.tensor(p, "")
             yield
@@ -346,7 +348,7 @@ class _Builder:
         self._copy(p, source, self.threads.stores[_name(p)], (), (_name(p),))
 
     def save(self, p: Expr, target: Store, kept: str = "") -> None:
-        self._copy(p, self.threads.stores[_name(p)], target, (_name(p),), (f"{_name(p)}.{kept}",) if kept else ())
+        self._copy(p, self.threads.stores[_name(p)], target, (_name(p),), (suffixed(_name(p), kept),) if kept else ())
 
     def _copy(self, p: Expr, source: Store | None, target: Store, reads: Iterable[str], writes: Iterable[str]) -> None:
         self.touch(reads, writes)
@@ -373,8 +375,8 @@ class _Builder:
             self.meet()
 
     def _begin_chunk(self, first: Any, tokens: Any) -> None:
-        self.first = self.threads.named("first", first)[0]
-        self.threads.tokens = self.threads.named("tokens", tokens)[0]
+        self.first = self.threads.named(own("first"), first)[0]
+        self.threads.tokens = self.threads.named(own("tokens"), tokens)[0]
         self.threads.chunk = self.chunk
 
     @contextmanager
@@ -387,8 +389,8 @@ class _Builder:
         self.meet()
         with T.serial(self.groups) as i:
             group = self.groups - 1 - i
-            first = self.threads.named("first_of_group", group * self.every)[0]
-            length = self.threads.named("length", T.min(count - first, self.every))[0]
+            first = self.threads.named(own("first_of_group"), group * self.every)[0]
+            length = self.threads.named(own("length"), T.min(count - first, self.every))[0]
             for p in carry:
                 self.load(p, self.tensor(p, "kept", group))
             self.meet()
@@ -435,7 +437,7 @@ class _Builder:
         (name,) = step.writes if step.source is not None else ("",)
         if step.kind == "stage":
             assert step.source is not None
-            threads.comment(f"{name} = {_name(step.source)}")
+            threads.comment(f"{spelled(name)} = {spelled(_name(step.source))}")
             source, target = threads.stores[_name(step.source)], self._store(name)
             with threads.elements(step.source.axes) as places:
                 here = [places[a] for a in step.source.axes]
@@ -443,7 +445,7 @@ class _Builder:
             threads.stores[_name(step.source)] = target
         elif step.kind == "round":
             assert step.source is not None
-            threads.comment(f"{name} = {self.device.operands}({_name(step.source)})")
+            threads.comment(f"{spelled(name)} = {self.device.operands}({spelled(_name(step.source))})")
             rounded(threads, step.source.axes, threads.stores[_name(step.source)], self._half(name))
         else:
             self._statements(step)
@@ -469,7 +471,7 @@ def _sixteens(n: Size) -> Size:
 
 
 def _tensor(p: Expr, suffix: str) -> str:
-    return f"{_name(p)}_{suffix}" if suffix else _name(p)
+    return suffixed(_name(p), suffix) if suffix else _name(p)
 
 
 def _name(p: Expr) -> str:

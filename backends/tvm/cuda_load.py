@@ -23,6 +23,7 @@ from tttc.backends.tvm.emit import emit, notes, refusals
 from tttc.backends.tvm.load import Stored, TVMScan, _lock, imported_tvm
 from tttc.backends.tvm.tune import toolchain
 from tttc.ir.expr import Expr
+from tttc.ir.names import own, suffixed
 from tttc.ir.program import Program, Scan, cotangent
 
 Arguments = Mapping[str, torch.Tensor | int]
@@ -171,9 +172,12 @@ class CudaScan(TVMScan):
         for name, x in list(arguments.items()):
             if isinstance(x, torch.Tensor):
                 arguments |= {stride_name(name, i): s for i, s in enumerate(x.stride()[:3])}
-        kept = next((x for n, x in arguments.items() if n.endswith("_kept")), None)
-        arguments |= {"_batch": batch, "_heads": heads, "_tokens": tokens, "_places": arguments.get("_every", 1)}
-        arguments["_groups"] = 1 if kept is None else kept.shape[2]
+        kept = next((x for n, x in arguments.items() if n.endswith(suffixed("", "kept"))), None)
+        arguments |= {own("batch"): batch, own("heads"): heads, own("tokens"): tokens}
+        arguments |= {
+            own("places"): arguments.get(own("every"), 1),
+            own("groups"): 1 if kept is None else kept.shape[2],
+        }
         for name, (dtype, shape) in source.workspaces.items():
             sizes = [n if isinstance(n, int) else -(-tokens // 16) * 16 if n == "T16" else tokens for n in shape]
             arguments[name] = like.new_empty(batch * heads, *sizes, dtype=getattr(torch, dtype))
@@ -184,7 +188,7 @@ def forward_names(scan: Scan) -> list[str]:
     """The tensors of a forward kernel, in the order in which `TVMScan.forward` has them."""
     names = [_named(p, "in" if p in scan.carry else "") for p in scan.params]
     names += [*(_named(a.target, "") for a in scan.outputs), *(_named(a.target, "out") for a in scan.updates)]
-    return [*names, *(_named(p, "kept") for p in scan.carry), "_every"] if scan.loops else names
+    return [*names, *(_named(p, "kept") for p in scan.carry), own("every")] if scan.loops else names
 
 
 def backward_names(scan: Scan) -> list[str]:
@@ -194,7 +198,7 @@ def backward_names(scan: Scan) -> list[str]:
     names += [_named(cotangent(a.target), "") for a in scan.outputs]
     names += [_named(cotangent(a.target), "in") for a in scan.updates]
     names += [_named(cotangent(p), "out") for p in scan.params]
-    return [*names, *(_named(p, "work") for p in scan.carry), "_every"] if scan.loops else names
+    return [*names, *(_named(p, "work") for p in scan.carry), own("every")] if scan.loops else names
 
 
 def _sequences(scan: Scan) -> list[str]:
@@ -203,7 +207,7 @@ def _sequences(scan: Scan) -> list[str]:
 
 def _named(p: Expr, suffix: str) -> str:
     name = str(p.arg[0].name)
-    return f"{name}_{suffix}" if suffix else name
+    return suffixed(name, suffix) if suffix else name
 
 
 __all__ = ["CudaBackend", "CudaScan", "CudaSource", "compiled", "launch", "resources", "unavailable"]

@@ -18,16 +18,6 @@ from tttc.backends.tvm.load import LEFT_OUT, SETTINGS, imported_tvm
 # Where the threads meet is written down. This pass looks for more places, and fails if one is in a condition.
 WITHOUT = (*LEFT_OUT, "s_tir.ThreadSync", "tirx.ThreadSync")
 HEADERS = {"nv_bfloat16": "cuda_bf16.h", "half": "cuda_fp16.h", "nvcuda::wmma": "mma.h"}
-# Names that a value may have in Python, but not in CUDA.
-RESERVED = """
-alignas alignof and_eq asm auto bitand bitor block blockDim blockIdx bool case catch char char16_t char32_t char8_t
-co_await co_return co_yield compl concept const const_cast consteval constexpr constinit decltype default delete
-do double dynamic_cast enum expf explicit export extern false float friend goto gridDim half inline int
-logf long max min mutable namespace new noexcept not_eq nvcuda operator or_eq powf private protected public
-register reinterpret_cast requires rsqrtf shared short signed sizeof sqrtf static static_assert static_cast
-struct switch tanhf template this thread threadIdx thread_local throw true typedef typeid typename uint union
-unsigned using virtual void volatile warpSize wchar_t xor xor_eq
-"""
 
 
 def source(kernel: CudaKernel) -> CudaSource:
@@ -40,13 +30,17 @@ def source(kernel: CudaKernel) -> CudaSource:
     text = _placed(text, kernel)
     for change in (_plain_numbers, _plain_names, _commented):
         text = change(text)
-    text = text.replace(f"{kernel.name}_kernel(", f"{kernel.name}(", 1)
     threads, together = kernel.device.threads, _together(kernel)
     text = text.replace(f"__launch_bounds__({threads})", f"__launch_bounds__({threads}, {together})", 1)
     headers = [f"#include <{file}>" for word, file in HEADERS.items() if re.search(rf"\b{word}\b", text)]
     text = "\n".join([*headers, ""] if headers else []) + text
     return CudaSource(
-        kernel.name, text, _parameters(text), kernel.device.threads, kernel.shared, dict(kernel.workspaces)
+        f"{kernel.name}_kernel",
+        text,
+        _parameters(text, kernel),
+        kernel.device.threads,
+        kernel.shared,
+        dict(kernel.workspaces),
     )
 
 
@@ -62,7 +56,9 @@ def _placed(text: str, kernel: CudaKernel) -> str:
 
     def place(found: re.Match[str]) -> str:
         indent, dtype, name = found.groups()
-        return f"{indent}{dtype}* {name} = ({dtype}*)(shared + {kernel.offsets[name.removesuffix('_ptr')]});"
+        return (
+            f"{indent}{dtype}* {name} = ({dtype}*)(shared + {kernel.offsets[kernel.names[name.removesuffix('_ptr')]]});"
+        )
 
     text, n = re.subn(r"^( *)__shared__ alignas\(\d+\) ([\w:]+) (\w+)\[\d+\];", place, text, flags=re.MULTILINE)
     if n:
@@ -94,8 +90,8 @@ def _plain_names(text: str) -> str:
     used = {w for line in lines if "COMMENT" not in line for w in re.findall(r"(?<!\.)\b\w+", line)}
     given: dict[str, str] = {}
     for name in sorted(n for n in used if re.fullmatch(r"\w+_ptr(_\d+)?", n)):
-        plain = name.replace("_ptr", "")
-        if plain not in RESERVED.split() and plain not in used:
+        plain = re.sub(r"_ptr((?:_\d+)?)$", r"\1", name)
+        if plain not in used:
             used.add(plain)
             given[name] = plain
     return re.sub(r"\b\w+_ptr(?:_\d+)?\b", lambda m: given.get(m[0], m[0]), text)
@@ -105,7 +101,7 @@ def _commented(text: str) -> str:
     return re.sub(r'^( *)COMMENT\("(.*)"\);$', r"\1// \2", text, flags=re.MULTILINE)
 
 
-def _parameters(text: str) -> tuple[tuple[str, str], ...]:
+def _parameters(text: str, kernel: CudaKernel) -> tuple[tuple[str, str], ...]:
     """The parameters of the kernel in order: their names as the program has them, and of what they are."""
     found = re.search(r"__launch_bounds__\([\d, ]+\) \w+\((.*?)\)", text, re.DOTALL)
     assert found is not None
@@ -113,7 +109,7 @@ def _parameters(text: str) -> tuple[tuple[str, str], ...]:
     made = []
     for parameter in found.group(1).split(","):
         kind, name = re.sub(r"\b__restrict__\b|\*|\bconst\b", " ", parameter).split()
-        made.append((name.removesuffix("_ptr"), kinds[kind]))
+        made.append((kernel.names[name.removesuffix("_ptr")], kinds[kind]))
     return tuple(made)
 
 

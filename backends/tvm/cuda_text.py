@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 
 from tttc.backends.tvm.machine import BYTES
+from tttc.ir.names import spelled, suffixed
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,27 @@ class CudaSource:
         return CudaSource(**found)
 
 
+class CudaWords:
+    """What variables are called in the text of a kernel: letters of ASCII, and `_` at the end, which no word of CUDA
+    has and none of its functions, nor what TVM and this package have in the text beside.
+    """
+
+    def __init__(self) -> None:
+        self._words: dict[str, str] = {}
+        self.identities: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        if name not in self._words:
+            word = re.sub(r"[^A-Za-z0-9_]", lambda m: f"u{ord(m[0]):x}", spelled(name)) + "_"
+            while word in self.identities:
+                word += "_"
+            self._words[name], self.identities[word] = word, name
+        return self._words[name]
+
+
 def stride_name(tensor: str, axis: int) -> str:
     """What the distance of a tensor's batch elements, heads or tokens is called."""
-    return f"{tensor}_stride_{'bht'[axis]}"
+    return suffixed(tensor, f"stride_{'bht'[axis]}")
 
 
-__all__ = ["CudaSource", "stride_name"]
+__all__ = ["CudaSource", "CudaWords", "stride_name"]

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from tttc.backends.interface import Source
 from tttc.backends.tvm.loops import listing
 from tttc.ir.program import Program
+from tttc.ir.substitution import PAST
 
 
 def refusals(program: Program) -> list[str]:
@@ -14,7 +15,7 @@ def refusals(program: Program) -> list[str]:
     found = []
     if find_spec("tvm") is None:
         found.append("apache-tvm is not installed: pip install 'tttc[tvm]'")
-    if any(a.size == "n" for s in program.scans for p in s.params for a in p.axes):
+    if any(a == PAST for s in program.scans for p in s.params for a in p.axes):
         found.append("the rows of a chunk are found one after the other, each from all before it")
     return found
 

@@ -31,6 +31,7 @@ from tttc.backends.tvm.scratch import LINE, Scratch
 from tttc.backends.tvm.tiles import Emitter
 from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Expr
+from tttc.ir.names import spelled, suffixed
 from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
 
 FETCHED = 1 << 14  # numbers of a chunk that are asked for while the one before is worked on
@@ -60,7 +61,7 @@ def forward_kernel(scan: Scan, program: Program, machine: Machine, stored: Mappi
         for a in scan.outputs:
             b.give(a.target, _name(a.target))
         for p in made:
-            b.give(p, f"{_name(p)}_out")
+            b.give(p, suffixed(_name(p), "out"))
         if scan.loops:
             for p in scan.carry:
                 b.keep(p)
@@ -86,10 +87,10 @@ def _head_by_head(b: _Builder, scan: Scan) -> None:
             b.sequences_done([a.target for a in scan.outputs])
             if not scan.loops:
                 for p in made:
-                    b.save_variable(p, b.buffers[f"{_name(p)}_out"])
+                    b.save_variable(p, b.buffers[suffixed(_name(p), "out")])
         if scan.loops:
             for p in made:
-                b.save_variable(p, b.buffers[f"{_name(p)}_out"])
+                b.save_variable(p, b.buffers[suffixed(_name(p), "out")])
 
 
 def _heads_together(b: _Builder, scan: Scan) -> None:
@@ -97,7 +98,7 @@ def _heads_together(b: _Builder, scan: Scan) -> None:
     the weights of a head stay in the first cache for as many chunks.
     """
     b.together = T.arg("together", T.int32())
-    outs = {p: b.buffers[f"{_name(p)}_out"] for p in scan.carry}
+    outs = {p: b.buffers[suffixed(_name(p), "out")] for p in scan.carry}
     with b.each_group():
         with b.heads():
             for p, out in outs.items():
@@ -126,7 +127,7 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
         for d in (*d_outputs, *d_made):
             b.take(d)
         for p in (*scan.carry, *scan.fixed, *scan.sequence):
-            b.give(cotangent(p), f"{_name(cotangent(p))}_out")
+            b.give(cotangent(p), suffixed(_name(cotangent(p)), "out"))
         if scan.loops:
             for p in scan.carry:
                 b.workspace(p)
@@ -143,15 +144,15 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
             if scan.loops:
                 with b.reversed_chunks(scan):
                     b.run(backward_block(a), (*scan.sequence, *d_outputs), b.first - b.chunk, renamed=True)
-                    b.sequences_done([cotangent(p) for p in scan.sequence], "_out")
+                    b.sequences_done([cotangent(p) for p in scan.sequence], "out")
             else:
                 for p in scan.carry:
                     b.load_variable(p, b.buffers[_name(p)])
                 with b.chunks(False):
                     b.run(backward_block(a), renamed=True)
-                    b.sequences_done([cotangent(p) for p in scan.sequence], "_out")
+                    b.sequences_done([cotangent(p) for p in scan.sequence], "out")
             for d in (*d_carry, *map(cotangent, scan.fixed)):
-                b.save_variable(d, b.buffers[f"{_name(d)}_out"])
+                b.save_variable(d, b.buffers[suffixed(_name(d), "out")])
     return Kernel(b.name, b.built, machine)
 
 
@@ -187,11 +188,11 @@ class _Builder:
     # -- tensors
 
     def _buffer(self, name: str, shape: Sequence[Any], strides: Sequence[Any] | None = None, dtype: str = "") -> None:
-        handle = T.arg(f"{name}_handle", T.handle())
+        handle = T.arg(f"{spelled(name)}_handle", T.handle())
         settings = {} if strides is None else {"strides": list(strides)}
         dtype = dtype or self.machine.dtype
         buffer = T.match_buffer(handle, tuple(shape), dtype, align=BYTES[dtype], **settings)
-        self.buffers[name] = IRBuilder.name(name, buffer)
+        self.buffers[name] = IRBuilder.name(spelled(name), buffer)
 
     def _own(self, p: Expr) -> list[int]:
         return [self.program.dims[a.size] for a in p.axes if a.size != TOKENS]
@@ -213,11 +214,11 @@ class _Builder:
 
     def keep(self, p: Expr) -> None:
         """The carry where groups of chunks begin: [B, H, groups, ...]."""
-        self._buffer(f"{_name(p)}_kept", [self.B, self.H, self.K, *self._own(p)])
+        self._buffer(suffixed(_name(p), "kept"), [self.B, self.H, self.K, *self._own(p)])
 
     def workspace(self, p: Expr) -> None:
         """The carry at each chunk of a group: [B, H, every, ...]."""
-        self._buffer(f"{_name(p)}_work", [self.B, self.H, self.E, *self._own(p)])
+        self._buffer(suffixed(_name(p), "work"), [self.B, self.H, self.E, *self._own(p)])
 
     # -- loops
 
@@ -298,17 +299,23 @@ class _Builder:
             first = group * self.every
             length = T.min(self.count - first, self.every)
             for p in scan.carry:
-                self.copy(p, Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, group)), self.emitter.stores[_name(p)])
+                self.copy(
+                    p, Slice(self.buffers[suffixed(_name(p), "kept")], (*self.g, group)), self.emitter.stores[_name(p)]
+                )
             with T.serial(length) as j:
                 for p in scan.carry:
-                    self.copy(p, self.emitter.stores[_name(p)], Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)))
+                    self.copy(
+                        p, self.emitter.stores[_name(p)], Slice(self.buffers[suffixed(_name(p), "work")], (*self.g, j))
+                    )
                 with T.If(j + 1 < length), T.Then(), self._scope():
                     self._begin_chunk((first + j) * size, tirx.const(size, "int32") if isinstance(size, int) else size)
                     self.run(scan.updates, scan.sequence, self.first + self.chunk)
             with T.serial(length) as back:
                 j = length - 1 - back
                 for p in scan.carry:
-                    self.copy(p, Slice(self.buffers[f"{_name(p)}_work"], (*self.g, j)), self.emitter.stores[_name(p)])
+                    self.copy(
+                        p, Slice(self.buffers[suffixed(_name(p), "work")], (*self.g, j)), self.emitter.stores[_name(p)]
+                    )
                 self._begin_chunk((first + j) * size, T.min(self.T - (first + j) * size, size))
                 yield
 
@@ -359,7 +366,7 @@ class _Builder:
                 self.copy(
                     p,
                     self.emitter.stores[_name(p)],
-                    Slice(self.buffers[f"{_name(p)}_kept"], (*self.g, T.truncdiv(chunk, self.every))),
+                    Slice(self.buffers[suffixed(_name(p), "kept")], (*self.g, T.truncdiv(chunk, self.every))),
                 )
 
     def copy(self, p: Expr, source: Any, target: Any, tokens: Any = None) -> None:
@@ -423,12 +430,12 @@ class _Builder:
             if p.arg[0].at is not None and not self._whole(p):
                 self._copy_tokens(
                     p,
-                    Slice(self.buffers[f"{_name(p)}{suffix}"], self.g),
+                    Slice(self.buffers[suffixed(_name(p), suffix) if suffix else _name(p)], self.g),
                     self.emitter.stores[_name(p)],
                     loading=False,
                 )
             elif p.arg[0].at is None:
-                self.save_variable(p, self.buffers[f"{_name(p)}{suffix}"])
+                self.save_variable(p, self.buffers[suffixed(_name(p), suffix) if suffix else _name(p)])
 
     def _copy_tokens(self, p: Expr, outside: Any, inside: Store, *, loading: bool) -> None:
         sequence = Store(outside.buffer, self.machine, outside.prefix, self.first, self.emitter.tokens)
@@ -442,10 +449,10 @@ class _Builder:
         are fetched meanwhile. What products read often is copied at first: rows at some large distance from each other
         share few places of a cache.
         """
-        suffix = "_out" if renamed else ""
+        suffix = "out" if renamed else ""
         for a in assigns:
             if a.leaf.at is not None:
-                buffer = self.buffers[f"{a.leaf.name}{suffix}"]
+                buffer = self.buffers[suffixed(a.leaf.name, suffix) if suffix else a.leaf.name]
                 if self._whole(a.target):
                     self.emitter.stores[a.leaf.name] = Store(
                         buffer, self.machine, self.g, self.first, self.emitter.tokens

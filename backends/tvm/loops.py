@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from tttc.ir import build as b
 from tttc.ir.adjoint import backward_block
 from tttc.ir.differentiate import lower_composites
-from tttc.ir.expr import Axes, Axis, Expr, leaf, leaves, postorder, rebuild, substitute, transform
-from tttc.ir.program import Assign, Program, Scan
+from tttc.ir.expr import TOKENS, Axes, Axis, Expr, leaf, leaves, postorder, rebuild, substitute, transform
+from tttc.ir.names import Word, marked, own, size_of, spelled, suffixed, worded
+from tttc.ir.program import T_AXIS, Assign, Program, Scan
 from tttc.ir.text import Namer, Printer, core
 
-TOKENS = "C"  # the size of an axis that runs along the tokens of a chunk
 WALKS = ("cumprod", "segprod", "shift", "shift_back", "solve")
 REDUCTIONS = ("sum", "mean", "max")
 _FREE = ("leaf", "const", "size")
@@ -69,8 +69,12 @@ class Statement:
         return next((a for a in self.target.axes[:1] if a.size == TOKENS), None)
 
     def __str__(self) -> str:
-        axes = ", ".join(a.name for a in self.target.axes)
-        return f"{self.kind} {self.name}[{axes}] = {Printer().ordered(self.value, self.value.axes).text}"
+        return self.text(spelled)
+
+    def text(self, word: Word) -> str:
+        axes = ", ".join(word(size_of(a.name)) for a in self.target.axes)
+        value = Printer(word=word).ordered(self.value, self.value.axes).text
+        return f"{self.kind} {word(self.name)}[{axes}] = {value}"
 
 
 def gathered(value: Expr, lane: Axis | None) -> list[Expr]:
@@ -110,8 +114,8 @@ def statements(
     `taken` are names that no stored value may have. Without `turned` a value is read along any of its axes, and no copy
     is made of it.
     """
-    own = {str(e.arg[0].name) for a in assigns for e in leaves([a.value])} | {a.leaf.name for a in assigns}
-    name = Namer({*own, *taken, *program.dims}, program.names)
+    known = {str(e.arg[0].name) for a in assigns for e in leaves([a.value])} | {a.leaf.name for a in assigns}
+    name = Namer(map(spelled, (*known, *taken, *program.dims)), program.names)
     roots = [_plain(r) for r in lower_composites([a.value for a in assigns], leaves(a.value for a in assigns))]
     stored = _stored(roots)
     made: list[Statement] = []
@@ -225,8 +229,8 @@ def _transposed(made: Sequence[Statement]) -> list[Statement]:
             order = [i for i in range(len(axes)) if i != at] + [at]
             variable = str(e.arg[0].name)
             if (variable, at) not in copies:
-                copies[variable, at] = f"{variable}_T"
-                target = leaf(f"{variable}_T", "scratch", tuple(e.axes[i] for i in order))
+                copies[variable, at] = suffixed(variable, "T" if len(axes) == 2 else f"T{at}")
+                target = leaf(copies[variable, at], "scratch", tuple(e.axes[i] for i in order))
                 result.append(Statement(target, e))
             replaced[e] = leaf(copies[variable, at], "scratch", tuple(e.axes[i] for i in order))
         result.append(Statement(s.target, substitute([s.value], replaced)[0]) if replaced else s)
@@ -343,20 +347,20 @@ def listing(program: Program) -> str:
     """Every kernel as the statements that it is made of."""
     lines = [f"# Kernels of the variant `{program.name}`: for each batch element and head, in parallel, ..."]
     for scan in program.scans:
-        chunks = f"for c in chunks(T, {scan.chunk}):" if scan.loops else "once:"
+        chunks = f"for {marked(own('c'))} in chunks(T, {scan.chunk}):" if scan.loops else "once:"
         lines += ["", f"{scan.name}: {chunks}", *_listed(statements(scan.block.assigns, program))]
         if scan.differentiated:
             backwards = chunks.replace("chunks(", "reversed(chunks(").replace("):", ")):")
             made = statements(backward_block(program.adjoint_of(scan)), program)
             lines += ["", f"{scan.name}_adjoint: {backwards}", *_listed(made)]
-    return "\n".join(lines) + "\n"
+    return worded("\n".join(lines) + "\n").text
 
 
 def _listed(made: Iterable[Statement]) -> list[str]:
     lines = []
     for g in grouped(made):
-        lines += ["    for t in c:"] if g.rows else []
-        lines += [f"    {'    ' if g.rows else ''}{s}" for s in g.statements]
+        lines += [f"    for {marked(size_of(T_AXIS.name))} in {marked(own('c'))}:"] if g.rows else []
+        lines += [f"    {'    ' if g.rows else ''}{s.text(marked)}" for s in g.statements]
     return lines
 
 

@@ -17,6 +17,7 @@ from tttc.backends.tvm.device import WARP, Device
 from tttc.backends.tvm.loops import Group, Statement, read, read_often
 from tttc.backends.tvm.sums import accumulated
 from tttc.ir.expr import Axes, Axis, Expr
+from tttc.ir.names import suffixed
 
 SLOTS = 8  # numbers of a row that each thread of a warp holds in registers
 
@@ -58,12 +59,12 @@ class MatrixProduct(NamedTuple):
 
 
 def half(name: str) -> str:
-    """The rounded copy of a value, by a name that no declaration can give."""
-    return f"{name}.half"
+    """The rounded copy of a value."""
+    return suffixed(name, "half")
 
 
 def staged(name: str) -> str:
-    return f"{name}.chunk"
+    return suffixed(name, "chunk")
 
 
 def stepped(groups: Iterable[Group], sequences: Collection[str], device: Device, dims: Mapping[str, int]) -> Steps:

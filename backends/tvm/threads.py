@@ -28,6 +28,8 @@ from tttc.backends.tvm.sums import Sum, accumulated
 from tttc.backends.tvm.tiles import Emitter
 from tttc.backends.tvm.walks import WALKS
 from tttc.ir.expr import Axes, Axis, Expr
+from tttc.ir.names import Word, own, suffixed
+from tttc.ir.ops import is_upper
 
 TILES = ((8, 4), (4, 4), (2, 4), (2, 2), (1, 2), (1, 1))  # rows and columns of a thread's accumulators
 
@@ -35,9 +37,9 @@ TILES = ((8, 4), (4, 4), (2, 4), (2, 2), (1, 2), (1, 1))  # rows and columns of 
 class Threads(Emitter):
     """Writes what the threads of a block do into the function that is being built."""
 
-    def __init__(self, device: Device, dims: Mapping[str, int], thread: Any) -> None:
+    def __init__(self, device: Device, dims: Mapping[str, int], thread: Any, called: Word) -> None:
         super().__init__(device, dims, tirx.const(1, "int32"), 1)
-        self.device = device
+        self.device, self.called = device, called
         self.numbers = self.vectors = DeviceFunctions(device.dtype, 1, self.held)
         self.thread = thread
         self.warp, self.lane = T.truncdiv(thread, WARP), T.truncmod(thread, WARP)
@@ -46,7 +48,7 @@ class Threads(Emitter):
 
     def held(self, x: Any) -> Any:
         """A value in a register of its own."""
-        return self.named("r", x)[0]
+        return self.named(own("r"), x)[0]
 
     def named(self, name: str, x: Any) -> Any:
         """A variable of one thread, which begins as this value."""
@@ -56,7 +58,7 @@ class Threads(Emitter):
 
     def local(self, name: str, n: int, dtype: str | None = None) -> Any:
         """Registers of one thread."""
-        return IRBuilder.name(name, T.alloc_buffer((n,), dtype or self.device.dtype, scope="local"))
+        return IRBuilder.name(self.called(name), T.alloc_buffer((n,), dtype or self.device.dtype, scope="local"))
 
     def key(self, kind: str) -> tuple[str, int]:
         """A key of a place that no other has."""
@@ -203,7 +205,7 @@ class Threads(Emitter):
     def _total(self, s: Statement, places: Places, across: Axis | None) -> Any:
         """All entries along the summed axes; with `across` by a warp, every thread of which has the result."""
         join, over = self._joined(s.value.op), s.value.arg
-        held = self.local("total", 1)
+        held = self.local(own("total"), 1)
         T.buffer_store(held, self.numbers.const(-3e38 if s.value.op == "max" else 0.0), [0])
         with self.loops([a for a in over if a != across], places) as inside, ExitStack() as stack:
             here = inside if across is None else {**inside, across: stack.enter_context(self.along(across))}
@@ -256,7 +258,7 @@ class Threads(Emitter):
         `whole` it never is.
         """
         n = self.extent(axis)
-        held = self.named(f"{axis.name}_at", index)[0]
+        held = self.named(suffixed(axis.name, "at"), index)[0]
         if whole:
             return Place(held, self.key("tile")), None
         return Place(T.min(held, self._int(n) - 1), self.key("tile")), held < n
@@ -266,7 +268,7 @@ class Threads(Emitter):
     ) -> None:
         held = {}
         for e, total in sums.items():
-            held[e] = self.local(f"{s.name}_sum", len(tile))
+            held[e] = self.local(suffixed(s.name, "sum"), len(tile))
             for m in range(len(tile)):
                 T.buffer_store(held[e], self.numbers.const(0.0), [m])
             for sign, p in total.products:
@@ -310,12 +312,12 @@ class Threads(Emitter):
         """x[t] = right[t] - sum over s < t of matrix[t, s] * x[s], and from the last token back where it is upper."""
         known, unknown = s.value.arg
         matrix, right = s.value.src
-        upper = ("t", "r", "s").index(known.name) > ("t", "r", "s").index(unknown.name)
+        upper = is_upper(s.value)
         others = tuple(a for a in s.target.axes if a != unknown)
         with self.elements(others) as places, T.serial(self.tokens) as i:
             t = self.tokens - 1 - i if upper else i
             row = Place(t, self.key("token"))
-            held = self.named("solved", Point(self, {**places, known: row}).value(right).it)
+            held = self.named(own("solved"), Point(self, {**places, known: row}).value(right).it)
             with T.serial(t + 1, self.tokens) if upper else T.serial(t) as j:
                 inner = Point(self, {**places, known: row, unknown: Place(j, self.key("solved"))})
                 found = self.stores[s.name].load([inner.places[a] for a in s.target.axes])

@@ -24,6 +24,7 @@ from tttc.backends.tvm.scratch import Scratch
 from tttc.backends.tvm.sums import triangle
 from tttc.backends.tvm.walks import WALKS
 from tttc.ir.expr import Axes, Axis, leaves
+from tttc.ir.names import spelled
 
 
 class Emitter:
@@ -76,7 +77,7 @@ class Emitter:
         assert self.scratch is not None
         block = self.scratch.block
         buffer = T.decl_buffer(tuple(shape), self.machine.dtype, data=block.data, elem_offset=offset)
-        IRBuilder.name(name, buffer)
+        IRBuilder.name(spelled(name), buffer)
         return Store(buffer, self.machine, rows=rows, offset=offset)
 
     def release(self, names: Iterable[str]) -> None:
@@ -99,7 +100,7 @@ class Emitter:
         """Run it, in a function of its own: for one that holds a whole chunk, LLVM takes twice as long."""
         self._reserve(group)
         outside = dict(self.stores)
-        with T.attr(tirx.const(0, "int32"), "compute_scope", f"chunk_{group.statements[-1].name}"):
+        with T.attr(tirx.const(0, "int32"), "compute_scope", f"chunk_{spelled(group.statements[-1].name)}"):
             for e in leaves(x for s in group.statements for x in (s.value, s.target)):
                 self._declare_again(str(e.arg[0].name))
             self._reserve_rows(group)

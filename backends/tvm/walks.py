@@ -14,6 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from tttc.backends.tvm.loops import Statement
 from tttc.backends.tvm.points import LOCAL, Place, Places, Point
 from tttc.ir.expr import Axis, Expr
+from tttc.ir.ops import is_upper
 
 if TYPE_CHECKING:
     from tttc.backends.tvm.tiles import Emitter
@@ -89,8 +90,8 @@ def _solve(e: Emitter, s: Statement) -> None:
 
     Some rows at a time: first what all of them get from the rows before, then what each gets from those among them.
     """
-    known, unknown = s.value.arg
-    upper = ("t", "r", "s").index(known.name) > ("t", "r", "s").index(unknown.name)
+    _, unknown = s.value.arg
+    upper = is_upper(s.value)
     others = [a for a in s.target.axes if a != unknown]
     with T.serial(T.truncdiv(e.tokens + (ROWS - 1), ROWS)) as i:
         done = i * ROWS

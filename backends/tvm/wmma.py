@@ -22,6 +22,7 @@ from tttc.backends.tvm.steps import MatrixProduct, Operand
 from tttc.backends.tvm.sums import accumulated
 from tttc.backends.tvm.threads import Threads, shorter, split
 from tttc.ir.expr import Axes, Expr
+from tttc.ir.names import own
 
 SIDE = 16
 SPREAD = 8  # numbers by which a row is longer than its matrix: rows then begin in different banks
@@ -84,9 +85,9 @@ def multiplied(
     row, column = s.target.axes
     down, across = (sixteens(threads.capacity(a)) for a in (row, column))
     sums, tiles = accumulated(s.value), tiles_of(products)
-    own = threads.warp * (len(tiles) * SIDE * SIDE)
+    mine = threads.warp * (len(tiles) * SIDE * SIDE)
     with threads.each(down * across, warps=True) as number:
-        i, j = (threads.named(n, x)[0] for n, x in zip("ij", split(number, [down, across]), strict=True))
+        i, j = (threads.named(own(n), x)[0] for n, x in zip("ij", split(number, [down, across]), strict=True))
         for n, (_, _, chosen) in enumerate(tiles):
             total = _fragment("total", "float32", "accumulator")
             T.evaluate(T.tvm_fill_fragment(total.data, SIDE, SIDE, SIDE, 0, T.float32(0.0)))
@@ -95,7 +96,7 @@ def multiplied(
                     left = _loaded("matrix_a", halves[p.left.name], p.left, i, k)
                     right = _loaded("matrix_b", halves[p.right.name], p.right, k, j)
                     T.evaluate(T.tvm_mma_sync(total.data, 0, left.data, 0, right.data, 0, total.data, 0))
-            to = exchange.access_ptr("w", offset=own + n * SIDE * SIDE)
+            to = exchange.access_ptr("w", offset=mine + n * SIDE * SIDE)
             T.evaluate(T.tvm_store_matrix_sync(total.data, SIDE, SIDE, SIDE, 0, to, SIDE, "row_major"))
         threads.meet_in_warp()
         with T.serial(SIDE * SIDE // WARP) as m:
@@ -105,7 +106,7 @@ def multiplied(
             with threads.only_if(T.And(inside, inside_too)):
                 found: dict[Expr, Any] = {}
                 for n, (e, sign, _) in enumerate(tiles):
-                    value = exchange[own + n * SIDE * SIDE + at]
+                    value = exchange[mine + n * SIDE * SIDE + at]
                     if sign > 0:
                         found[e] = value
                     else:

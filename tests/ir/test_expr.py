@@ -13,6 +13,7 @@ from tttc.ir import build as b
 from tttc.ir.differentiate import lower_composites, vjp
 from tttc.ir.expr import OPS, Axis, const, leaf, leaves, postorder, substitute, transform
 from tttc.ir.linearity import dependence
+from tttc.ir.program import S_AXIS, T_AXIS
 from tttc.ir.rewrite import rewrite
 from tttc.ir.simplify import RULES, simplify
 
@@ -143,7 +144,7 @@ def test_postorder_puts_operands_first_and_each_node_once():
 
 
 def test_types_follow_from_the_operands():
-    W, t, s = leaf("W", "state", (D, E)), Axis("t", "C"), Axis("s", "C")
+    W, t, s = leaf("W", "state", (D, E)), T_AXIS, S_AXIS
     k = leaf("k", "token", (t, D), "c")
     assert b.contract((k, W), (D,)).axes == (t, E)
     assert b.contract((k, b.rename(k, {t: s})), (D,)).axes == (t, s)

@@ -21,6 +21,7 @@ from tttc.ir.expr import OPS, Axis, Expr, const, leaf, leaves
 from tttc.ir.formulas import adopt
 from tttc.ir.interpret import evaluate_function
 from tttc.ir.linearity import Dependence, dependence
+from tttc.ir.names import own
 from tttc.ir.ops import align, evaluate
 from tttc.ir.program import Assign, Block, Function, Program
 from tttc.ir.scalars import NUMPY_NAMES, SCALARS, Formula
@@ -28,7 +29,7 @@ from tttc.ir.text import program_text
 
 SIZES = {"D": 3, "E": 4, "P": 5}
 D, E = Axis("D", "D"), Axis("E", "E")
-T, S = Axis("t", "P"), Axis("s", "P")  # token axes, with a size that does not depend on a chunk
+T, S = (Axis(own(name), "P") for name in "ts")  # token axes, with a size that does not depend on a chunk
 DIFFERENTIATED = [name for name, op in OPS.items() if op.adjoint is not None or op.lower is not None]
 
 

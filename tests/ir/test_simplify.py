@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tttc.ir import build as b
-from tttc.ir.expr import Axis, Expr, const, leaf, postorder
+from tttc.ir.expr import TOKENS, Axis, Expr, const, leaf, postorder
 from tttc.ir.ops import align, evaluate
+from tttc.ir.program import S_AXIS, T_AXIS
 from tttc.ir.rewrite import rewrite
 from tttc.ir.simplify import FINISHING, RULES, simplify
 
-D, E, F, T, S = (Axis(*n) for n in (("D", "D"), ("E", "E"), ("F", "F"), ("t", "C"), ("s", "C")))
+D, E, F = (Axis(n, n) for n in "DEF")
+T, S = T_AXIS, S_AXIS
 x, y, z = (leaf(n, "token", (D,)) for n in "xyz")
 v = leaf("v", "token", (E,))
 M, N = leaf("M", "state", (D, E)), leaf("N", "state", (D, E))
@@ -149,7 +151,7 @@ EXAMPLES: dict[str, list[Expr]] = {
 def value(e: Expr, axes, seed: int) -> np.ndarray:
     """The value of an expression on random arrays, with sizes of their own for each seed."""
     generator = np.random.default_rng(seed)
-    by_dim = {d: int(n) for d, n in zip("CDEF", generator.integers(1, 6, 4), strict=True)}
+    by_dim = {d: int(n) for d, n in zip((TOKENS, "D", "E", "F"), generator.integers(1, 6, 4), strict=True)}
     known = {}
     for node in sorted((n for n in postorder([e]) if n.op == "leaf"), key=lambda n: (n.arg[0].name, n.axes)):
         own = np.random.default_rng([seed, *node.arg[0].name.encode()])

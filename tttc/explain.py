@@ -178,7 +178,7 @@ def _operation(e: Expr, names: Mapping[Expr, str]) -> str:
     """An operation with its operands by the names of the listing, and its own name where it has one."""
     others = {value: name for value, name in names.items() if value is not e}
     text = textwrap.shorten(Printer(names=others)(e), 60, placeholder=" ...")
-    return f"{names[e]} = {text}" if e in names else text
+    return f"{spelled(names[e])} = {text}" if e in names else text
 
 
 def _gradient_names(layer: Layer) -> dict[Expr, str]:

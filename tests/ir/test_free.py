@@ -15,6 +15,7 @@ from tttc.ir.adjoint import adjoint_function, scan_adjoint
 from tttc.ir.expr import Axis, Expr, leaf, leaves, postorder
 from tttc.ir.free import free_axis
 from tttc.ir.interpret import evaluate_function
+from tttc.ir.names import own, prefixed, suffixed
 from tttc.ir.program import T_AXIS, Assign, Function, Program, Scan, cotangent
 
 D, D1 = Axis("D", "D"), Axis("D1", "D")
@@ -52,13 +53,13 @@ def test_columns_of_a_matrix_that_is_only_read_from_the_left(name):
     """Of q and k the same dim is the other axis of the weights, which is summed over."""
     (scan,) = loops_of(name)
     found = free_axis(scan)
-    assert (found.size, found.strip) == ("D", "D_strip")
-    assert found.slots == {"W": 1, "v": 1, "z": 1}
+    assert (found.size, found.strip) == ("D", suffixed("D", "strip"))
+    assert found.slots == {"W": 1, "v": 1, own("z"): 1}
 
 
 def test_what_is_carried_beside_the_weights_is_cut_too():
     (scan,) = loops_of("MomentumDeltaNet")
-    assert free_axis(scan).slots == {"M_W": 1, "W": 1, "v": 1, "z": 1}
+    assert free_axis(scan).slots == {prefixed("M", "W"): 1, "W": 1, "v": 1, own("z"): 1}
 
 
 @pytest.mark.parametrize("name", COUPLED)
@@ -145,7 +146,7 @@ def inputs_of(scan: Scan, dims: dict[str, int], tokens: int) -> dict[str, np.nda
 def test_a_strip_of_the_scan_is_that_strip_of_its_results(name):
     """And of its adjoint, where the cotangents of what all strips read are added up."""
     (scan,) = loops_of(name)
-    dims, free = {"D": 4, "D_strip": 2}, free_axis(scan)
+    dims, free = {"D": 4, suffixed("D", "strip"): 2}, free_axis(scan)
     given, slots = inputs_of(scan, dims, 7), free.slots
     wanted, back = results_of(scan, dims, given)
     found = []

@@ -38,9 +38,14 @@ def distinct_factors(gradients: Mapping[str, tuple[Term, ...]]) -> list[Expr]:
     return list(dict.fromkeys(f for terms in gradients.values() for t in terms for f in t.factors))
 
 
+def row_name(i: int) -> str:
+    """The sequence of the i-th factor."""
+    return prefixed("row", own(str(i)))
+
+
 def row(i: int, f: Expr, axis: Axis) -> Expr:
     """The i-th factor at the tokens of the chunk."""
-    return Expr("leaf", (), (Leaf(prefixed("row", own(str(i))), "token", "c"), (axis, *f.axes)))
+    return Expr("leaf", (), (Leaf(row_name(i), "token", "c"), (axis, *f.axes)))
 
 
 def is_row(e: Expr) -> bool:

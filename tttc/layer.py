@@ -19,7 +19,7 @@ from tttc.explain import explain
 from tttc.ir.expr import TOKENS
 from tttc.ir.names import spelled
 from tttc.ir.program import EACH
-from tttc.ir.substitution import PAST
+from tttc.ir.substitution import NOW, PAST, row_name
 from tttc.ir.update import memories, openings
 from tttc.operators import Operator, operator, untraced
 from tttc.packing import Arguments, packed, ungrouped
@@ -296,9 +296,9 @@ class Layer:
             eye = torch.eye(stop - now, dtype=self.compute_dtype, device=self.device)
             like = next(iter(weights.values()))
             past = {n: like.new_zeros(*like.shape[:2], stop - now, *shape) for n, shape in self._past.items()}
-            values = weights | memory | part | made | past | {"now": eye.expand(*like.shape[:2], -1, -1)}
+            values = weights | memory | part | made | past | {NOW.arg[0].name: eye.expand(*like.shape[:2], -1, -1)}
             *rows, _ = self._outputs(f"{self._name}_rows", call, values, now, stop)
-            named = {f"row_{i}": x for i, x in enumerate(rows[: len(self._past)])}
+            named = {row_name(i): x for i, x in enumerate(rows[: len(self._past)])}
             z, new = self._scan(self._name, call, values | named, now, stop)
             weights, memory = _updated(weights, new), _updated(memory, new)
             assert z is not None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tttc.errors import PassChangedMeaning
-from tttc.ir.expr import TOKENS, Axis, Expr, leaves, postorder
+from tttc.ir.expr import Axis, Expr, leaves, postorder
 from tttc.ir.interpret import interpret
 from tttc.ir.names import differentiated, prefixed, spelled
 from tttc.ir.ops import align, evaluate

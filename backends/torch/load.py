@@ -153,4 +153,6 @@ def load(
         for name in (f"{s.name}{end}" for s in program.scans for end in ("_step", "_step_saving", "_step_adjoint")):
             if (word := source.wording.called.get(function(name))) is not None:
                 setattr(module, word, steps(getattr(module, word)))
-    return {scan.name: TorchScan(scan, module, source.wording.called, program, steps is not None) for scan in program.scans}
+    return {
+        scan.name: TorchScan(scan, module, source.wording.called, program, steps is not None) for scan in program.scans
+    }

@@ -2,6 +2,9 @@ PYTHON ?= python3
 # Which extras to install, for instance EXTRAS=dev,all.
 EXTRAS ?= dev
 
+# Options of the soak, which lists them with SOAK=--help.
+SOAK ?= --jobs 2
+
 VENV  := .venv
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -9,7 +12,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 TORCH := $(shell grep -E '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all soak lint bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +25,9 @@ test: $(STAMP) ## Run the tests, but for the slow ones
 
 test-all: $(STAMP) ## Run all the tests
 	$(BIN)/python -m pytest -q -n 2
+
+soak: $(STAMP) ## Draw declarations without end and compare them with the definition: make soak SOAK="--seconds 600"
+	$(BIN)/python -m tests.soak $(SOAK)
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -59,18 +59,18 @@ def _statements(body: tuple[Statement, ...], scope: set[str], where: str, forbid
 def _block(block: Block, scope: set[str], where: str, forbidden: frozenset[str]) -> None:
     for e in postorder(a.value for a in block.assigns):
         if e.op in forbidden:
-            raise MalformedProgram(f"{where}: {e.op!r} must not occur after this stage, in {e!r}")
+            raise MalformedProgram(f"{where}: {e.op!r} must not occur after this stage, in {_shown(e)}")
         axes = OPS[e.op].infer(e.src, e.arg)
         if axes != e.axes:
-            raise MalformedProgram(f"{where}: {e!r} has axes {e.axes}, its type rule gives {axes}")
+            raise MalformedProgram(f"{where}: {_shown(e)} has axes {e.axes}, its type rule gives {axes}")
         if len(set(e.axes)) != len(e.axes):
-            raise MalformedProgram(f"{where}: an axis occurs twice in {e!r}")
+            raise MalformedProgram(f"{where}: an axis occurs twice in {_shown(e)}")
         _leaf(e, scope, where)
     for a in block.assigns:
         if set(a.value.axes) != set(a.target.axes):
             raise MalformedProgram(
                 f"{where}: {a.leaf.name} has axes {_names(a.target)} "
-                f"but is assigned {a.value!r} with axes {_names(a.value)}"
+                f"but is assigned {_shown(a.value)} with axes {_names(a.value)}"
             )
         if a.leaf.at is not None and a.leaf.name not in scope:
             raise MalformedProgram(f"{where}: {a.leaf.name} is stored into before it is allocated")
@@ -90,3 +90,10 @@ def _leaf(e: Expr, scope: set[str], where: str) -> None:
 
 def _names(e: Expr) -> str:
     return "[" + ", ".join(a.name for a in e.axes) + "]"
+
+
+def _shown(e: Expr, depth: int = 4) -> str:
+    """An expression down to a few operations: its whole text repeats what it shares, and may have no end."""
+    if not e.src:
+        return repr(e)
+    return f"{e.op}({', '.join(_shown(s, depth - 1) for s in e.src) if depth else '...'})"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.helpers import poisoned
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -47,21 +49,9 @@ def nothing_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh tensors hold NaN, so that a value which is never written cannot look right by chance."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def poisoned(*arguments: object, **settings: object) -> torch.Tensor:
-        made = allocate(*arguments, **settings)
-        if made.is_floating_point() and not made.is_meta:
-            with torch.no_grad():
-                made.fill_(float("nan"))
-        return made
-
-    return poisoned
+def poisoned_memory() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 @pytest.fixture

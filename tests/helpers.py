@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -124,3 +126,23 @@ def differences(
     return "\n".join(
         f"{name}: {error:.1e} > {allowed:.0e}" for name, (error, allowed) in errors.items() if not error <= allowed
     )
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, fresh tensors hold NaN, so that a value which is never written cannot look right by chance."""
+    with ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, _poisoned(getattr(owner, name))))
+        yield
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocated(*arguments: object, **settings: object) -> torch.Tensor:
+        made = allocate(*arguments, **settings)
+        if made.is_floating_point() and not made.is_meta:
+            with torch.no_grad():
+                made.fill_(float("nan"))
+        return made
+
+    return allocated

@@ -437,6 +437,14 @@ def test_all_problems_are_reported_at_once():
         assert word in text
 
 
+def test_the_file_of_a_class_is_parsed_for_a_problem_only(monkeypatch):
+    """That takes ten times as long as tracing a small class."""
+    monkeypatch.setattr("tttc.variant.class_line", lambda variant: 1 / 0)
+    assert not tttc.check(LinearAttention)
+    with pytest.raises(ZeroDivisionError):
+        tttc.check(LinearAttention.replace(read="sometimes"))
+
+
 def test_a_shape_error_names_the_line_and_both_shapes():
     text = message(ShapesInLearner)
     assert "return tttc.tanh(h) + x" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,11 +20,12 @@ from tests.helpers import LIBRARY, MINI_BATCHES, READS, VARIANTS, compiled, dims
 from tttc.backends.garbage import uncollected
 from tttc.errors import PassChangedMeaning
 from tttc.ir import build as b
+from tttc.ir.expr import Axis, Expr, leaf
 from tttc.ir.interpret import interpret
 from tttc.ir.names import own, spelled
 from tttc.ir.program import Assign, Block, For, cotangent
 from tttc.ir.update import openings
-from tttc.ir.verify import MalformedProgram
+from tttc.ir.verify import MalformedProgram, verify
 from tttc.meaning import random_arguments
 from tttc.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
 
@@ -397,6 +399,23 @@ def test_a_pass_that_makes_nonsense_is_named_without_being_asked(monkeypatch):
     with_stage(monkeypatch, "dualize", without_allocation)
     with pytest.raises(MalformedProgram, match="stage 'dualize'"):
         tttc.compile(VARIANTS["TTTLinear"], {"D": 3}, torch.float64)
+
+
+def test_what_is_malformed_is_shown_down_to_a_few_operations():
+    """The text of a value that is shared sixty times over is longer than any memory."""
+    deep = leaf("k", "token")
+    for _ in range(60):
+        deep = Expr("add", (deep, deep), None)
+
+    def assigning(program):
+        whole = program.functions[0]
+        wrong = Block((Assign(leaf("x", "sum", (Axis("d", "D"),)), deep),))
+        return replace(program, functions=(replace(whole, params=(*whole.params, leaf("k", "token")), body=(wrong,)),))
+
+    program = tttc.compile(VARIANTS["TTTLinear"], {"D": 3}, torch.float64).stages["declare"].program
+    with pytest.raises(MalformedProgram, match=re.escape("x has axes [d] but is assigned add(add(")) as caught:
+        verify(assigning(program))
+    assert len(str(caught.value)) < 1000
 
 
 def without_allocation(program):

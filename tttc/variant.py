@@ -290,24 +290,27 @@ def _rates(update: SGD) -> list[tuple[str, Rate]]:
 
 def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -> list[Problem]:
     problems = []
-    where = class_line(variant)
     if not states:
         problems.append(
-            Problem("no fast weight is declared.", 'Declare at least one: W = tttc.state("D", "D").', where)
+            Problem(
+                "no fast weight is declared.", 'Declare at least one: W = tttc.state("D", "D").', class_line(variant)
+            )
         )
     b, update = variant.mini_batch, variant.update
     if not (b == "all" if isinstance(b, str) else (whole(b) or 0) >= 1):
-        problems.append(Problem(f"mini_batch is {b!r}.", 'It must be a positive int or "all".', where))
+        problems.append(Problem(f"mini_batch is {b!r}.", 'It must be a positive int or "all".', class_line(variant)))
     if variant.read not in READS:
-        problems.append(Problem(f"read is {variant.read!r}.", f"It must be one of {', '.join(READS)}.", where))
+        problems.append(
+            Problem(f"read is {variant.read!r}.", f"It must be one of {', '.join(READS)}.", class_line(variant))
+        )
     if variant.anchor not in ANCHORS:
         remedy = (
             'It must be "mini_batch" (gradients at the weights that the mini-batch started from) or "token" '
             "(at the weights that the token before left)."
         )
-        problems.append(Problem(f"anchor is {variant.anchor!r}.", remedy, where))
+        problems.append(Problem(f"anchor is {variant.anchor!r}.", remedy, class_line(variant)))
     if (whole(variant.steps) or 0) < 1:
-        problems.append(Problem(f"steps is {variant.steps!r}.", "It must be a positive int.", where))
+        problems.append(Problem(f"steps is {variant.steps!r}.", "It must be a positive int.", class_line(variant)))
     if isinstance(update, NoChunkForm):
         problems.append(
             Problem(f"{update.name} has no exact chunked form: {update.reason}.", update.instead, update.where, True)
@@ -324,7 +327,11 @@ def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -
         )
     elif not isinstance(update, SGD):
         problems.append(
-            Problem(f"update is {update!r}.", 'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).', where)
+            Problem(
+                f"update is {update!r}.",
+                'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).',
+                class_line(variant),
+            )
         )
     return problems
 
@@ -547,7 +554,7 @@ def is_dim(name: Any) -> bool:
 
 
 def class_line(variant: type[Variant]) -> SourceLine | None:
-    """Where a class is written, if that is known."""
+    """Where a class is written, if that is known. Its whole file is parsed for it: asked only for a problem."""
     import inspect
 
     try:

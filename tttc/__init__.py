@@ -125,5 +125,5 @@ def __getattr__(name: str) -> NoReturn:
 
     from tttc.suggest import instead
 
-    said = "" if name.startswith("_") else f" {instead(name)}"
+    said = "" if name.startswith("_") else f" {instead(name, __all__)}"
     raise AttributeError(f"tttc has no `{name}`.{said}", name=name, obj=sys.modules[__name__])

@@ -104,8 +104,10 @@ def compile(
         raise ShapeError(f'dims is {dims!r}; it must be a dict of sizes, such as {{"D": 64}}')
     if isinstance(variant, type) and issubclass(variant, NonParametric):
         return compile_attention(variant, dims, dtype, device)
+    if config is not None and not isinstance(config, Mapping):
+        raise ShapeError(f"config is {config!r}; it must be a dict of settings of the backend's kernels")
     declared = checked_signature(variant, dims)
-    sizes = _checked_dims(declared, dims)
+    sizes = checked_dims(declared, dims)
     if dtype not in DTYPES:
         raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     if backend not in ("auto", *BACKENDS):
@@ -120,9 +122,8 @@ def compile(
         raise ShapeError(f'decode is {decode!r}; it must be "auto", "sums" or "rows"')
     try:
         place = torch.device(device)
-    except (RuntimeError, TypeError) as reason:
-        said = str(reason).splitlines()[0]
-        raise DeclarationError(f'device is {device!r}; it is "cpu", "cuda" or a torch.device: {said}') from None
+    except (RuntimeError, TypeError):
+        raise DeclarationError(f'device is {device!r}; it is "cpu", "cuda" or a torch.device') from None
     candidates, asked = _candidates(backend, place)
     refused: list[str] = []
     for taken in candidates:  # the last one runs, or is refused
@@ -162,7 +163,7 @@ def program_for(variant: type[Variant], dims: Mapping[str, int], backend: str) -
     """The program that a backend is given to make kernels for a GPU that need not be there; float32, untuned."""
     declared = checked_signature(variant, dims)
     preferred = None if backend == "tvm" else BACKENDS[backend].chunk  # it prefers a chunk for the caches of a CPU
-    options = Options(_checked_dims(declared, dims), preferred=preferred)
+    options = Options(checked_dims(declared, dims), preferred=preferred)
     return run_pipeline(declared, options).program
 
 
@@ -211,7 +212,8 @@ def _refused(backend: str, reasons: list[str]) -> BackendRefusal:
     return BackendRefusal(f'backend {backend!r} cannot run this program:\n{listed}\n  Use backend="torch" or "auto".')
 
 
-def _checked_dims(declared: Signature, dims: Mapping[str, int]) -> dict[str, int]:
+def checked_dims(declared: Signature, dims: Mapping[str, int]) -> dict[str, int]:
+    """The size of every dim that the declaration names; raises `ShapeError` where one is missing or none."""
     missing = [d for d in declared.dims if d not in dims]
     if missing:
         users = {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from tttc.errors import Problem, ShapeError, SourceLine, TTTCError, refusal
 from tttc.functions import Leaves, Produce, Repeated, declared_leaves, run_twice, traced_functions
 from tttc.ir import build as b
 from tttc.ir.differentiate import NoGradient, differentiate
-from tttc.ir.expr import Expr, const, leaf, leaves
+from tttc.ir.expr import Expr, const, leaf, leaves, postorder
 from tttc.ir.names import own, prefixed
 from tttc.ir.primal import token_loop
 from tttc.ir.program import T_AXIS, Assign, Block, EndStage, Function, Program, Update, end_leaf
@@ -52,11 +53,19 @@ def _line_of(declared: Signature, node: Expr) -> SourceLine | None:
         return None
     moved: dict[Expr, Expr] = {}
     simplify([traced.output.expr, traced.loss.expr], moved=moved)
-    for made, place in traced.places.items():
-        became = moved.get(made, made)
-        if node in (became, *over_chunk([became], T_AXIS, {})):
-            return place.line
-    return next((place.line for made, place in traced.places.items() if made.op == node.op), None)
+    became = {made: moved.get(made, made) for made in traced.places}
+
+    def lines(found: Callable[[Expr, Expr], bool]) -> Iterator[SourceLine]:
+        return (place.line for made, place in traced.places.items() if found(made, became[made]))
+
+    def is_it(made: Expr, simple: Expr) -> bool:
+        return node in (simple, *over_chunk([simple], T_AXIS, {}))
+
+    def holds_it(made: Expr, simple: Expr) -> bool:  # the first that does is the innermost
+        return node in (*postorder([simple]), *postorder(over_chunk([simple], T_AXIS, {})))
+
+    found = (lines(is_it), lines(holds_it), lines(lambda made, simple: made.op == node.op))
+    return next(chain.from_iterable(found), None)
 
 
 def checked_signature(variant: type[Variant], dims: Mapping[str, int] | None = None) -> Signature:

@@ -10,6 +10,10 @@ from tttc.errors import DeclarationError, users_line
 class Declared:
     """A state, param, token or gate, as it stands in the class body."""
 
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.removesuffix("Spec").lower()
+
     def _no_value(self, *others: Any) -> NoReturn:
         raise no_value(self)
 
@@ -28,7 +32,7 @@ class Declared:
 
 def no_value(spec: Any) -> DeclarationError:
     """The error of an operation on what is only declared."""
-    kind = type(spec).__name__.removesuffix("Spec").lower()
+    kind = spec.kind if isinstance(spec, Declared) else "value"
     line = users_line()
     place = f"\n{line.shown()}" if line else ""
     remedy = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from tttc.errors import DeclarationError, Place, Problem, SourceLine, TTTCError, raised_at
@@ -107,9 +108,11 @@ def _run(
         problems.append(_unknown_attribute(declared, name, error))
     except Exception as error:  # the user's own code may raise anything; say where
         what = f"in {name}: {type(error).__name__}: {error}"
-        remedy = "The function must run on traced values: only operations of tttc on them."
-        problems.append(Problem(what, remedy, raised_at(error)))
+        problems.append(Problem(what, _ONLY_OPERATIONS, raised_at(error)))
     return None
+
+
+_ONLY_OPERATIONS = "The function must run on traced values: only operations of tttc on them."
 
 
 def _unknown_attribute(declared: Signature, name: str, error: AttributeError) -> Problem:
@@ -117,7 +120,8 @@ def _unknown_attribute(declared: Signature, name: str, error: AttributeError) ->
     missing = str(error.name)
     if not isinstance(error.obj, Variant):
         what = f"in {name}: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}."
-        return Problem(what, instead(missing), raised_at(error))
+        remedy = instead(missing) if isinstance(error.obj, ModuleType) else _ONLY_OPERATIONS
+        return Problem(what, remedy, raised_at(error))
     known = [*declared.states, *declared.params, *declared.attributes]
     known += [n for n in declared.tokens if n not in ("q", "k", "v")]
     near = difflib.get_close_matches(missing, known, 1, 0.0)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tttc.backends.memory import autocast
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
+from tttc.number import whole
 from tttc.shared import shared
 from tttc.state import register_tree
 from tttc.values import initial_value
@@ -122,6 +123,8 @@ class TTT(nn.Module):
         if not (isinstance(variant, type) and issubclass(variant, Variant)):
             raise DeclarationError(f"tttc.nn.TTT needs a subclass of tttc.Variant, got {variant!r}.")
         declared = signature(variant)
+        hidden_size, num_heads = (x if (n := whole(x)) is None else n for x in (hidden_size, num_heads))
+        dims = {d: size if (n := whole(size)) is None else n for d, size in (dims or {}).items()}
         self.variant = variant
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -457,6 +460,10 @@ def _sizes(
     conv_kernel: int | None,
 ) -> dict[str, int]:
     """The size of each dim that the declaration mentions; `ShapeError` lists everything that does not fit."""
+    asked = {"hidden_size": hidden_size, "num_heads": num_heads, **dims}
+    bad = [f"{n} is {size!r}" for n, size in asked.items() if whole(size) is None or int(size) < 1]
+    if bad:
+        raise ShapeError(problems_text(declared.name, [Problem(f"{', '.join(bad)}.", "A size is a positive int.")]))
     if hidden_size < 1 or num_heads < 1 or hidden_size % num_heads:
         near = [n for n in range(1, max(hidden_size, 0) + 1) if hidden_size % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - num_heads))[:4])

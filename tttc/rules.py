@@ -11,14 +11,15 @@ linear may happen where a mini-batch ends: `at_end` stages, which are functions 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import tttc.operations as ops
-from tttc.errors import ShapeError, SourceLine
-from tttc.number import number
+from tttc.errors import DeclarationError, ShapeError, SourceLine, users_line
+from tttc.number import number, whole
 
 Rate = Any  # a gate, a number, or a param without axes
 Rates = Rate | Mapping[str, Rate]
@@ -143,6 +144,7 @@ def _plain(rates: Any) -> Any:
 
 def at_end(function: Callable[..., Any], on: str = "update", **settings: Any) -> AtEnd:
     """A stage of the user's own, written in operations of tttc: `tttc.at_end(lambda U: tttc.tanh(U))`; see `AtEnd`."""
+    _checked("at_end(function)", function, callable(function), "It is a function of what the mini-batch adds.")
     return AtEnd(function, on, label=getattr(function, "__name__", "at_end"), where=_declared_at(), **settings)
 
 
@@ -157,6 +159,8 @@ def muon(
     `coefficients` is a table of (a, b, c), one row per step (the last row repeats); by default that of
     arXiv:2505.23884. Matrices only: name them with `states` where the learner has vectors too.
     """
+    steps = _checked("muon(steps=)", steps, (whole(steps) or 0) >= 1, "It is a positive int.")
+    eps = _positive("muon(eps=)", eps)
     table = tuple(coefficients or MUON_COEFFICIENTS)
     rows = [table[min(i, len(table) - 1)] for i in range(steps)]
 
@@ -180,6 +184,7 @@ def muon(
 
 def weight_norm(axis: int = 0, eps: float = 1e-5, states: Iterable[str] | None = None) -> AtEnd:
     """Give the vectors of W along `axis` the norms that they began with: W / (|W| + eps) * |W_0| (arXiv:2505.23884)."""
+    axis = _checked("weight_norm(axis=)", axis, whole(axis) is not None, "It is the number of an axis.")
 
     def norms(W: Any) -> Any:
         return ops.sqrt(ops.sum(W * W, axis=axis) + _TINY)
@@ -194,6 +199,8 @@ def weight_norm(axis: int = 0, eps: float = 1e-5, states: Iterable[str] | None =
 
 def clip_norm(max: float, scope: str = "state", states: Iterable[str] | None = None) -> AtEnd:
     """Scale the update down to the Frobenius norm `max`: that of each state, or with scope="all" of all together."""
+    max = _positive("clip_norm(max)", max)
+    scope = _checked("clip_norm(scope=)", scope, scope in ("state", "all"), 'It is "state" or "all".')
 
     def shrunk(U: Any, square: Any) -> Any:
         # max / sqrt(max**2 + relu(square - max**2)) is min(1, max / norm), with a derivative at 0
@@ -221,6 +228,7 @@ def clip_norm(max: float, scope: str = "state", states: Iterable[str] | None = N
 
 def soft_clip(axis: int = 0, states: Iterable[str] | None = None) -> AtEnd:
     """U / (|U| + 1), the norm taken along `axis` (arXiv:2512.01643)."""
+    axis = _checked("soft_clip(axis=)", axis, whole(axis) is not None, "It is the number of an axis.")
 
     def clipped(U: Any) -> Any:
         return ops.along(U, ops.div(1.0, ops.sqrt(ops.sum(U * U, axis=axis) + _TINY) + 1.0), axis=axis)
@@ -230,6 +238,7 @@ def soft_clip(axis: int = 0, states: Iterable[str] | None = None) -> AtEnd:
 
 def power_norm(q: float = 4.0, states: Iterable[str] | None = None) -> AtEnd:
     """The weights are A / |A|_q^(q - 2) of an accumulator A that the rule updates (arXiv:2504.13173)."""
+    q = _positive("power_norm(q)", q)
 
     def normalised(A: Any) -> Any:
         return A * ops.sum(ops.abs(A) ** q) ** ((2.0 - q) / q)
@@ -265,6 +274,20 @@ def sign_sgd(*arguments: Any, **settings: Any) -> NoChunkForm:
         "Take the sign of the mini-batch's update where it ends: tttc.sgd(lr=..., at_end=tttc.at_end(tttc.sign)).",
         _declared_at(),
     )
+
+
+def _checked(name: str, value: Any, good: bool, remedy: str) -> Any:
+    """A setting of a stage, as Python has it; raises where it is not what it must be."""
+    if not good:
+        line = users_line()
+        place = f"\n{line.shown()}" if line else ""
+        raise DeclarationError(f"{name} is {value!r}.{place}\n  {remedy}")
+    return value if (n := number(value)) is None else n
+
+
+def _positive(name: str, value: Any) -> Any:
+    n = number(value)
+    return _checked(name, value, n is not None and 0 < n < math.inf, "It is a positive number.")
 
 
 def _names(states: Iterable[str] | None) -> tuple[str, ...] | None:

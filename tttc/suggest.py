@@ -48,8 +48,8 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
     return found[0] if found else None
 
 
-def instead(name: str) -> str:
-    """What to write for an operation of this name, from wherever it is."""
+def instead(name: str, among: Iterable[str] = ()) -> str:
+    """What to write for an operation of this name, from wherever it is; `among` are further names that there are."""
     from tttc.ir.formulas import function_names
 
     known = operations()
@@ -59,5 +59,5 @@ def instead(name: str) -> str:
         return f"Write {SPELLED[name]}."
     if name in function_names():
         return f'Write tttc.elementwise(sympy.{name}(x))(...), with x = sympy.Symbol("x").'
-    close = near(name, known)
-    return f"Is it tttc.{close}? {OWN}" if close else OWN
+    close = near(name, [*known, *among])
+    return f"Is it tttc.{close}? {OWN}" if close in known else f"Is it tttc.{close}?" if close else OWN

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tttc.errors import DeclarationError, Problem, ShapeError
-from tttc.number import number
-from tttc.rules import ROLES, SGD
+from tttc.number import number, whole
+from tttc.rules import ROLES, SGD, AtEnd, NoChunkForm
 from tttc.suggest import near
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ def declaration_class(variant: Any) -> None:
 
 def short(value: Any) -> str:
     """A value in a message: on one line, and not at any length; of an object its class alone."""
+    from tttc.declared import Declared
+
+    if isinstance(value, Declared):
+        return f"a {value.kind}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -79,12 +83,26 @@ def _misspelt(variant: type[Variant]) -> list[Problem]:
         for name, value in vars(c).items():
             if name.startswith("__") or isinstance(value, Declared):
                 continue
-            meant = METHODS if inspect.isroutine(value) else SETTINGS
-            found = [m for m in meant if m not in vars(c) and name not in (*SETTINGS, *METHODS) and _one_slip(name, m)]
+            if name in (*SETTINGS, *METHODS):
+                continue
+            found = [m for m in (*SETTINGS, *METHODS) if m not in vars(c) and _one_slip(name, m) and _fits(m, value)]
             if found:
                 what = f"`{name}` is no setting, and nothing reads it."
                 problems.append(Problem(what, f"Is it `{found[0]}`? Otherwise call it something else.", class_line(c)))
     return problems
+
+
+def _fits(setting: str, value: Any) -> bool:
+    """Whether a value is of the kind that a setting takes: `head = 3` is no `read`."""
+    from tttc.variant import ANCHORS, READS
+
+    if setting in METHODS:
+        return inspect.isroutine(value)
+    if setting == "update":
+        return isinstance(value, SGD | AtEnd | NoChunkForm)
+    if setting in ("read", "anchor"):
+        return isinstance(value, str) and near(value, READS if setting == "read" else ANCHORS) is not None
+    return whole(value) is not None or (setting == "mini_batch" and isinstance(value, str))
 
 
 def _one_slip(name: str, known: str) -> bool:
@@ -109,7 +127,10 @@ def _rate_problems(update: Any) -> list[Problem]:
     problems = []
     for role in (*ROLES, "clip"):
         given = getattr(update, role)
-        for rate in given.values() if isinstance(given, Mapping) else [given]:
+        rates = list(given.values()) if isinstance(given, Mapping) else [given]
+        if role == "lr" and any(r is None for r in rates):
+            problems.append(Problem("lr is None.", "It is a gate, a number or a param without axes.", update.where))
+        for rate in rates:
             n = number(rate)
             if n is not None and not math.isfinite(n):
                 problems.append(Problem(f"{role} is {n}.", "A rate is a finite number.", update.where))
@@ -150,8 +171,12 @@ def initial_value(variant: str, name: str, init: Any, shape: tuple[int, ...], ge
 
     if not callable(init):
         return torch.full(shape, float(init), dtype=torch.float64)
-    found = init(shape, generator)
     said = f"variant `{variant}`: the init of `{name}` returned"
+    try:
+        found = init(shape, generator)
+    except Exception as error:  # the user's own function may raise anything
+        what = f"variant `{variant}`: the init of `{name}` raised {type(error).__name__}: {error}"
+        raise DeclarationError(f"{what}\n  {_INIT}.") from error
     if not isinstance(found, torch.Tensor):
         raise DeclarationError(f"{said} {short(found)}.\n  {_INIT}.")
     if tuple(found.shape) != tuple(shape):

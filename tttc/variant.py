@@ -132,6 +132,9 @@ def gate(
     `by="position"`, max(1 / i + learned_i, 0) for the i-th token of a mini-batch (arXiv:2407.04620). `activation` is
     one of sigmoid, softplus, tanh, exp, none; `scale` a number or an expression of the dims such as "1/D".
     """
+    if not isinstance(name, str):
+        line = _declared_at()
+        raise DeclarationError(f'the name of a gate is {short(name)}.\n{line.shown()}\n  Write tttc.gate("lr").')
     return GateSpec(name, per, axis, activation, scale, by, _declared_at())
 
 
@@ -328,7 +331,7 @@ def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -
     elif not isinstance(update, SGD):
         problems.append(
             Problem(
-                f"update is {update!r}.",
+                f"update is {short(update)}.",
                 'It must be made by tttc.sgd: tttc.sgd(lr=tttc.gate("lr")).',
                 class_line(variant),
             )
@@ -343,12 +346,13 @@ def _rule_problems(variant: type[Variant], update: SGD, states: Mapping[str, Sta
     def refuse(what: str, remedy: str) -> None:
         problems.append(Problem(what, remedy, update.where))
 
+    steps = whole(variant.steps) or 1
     online, inside = variant.anchor == "token", variant.read in ("after", "before")
     if (update.nesterov or update.ema) and update.momentum is None:
         refuse(f"{'nesterov' if update.nesterov else 'ema'} is set, but there is no momentum.", "Give momentum=.")
     if update.nesterov and update.ema:
         refuse("nesterov and ema are both set.", "They are two forms of momentum: choose one.")
-    single = variant.mini_batch == 1 and variant.steps == 1
+    single = variant.mini_batch == 1 and steps == 1
     if update.decay_first and (update.decay is None or not (online or single)):
         refuse(
             "decay_first says that an online gradient is taken at the decayed weights, "
@@ -360,19 +364,19 @@ def _rule_problems(variant: type[Variant], update: SGD, states: Mapping[str, Sta
             'read_scale scales what a mini-batch adds, but anchor="token" takes each gradient at the token before.',
             'Fold it into lr, or set anchor = "mini_batch".',
         )
-    if update.average is not None and (update.read_scale is not None or variant.steps > 1 or update.at_end):
+    if update.average is not None and (update.read_scale is not None or steps > 1 or update.at_end):
         refuse(
             "average is combined with read_scale, steps or at_end.",
             "An averaged reading takes the rule as it is, once per token: leave the others out.",
         )
-    if variant.steps > 1 and (online or inside):
+    if steps > 1 and (online or inside):
         refuse(
-            f'steps is {variant.steps}, with read="{variant.read}" and anchor="{variant.anchor}".',
+            f'steps is {steps}, with read="{variant.read}" and anchor="{variant.anchor}".',
             'Several steps are taken on a whole mini-batch: set read = "end" or "start", anchor = "mini_batch".',
         )
-    if variant.steps > 1 and (update.momentum is not None or any(s.on == "view" for s in update.at_end)):
+    if steps > 1 and (update.momentum is not None or any(s.on == "view" for s in update.at_end)):
         refuse(
-            f"steps is {variant.steps}, and the rule carries more than weights from step to step.",
+            f"steps is {steps}, and the rule carries more than weights from step to step.",
             "Leave momentum and views out, or set steps = 1.",
         )
     if update.average is not None and variant.read == "start":
@@ -401,7 +405,7 @@ def _stage_problems(variant: type[Variant], update: SGD, states: Mapping[str, St
     viewed: set[str] = set()
     for stage in update.at_end:
         if not isinstance(stage, AtEnd):
-            return [Problem(f"at_end holds {stage!r}.", "Use tttc.muon, tttc.at_end(function), ...", update.where)]
+            return [Problem(f"at_end holds {short(stage)}.", "Use tttc.muon, tttc.at_end(function), ...", update.where)]
         where = stage.where or update.where
         unknown = [n for n in stage.states or () if n not in states]
         if unknown:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tttc.api import compile
+from tttc.api import checked_dims, compile
 from tttc.reference import reference
 from tttc.variant import GateSpec, ParamSpec, Signature, Variant, signature
 
@@ -90,7 +90,7 @@ def verify(
     them: "torch" at once, "tvm" after some seconds in which its kernels are compiled.
     """
     declared = signature(variant)
-    sizes = default_dims(declared, 8) | dict(dims or {})
+    sizes = checked_dims(declared, default_dims(declared, 8) | dict(dims or {}))
     inputs = random_inputs(declared, sizes, batch, tokens, heads, seed)
     layer = compile(variant, sizes, torch.float64, backend=backend, chunk=chunk, checkpoint=checkpoint)
     z, final = layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())

@@ -19,13 +19,17 @@ def laid_out(of: Sequence[Expr], tensors: Sequence[torch.Tensor]) -> list[torch.
 
 
 def dense_from(axis: int, x: torch.Tensor) -> torch.Tensor:
-    """The tensor, or where its axes from `axis` on are not dense a copy of it."""
+    """The tensor, or where its axes from `axis` on are not dense a copy of it. An axis of one entry may lie at any
+    distance for torch, which then calls it dense, and not for a kernel: it is given the distance that it would have.
+    """
     expected, shape, strides = 1, x.shape, x.stride()
+    wanted = list(strides)
     for i in range(len(shape) - 1, axis - 1, -1):
         if shape[i] != 1 and strides[i] != expected:
-            return x.detach().contiguous()
+            return x.detach().contiguous() if x.numel() else x.new_empty(shape)
+        wanted[i] = expected
         expected *= shape[i]
-    return x
+    return x if wanted == list(strides) else x.detach().as_strided(shape, wanted)
 
 
 def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

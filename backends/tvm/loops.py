@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from tttc.ir import build as b
 from tttc.ir.adjoint import backward_block
@@ -56,8 +57,22 @@ class Statement:
         return any(e.op == "contract" for e in postorder([self.value]))
 
     @property
+    def along(self) -> Axis | None:
+        """The token axis of the result along which a walk goes."""
+        match self.value.op:
+            case "cumprod" | "shift_back":
+                return cast(Axis, self.value.arg)
+            case "segprod" | "shift":
+                return cast(Axis, self.value.arg[0])
+            case "solve":
+                return cast(Axis, self.value.arg[1])
+        return None
+
+    @property
     def lane(self) -> Axis | None:
         """The axis along which the fewest values have to be gathered: the last of the result, or one summed over."""
+        if self.kind == "walk":
+            return next((a for a in reversed(self.target.axes) if a != self.along), None)
         candidates = list(self.target.axes[-1:])
         if self.kind == "row":
             candidates += list(reversed(self.value.arg))
@@ -122,7 +137,7 @@ def statements(
     stand_in: dict[Expr, Expr] = {}
     for e in postorder(roots):
         src = tuple(stand_in[x] for x in e.src)
-        new = b.rename(src[0], dict(e.arg)) if e.op == "rename" else rebuild(e, src)
+        new = _renamed(src[0], dict(e.arg)) if e.op == "rename" else rebuild(e, src)
         if e in stored:
             made.append(Statement(leaf(name(e), "scratch", e.axes), new))
             new = made[-1].target
@@ -131,6 +146,30 @@ def statements(
     made += [Statement(a.target, v) for a, v in pairs if a.leaf.at is not None]
     made += _new_values([(a.target, v) for a, v in pairs if a.leaf.at is None], name)
     return _transposed(made) if turned else made
+
+
+def _renamed(e: Expr, to: Mapping[Axis, Axis]) -> Expr:
+    """The same value under other names of axes, which the leaves below it take: one variable that is read along two
+    ways is two leaves.
+    """
+    to = {old: new for old, new in to.items() if old in e.axes and old != new}
+    if not to or e.op in ("leaf", "rename"):
+        return b.rename(e, to)
+    assert e.op not in ("contract", *REDUCTIONS, *WALKS), e.op  # these are stored: what is renamed is a leaf
+    match e.op:
+        case "mask":
+            rows, columns, strict = e.arg
+            arg: Any = (to.get(rows, rows), to.get(columns, columns), strict)
+        case "put_last":
+            arg = to.get(e.arg, e.arg)
+        case "broadcast":
+            arg = tuple(to.get(a, a) for a in e.arg)
+        case "last":  # its token has an axis inside alone, whose name must stay one of its own
+            arg = b.fresh(e.arg, (*to.values(), *e.src[0].axes))
+            to = {**to, e.arg: arg}
+        case _:
+            arg = e.arg
+    return Expr(e.op, tuple(_renamed(x, to) for x in e.src), arg)
 
 
 def _plain(root: Expr) -> Expr:
@@ -191,10 +230,10 @@ def _fused(e: Expr, users: Mapping[Expr, list[Expr]], stored: set[Expr], roots: 
     """Whether a product ends in registers: on the way to what is stored, it stays where it is."""
     node = e
     while node not in stored and node not in roots:
-        (user,) = users[node]
-        if user.op not in _CHEAP or set(user.axes) != set(e.axes):
+        found = users[node]
+        if len(found) > 1 or found[0].op not in _CHEAP or set(found[0].axes) != set(e.axes):
             return False
-        node = user
+        (node,) = found
     return True
 
 
@@ -222,17 +261,15 @@ def _transposed(made: Sequence[Statement]) -> list[Statement]:
     copies: dict[tuple[str, int], str] = {}
     for s in made:
         replaced = {}
-        lane = s.lane
-        for e in gathered(s.value, lane) if lane is not None and s.kind in ("tile", "row") else ():
-            axes = next(axes for x, axes in read(s.value) if x is e)
-            at = axes.index(lane)
-            order = [i for i in range(len(axes)) if i != at] + [at]
+        for e in gathered(s.value, s.lane) if s.lane is not None and s.kind != "turn" else ():
+            at = e.axes.index(s.lane)
+            order = [i for i in range(len(e.axes)) if i != at] + [at]
             variable = str(e.arg[0].name)
+            axes = tuple(e.axes[i] for i in order)
             if (variable, at) not in copies:
                 copies[variable, at] = suffixed(variable, "T" if len(axes) == 2 else f"T{at}")
-                target = leaf(copies[variable, at], "scratch", tuple(e.axes[i] for i in order))
-                result.append(Statement(target, e))
-            replaced[e] = leaf(copies[variable, at], "scratch", tuple(e.axes[i] for i in order))
+                result.append(Statement(leaf(copies[variable, at], "scratch", axes), e))
+            replaced[e] = leaf(copies[variable, at], "scratch", axes)
         result.append(Statement(s.target, substitute([s.value], replaced)[0]) if replaced else s)
     return result
 
@@ -304,6 +341,18 @@ def read_often(name: str, group: Group) -> bool:
     )
 
 
+def by_vectors(name: str, group: Group) -> bool:
+    """Whether the group meets a row [t, D] only as whole vectors of it, one after the other: never one number of it,
+    and in no loop whose passes have no number.
+    """
+    return all(
+        axes[-1] == s.lane and (s.kind == "tile" or s.lane not in s.value.arg or len(s.value.arg) == 1)
+        for s in group.statements
+        for e, axes in (*read(s.value), (s.target, s.target.axes))
+        if e.arg[0].name == name
+    )
+
+
 def _ready(waiting: Sequence[Statement]) -> list[Statement]:
     """The first statement, and where it goes by rows all later ones that can join it."""
     first = waiting[0]
@@ -368,6 +417,7 @@ __all__ = [
     "TOKENS",
     "Group",
     "Statement",
+    "by_vectors",
     "grouped",
     "heads_together",
     "listing",

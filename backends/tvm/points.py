@@ -71,6 +71,7 @@ class Store:
         return self.first is not None
 
     def _at(self, places: Sequence[Place]) -> list[Any]:
+        assert not any(p.lanes for p in places[:-1]), "vectors lie along the last axis"
         indices = [p.index for p in places[self.rows :]]
         if self.first is not None and indices:
             indices[0] = indices[0] + self.first
@@ -98,10 +99,12 @@ class Store:
 
 
 class Registers(Store):
-    """A row that is a few vectors: the index of its last axis says which."""
+    """A row that is a few vectors: the place of its last axis says which."""
 
     def _at(self, places: Sequence[Place]) -> list[Any]:
-        return [places[-1].key[-1]]
+        index = places[-1].index
+        assert places[-1].lanes and isinstance(index, int), "registers have numbers, and no single lane is read"
+        return [index // self.machine.lanes]
 
     def load(self, places: Sequence[Place]) -> Value:
         return Value(self.buffer[tuple(self._at(places))], True)

@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from tttc.backends.tvm.loops import TOKENS, Group, Statement
+from tttc.backends.tvm.loops import TOKENS, Group, Statement, by_vectors
 from tttc.backends.tvm.machine import HIGHEST, Machine
 from tttc.backends.tvm.ops import Functions
 from tttc.backends.tvm.points import LOCAL, Place, Places, Point, Registers, Store
@@ -131,12 +131,13 @@ class Emitter:
                 self.reserve(s.name, s.target.axes)
 
     def _reserve_rows(self, group: Group) -> None:
-        """For a row of what is not: registers, where it is short."""
+        """For a row of what is not: registers, where it is short, and nothing asks for a single number of it."""
         for s in group.statements:
             if s.name in self.stores:
                 continue
             width = self.blocks(s.target.axes[-1]) if len(s.target.axes) == 2 else 0
-            if len(s.target.axes) == 2 and isinstance(width, int) and width <= self.machine.config.unrolled:
+            short = isinstance(width, int) and 0 < width <= self.machine.config.unrolled
+            if short and by_vectors(s.name, group):
                 buffer = T.alloc_buffer((width,), self.machine.vector, scope="local", annotations=LOCAL)
                 self.stores[s.name] = Registers(buffer, self.machine)
             elif len(s.target.axes) == 1:
@@ -199,11 +200,8 @@ class Emitter:
             body([self._block(j) for j in range(n - n % wide, n)])
 
     def _block(self, j: Any) -> Place:
-        return (
-            Place(j * self.machine.lanes, ("block", j if isinstance(j, int) else id(j)), lanes=True)
-            if not isinstance(j, int)
-            else Place(j * self.machine.lanes, ("block", j), lanes=True)
-        )
+        """One vector, by its number, which may be that of a pass of a loop."""
+        return Place(j * self.machine.lanes, ("block", j if isinstance(j, int) else id(j)), lanes=True)
 
     # -- elementwise and products
 

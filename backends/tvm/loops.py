@@ -211,13 +211,14 @@ def _stored(roots: Sequence[Expr]) -> set[Expr]:
         """Who reads the value, looking through renamings."""
         return [r for u in users.get(e, ()) for r in (readers(u) if u.op == "rename" else [u])]
 
-    found: set[Expr] = {core(r) for r in roots if roots.count(r) > 1}
+    ends = [core(r) for r in roots]
+    found: set[Expr] = {e for e in ends if ends.count(e) > 1}
     for e in order:
         if e.op in (*REDUCTIONS, *WALKS):
             found.add(e)
         if e.op in (*WALKS, "contract"):
             found |= {core(x) for x in e.src}
-        if e.axes and len(readers(e)) + roots.count(e) > 1:
+        if e.axes and len(readers(e)) + ends.count(e) > 1:
             found.add(core(e))
     found = {e for e in found if e.op not in (*_FREE, "rename")}
     for e in order:

@@ -103,7 +103,8 @@ class Registers(Store):
 
     def _at(self, places: Sequence[Place]) -> list[Any]:
         index = places[-1].index
-        assert places[-1].lanes and isinstance(index, int), "registers have numbers, and no single lane is read"
+        assert places[-1].lanes, "no single number of a register is read"
+        assert isinstance(index, int), "registers have numbers"
         return [index // self.machine.lanes]
 
     def load(self, places: Sequence[Place]) -> Value:

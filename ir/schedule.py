@@ -79,6 +79,8 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
     update = program.update
     assert update is not None
     b_ = update.mini_batch
+    if program.telemetry and isinstance(b_, int):
+        chunk = b_  # of each mini-batch, also where its boundaries change nothing else
     found = gradient_class(program)
     if found.sequential and update.read == "end" and b_ != 1:
         raise NoExactForm(

@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 from tests.test_random_variants import outcomes
 from tttc import api
-from tttc.errors import BackendRefusal, ShapeError
+from tttc.errors import BackendRefusal, FallbackWarning, ShapeError
 from tttc.library import GatedDeltaNet, LinearAttention, MomentumDeltaNet, TTTLinear
 from tttc.verify import random_inputs, relative_error
 
@@ -299,7 +299,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
     with pytest.raises(BackendRefusal, match="it runs on a CPU or an NVIDIA GPU, not on mps"):
         tttc.compile(TTTLinear, {"D": 4}, device="mps", backend="tvm")
     with pytest.raises(BackendRefusal, match="found one after the other"):
-        tttc.compile(VARIANTS["TTTMLP"].replace(mini_batch=1), {"D": 4, "F": 8}, backend="tvm")
+        tttc.compile(VARIANTS["TTTMLP"].replace(mini_batch=1), {"D": 4, "F": 8}, backend="tvm", chunk=8)
 
 
 def test_auto_is_native_where_it_can_be(monkeypatch):
@@ -308,12 +308,14 @@ def test_auto_is_native_where_it_can_be(monkeypatch):
     assert layer.backend == "tvm"
     assert "tvm: native kernels for this CPU" in layer.explain()
     assert not any(s._compiled for s in layer._scans.values())  # at its first call, not before
-    online = tttc.compile(VARIANTS["TTTMLP"].replace(mini_batch=1), {"D": 4, "F": 8})
-    assert online.backend == "torch"
-    assert "not tvm: the rows of a chunk are found one after the other" in online.why
-    assert tttc.compile(LinearAttention, {"D": 4}, device="cuda").backend == "torch"
-    monkeypatch.setattr(api, "find_spec", lambda name: None)
-    assert tttc.compile(LinearAttention, {"D": 4}).backend == "torch"
+    online = VARIANTS["TTTMLP"].replace(mini_batch=1)
+    assert tttc.compile(online, {"D": 4, "F": 8}).backend == "tvm"  # token by token
+    with pytest.warns(FallbackWarning):
+        rows = tttc.compile(online, {"D": 4, "F": 8}, chunk=8)
+    assert rows.backend == "torch"
+    assert "not tvm: the rows of a chunk are found one after the other" in rows.why
+    with pytest.warns(FallbackWarning, match="not triton: torch finds no GPU"):
+        assert tttc.compile(LinearAttention, {"D": 4}, device="cuda").backend == "torch"
 
 
 def test_auto_is_what_the_environment_names(monkeypatch):

@@ -11,7 +11,7 @@ from tttc.api import compile
 from tttc.attention import NonParametric, SoftmaxAttention
 from tttc.compile import PIPELINE
 from tttc.declare import check
-from tttc.errors import TTTCError
+from tttc.errors import FallbackWarning, TTTCError
 from tttc.layer import Layer, State
 from tttc.operations import (
     abs,
@@ -62,6 +62,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PIPELINE",
+    "FallbackWarning",
     "Layer",
     "NonParametric",
     "SoftmaxAttention",

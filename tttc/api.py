@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import overload
 
 import torch
@@ -19,6 +18,7 @@ from tttc.backends.tvm.cuda_load import CudaBackend, unavailable
 from tttc.compile import Entry, Options, run_pipeline
 from tttc.declare import checked_signature
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
+from tttc.fallback import warn_of_fallback
 from tttc.ir.program import Program
 from tttc.layer import Layer
 from tttc.number import whole
@@ -81,7 +81,8 @@ def compile(
         device: where the tensors of a call are.
         backend: "torch", which runs everywhere; "tvm", native kernels for a CPU or an NVIDIA GPU (pip install
             'tttc[tvm]'), compiled when first called and kept on disk; "triton", fused kernels for a GPU; or "auto":
-            "tvm" on a CPU and "triton" on a GPU where they can run the program, otherwise "torch".
+            "tvm" on a CPU and "triton" on a GPU where they can run the program, if need be at another chunk, otherwise
+            "torch".
         chunk: tokens per step where the mathematics leaves it free; never changes a result.
         checkpoint: chunks between two states kept for the backward, which recomputes the others; "auto" is about the
             square root of their number, None (or 0) keeps every value and recomputes nothing.
@@ -94,6 +95,9 @@ def compile(
             `state.telemetry["loss_before"]` and `["loss_after"]` (summed over its tokens, at the weights that it
             began and ended with), `["gradient_norm"]` and `["update_norm"]` (over all states), each
             [B, H, mini-batches].
+
+    Warns:
+        FallbackWarning: once for each declaration, of a native backend that "auto" did not take, and why.
 
     Raises:
         DeclarationError: with every problem of the declaration.
@@ -125,8 +129,12 @@ def compile(
     except (RuntimeError, TypeError):
         raise DeclarationError(f'device is {device!r}; it is "cpu", "cuda" or a torch.device') from None
     candidates, asked = _candidates(backend, place)
-    refused: list[str] = []
+    refused: dict[str, str] = {}
+    absent: dict[str, str] = {}
     for taken in candidates:  # the last one runs, or is refused
+        if not asked and (gone := _missing(taken)):
+            absent[taken] = gone[0]
+            continue
         chosen = _backend(taken, place, dtype)
         lookup = Lookup(taken, chosen, place, dtype, chunk, checkpoint, config)
         numbers = "f64" if dtype == torch.float64 else "f32"
@@ -134,10 +142,12 @@ def compile(
         reasons = [*_misplaced(taken, place), *chosen.refusals(stages.program)]
         if not reasons:
             break
-        refused += [f"not {taken}: {reasons[0]}"]
+        refused[taken] = reasons[0]
     if reasons:
         raise _refused(taken, reasons)
-    why = "; ".join([f"{taken}: {asked or REASONS[taken]}", *refused, *chosen.notes(stages.program)])
+    warn_of_fallback(declared, taken, refused, absent)
+    declined = [f"not {name}: {reason}" for name, reason in (absent | refused).items()]
+    why = "; ".join([f"{taken}: {asked or REASONS[taken]}", *declined, *chosen.notes(stages.program)])
     began = time.perf_counter()
     source = chosen.emit(stages.program)
     scans = chosen.load(source, stages.program, _checked_config(lookup, taken, chosen, stages.program))
@@ -162,7 +172,8 @@ def compile(
 def program_for(variant: type[Variant], dims: Mapping[str, int], backend: str) -> Program:
     """The program that a backend is given to make kernels for a GPU that need not be there; float32, untuned."""
     declared = checked_signature(variant, dims)
-    preferred = None if backend == "tvm" else BACKENDS[backend].chunk  # it prefers a chunk for the caches of a CPU
+    # tvm's own preference is for the caches of a CPU
+    preferred = tvm_backend.only_chunk if backend == "tvm" else BACKENDS[backend].chunk
     options = Options(checked_dims(declared, dims), preferred=preferred)
     return run_pipeline(declared, options).program
 
@@ -179,8 +190,13 @@ def _candidates(backend: str, device: torch.device) -> tuple[list[str], str]:
         raise _refused(named, [f"TTTC_BACKEND names no backend; there are auto, {', '.join(BACKENDS)}"])
     if named != "auto":
         return [named], "TTTC_BACKEND asks for it"
-    native = {"cpu": ["tvm"] if find_spec("tvm") else [], "cuda": [] if triton_backend.missing() else ["triton"]}
+    native = {"cpu": ["tvm"], "cuda": ["triton"]}
     return [*native.get(device.type, []), "torch"], ""
+
+
+def _missing(backend: str) -> list[str]:
+    """Why there is no such backend on this machine, whatever the program."""
+    return {"tvm": tvm_backend.missing, "triton": triton_backend.missing}.get(backend, list)()
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -151,7 +151,7 @@ def scheduled(program: Program, options: Options) -> Program:
     chunk = options.chunk_for(program)
     made = schedule(program, chunk)
     assert made.plan is not None
-    if chunk is not None or not made.plan.free or options.preferred is None:
+    if chunk is not None or not made.plan.free or options.preferred is None or program.telemetry:
         return made
     wanted = options.preferred(made)
     if wanted is None:

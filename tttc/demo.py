@@ -161,6 +161,8 @@ def _verify() -> Sequence[Row]:
     with _working("running the definition, gradients included"):
         result = verify(GatedLearner)
     console().print(error_table(result.rows))
+    if not result.ok and not result.differs:
+        raise DemoFailed(f"{result.headline}: {'; '.join(result.reasons)}")
     if not result.ok:
         raise DemoFailed(f"the compiled {GatedLearner.__name__} differs from its definition: see the table above.")
     return result.rows

@@ -45,6 +45,10 @@ class BackendRefusal(TTTCError):
     """A backend that was asked for by name and cannot run this program."""
 
 
+class FallbackWarning(UserWarning):
+    """Native kernels that `backend="auto"` did not take, and why."""
+
+
 class StateMismatch(TTTCError, ValueError):
     """A state that does not continue where this call begins."""
 
@@ -150,6 +154,14 @@ def users_line() -> SourceLine | None:
     """The innermost line on the stack that is not part of `tttc`, with the columns of the running expression."""
     place = users_place()
     return None if place is None else place.line
+
+
+def users_level() -> int:
+    """How far above the caller that line is: the `stacklevel` of a warning about it, less one."""
+    frame, level = sys._getframe(1), 0
+    while frame.f_back is not None and _is_own(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def raised_at(error: BaseException) -> SourceLine | None:

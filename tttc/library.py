@@ -100,19 +100,19 @@ class RetNet(LinearAttention):
 class Mamba2(LinearAttention):
     """State-space duality: a decay for each token, exp(-dt * A), and v scaled by dt (arXiv:2405.21060)."""
 
-    update = sgd(lr=gate("dt", activation="softplus"), decay=gate("decay"))
+    update = sgd(lr=gate("dt", activation="softplus", init=0.1), decay=gate("decay", init=0.97))
 
 
 class GLA(LinearAttention):
     """Gated linear attention: a decay for each token and key channel (arXiv:2312.06635)."""
 
-    update = sgd(lr=1.0, decay=gate("decay", per="channel"))
+    update = sgd(lr=1.0, decay=gate("decay", per="channel", init=0.97))
 
 
 class DeltaNet(Variant):
     """The delta rule: one step on |k W - v|^2 / 2 for each token, at the weights before it (arXiv:2406.06484)."""
 
-    anchor = "token"
+    anchor, qk_norm = "token", True
     W = state("D", "D")
 
     def learner(self, x: Any) -> Any:
@@ -127,13 +127,13 @@ class DeltaNet(Variant):
 class GatedDeltaNet(DeltaNet):
     """The delta rule on weights that decay first (arXiv:2412.06464)."""
 
-    update = sgd(lr=gate("lr"), decay=gate("decay"), decay_first=True)
+    update = sgd(lr=gate("lr"), decay=gate("decay", init=0.97), decay_first=True)
 
 
 class KDA(DeltaNet):
     """Kimi delta attention: the gated delta rule with a decay for each key channel (arXiv:2510.26692)."""
 
-    update = sgd(lr=gate("lr"), decay=gate("decay", per="channel"), decay_first=True)
+    update = sgd(lr=gate("lr"), decay=gate("decay", per="channel", init=0.97), decay_first=True)
 
 
 class MomentumDeltaNet(DeltaNet):
@@ -145,6 +145,7 @@ class MomentumDeltaNet(DeltaNet):
 class Longhorn(DeltaNet):
     """The implicit step of arXiv:2407.14207 in closed form: the delta rule with rate beta / (1 + beta |k|^2)."""
 
+    qk_norm = False  # the implicit step is stable for keys of any length
     beta = gate("beta")
 
     def loss(self, k: Any, v: Any) -> Any:
@@ -157,7 +158,7 @@ class Longhorn(DeltaNet):
 class Titans(Variant):
     """Neural long-term memory: a two-layer memory with momentum and forgetting (arXiv:2501.00663, eq. 12-15)."""
 
-    mini_batch = 16
+    mini_batch, qk_norm = 16, True
     W1 = state("D", "F", init=normal(0.02))
     W2 = state("F", "D", init=normal(0.02))
     gamma = param("D", init=1.0)
@@ -169,7 +170,7 @@ class Titans(Variant):
     def loss(self, k: Any, v: Any) -> Any:
         return ops.sum((self.learner(k) - v) ** 2)
 
-    update = sgd(lr=gate("lr", scale="0.1/D"), momentum=gate("momentum"), decay=gate("decay"))
+    update = sgd(lr=gate("lr", scale="0.1/D"), momentum=gate("momentum"), decay=gate("decay", init=0.99))
 
 
 class Yaad(Titans):
@@ -183,12 +184,12 @@ class Yaad(Titans):
         norm = ops.sqrt(ops.where(far, square, 1.0))  # 1 where it is not used: the root has no derivative at 0
         return ops.where(far, self.delta * (norm - 0.5 * self.delta), 0.5 * square)
 
-    update = sgd(lr=gate("lr", scale="0.1/D"), decay=gate("decay"))
+    update = sgd(lr=gate("lr", scale="0.1/D"), decay=gate("decay", init=0.99))
 
 
 class Moneta(Titans):
     """l_3 loss, and weights that are A / |A|_4^2 of what the rule adds up, renewed at every mini-batch's end
-    (MIRAS, arXiv:2504.13173).
+    (MIRAS, arXiv:2504.13173). They grow as A decays, which therefore decays little.
     """
 
     read = "start"
@@ -196,14 +197,13 @@ class Moneta(Titans):
     def loss(self, k: Any, v: Any) -> Any:
         return ops.sum(ops.abs(self.learner(k) - v) ** 3)
 
-    update = sgd(lr=gate("lr", scale="0.1/D"), decay=gate("decay"), at_end=power_norm(4))
+    update = sgd(lr=gate("lr", scale="0.1/D"), decay=gate("decay", low=0.98, scale=0.02), at_end=power_norm(4))
 
 
 class TTTVideo(TTTMLP):
     """TTT-MLP as in video generation: a normalised target, all tokens read the mini-batch's end (arXiv:2504.05298)."""
 
-    mini_batch = 64
-    read = "end"
+    mini_batch, read, qk_norm = 64, "end", True
 
     def loss(self, k: Any, v: Any) -> Any:
         centred = v - k - ops.mean(v - k)
@@ -217,8 +217,7 @@ class TTTVideo(TTTMLP):
 class LaCT(Variant):
     """Large-chunk TTT: a SwiGLU memory, dot-product loss, Muon on each chunk's update (arXiv:2505.23884)."""
 
-    mini_batch = 2048
-    read = "start"
+    mini_batch, read, qk_norm = 2048, "start", True
     W0 = state("D", "F", init=normal(0.02))
     W1 = state("F", "D", init=normal(0.02))
     W2 = state("D", "F", init=normal(0.02))
@@ -258,7 +257,7 @@ class MTTT(Variant):
         decoded = ops.layer_norm(self.learner(k) @ self.decoder + self.g_bias, self.gamma, self.beta, eps=1e-6)
         return 0.5 * ops.mean((decoded - self.x) ** 2)
 
-    update = sgd(lr=gate("lr"))
+    update = sgd(lr=gate("lr", scale=0.01))
 
 
 class ViTTT(Variant):
@@ -296,5 +295,5 @@ class GatedThreeLayer(Variant):
     def loss(self, k: Any, v: Any) -> Any:
         return ops.mean((self.learner(k) - v) ** 2)
 
-    lr, lr_gate = gate("lr"), gate("lr_gate", scale=0.1)
+    lr, lr_gate = gate("lr", scale=0.1), gate("lr_gate", scale=0.01)
     update = sgd(lr={"W1": lr, "Wg": lr_gate, "W2": lr, "W3": lr})

@@ -4,7 +4,7 @@ The layer is that of "Learning to (Learn at Test Time)" (Sun et al., arXiv:2407.
 declaration in the place of TTT-Linear and TTT-MLP. For hidden states x: [B, T, hidden_size]:
 
     q, k, v   = x Wq, x Wk, x Wv           split into H heads of width D; RoPE on q and k
-    gate      = scale * activation(x w_h + b_h), or max(1 / i + learned_i, 0) for a mini-batch's i-th token
+    gate      = low + scale * activation(x w_h + b_h), or max(1 / i + learned_i, 0) for a mini-batch's i-th token
     z         = variant(q, k, v; gates, params, state)
     y         = post_norm(concatenated heads of z) Wo
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tttc.backends.memory import autocast
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
+from tttc.gates import gate_bias, gate_problem
 from tttc.number import whole
 from tttc.shared import shared
 from tttc.state import register_tree
@@ -75,12 +76,15 @@ class TTT(nn.Module):
         rope: rotate q and k by position (interleaved pairs, arXiv:2104.09864). The position is counted from
             the start of the mini-batch, or of the sequence where `mini_batch = "all"`.
         rope_theta: base of the rotation's wavelengths.
-        qk_norm: give q and k the length one in each head, as the delta rule wants them.
+        qk_norm: give q and k the length one in each head. Default: as the declaration says, whose `qk_norm` is True
+            where the rule is stable for such keys alone, as the delta rule is.
         post_norm: LayerNorm (eps 1e-6) over the concatenated heads before the output projection.
         output_gate: multiply by gelu(x Wg), tanh form, after the post norm.
         conv_kernel: if given, q and k come from one shared projection, each by its own causal depthwise
             convolution over this many tokens (4 in the Mamba-style backbone of arXiv:2407.04620).
-        backend, checkpoint: as for `tttc.compile`, which is called on the first use with a device and dtype.
+        backend, checkpoint, telemetry: as for `tttc.compile`, which is called on the first use with a device and
+            dtype. With telemetry, `cache.state.telemetry` has what the inner loop did in a call with return_state=True.
+        check: as for a call of the compiled layer: refuse what is not finite, warn where the inner loop overshoots.
         dtype, device: of the parameters, as in `torch.nn`.
 
     Parameters by their names in `state_dict()`, where the options and the declaration call for them:
@@ -110,12 +114,14 @@ class TTT(nn.Module):
         dims: Mapping[str, int] | None = None,
         rope: bool = True,
         rope_theta: float = 10000.0,
-        qk_norm: bool = False,
+        qk_norm: bool | None = None,
         post_norm: bool = True,
         output_gate: bool = False,
         conv_kernel: int | None = None,
         backend: str = "auto",
         checkpoint: int | str | None = "auto",
+        check: bool = False,
+        telemetry: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -132,10 +138,11 @@ class TTT(nn.Module):
         self.mini_batch = declared.mini_batch
         self.rope = rope
         self.rope_theta = rope_theta
-        self.qk_norm = qk_norm
+        self.qk_norm = declared.qk_norm if qk_norm is None else qk_norm
         self.conv_kernel = conv_kernel
         self.backend = backend
         self.checkpoint = checkpoint
+        self.check, self.telemetry = check, telemetry
 
         made: dict[str, Any] = {"dtype": dtype, "device": device}
         width = {name: math.prod(self._shape(spec.given)) for name, spec in declared.tokens.items()}
@@ -221,6 +228,7 @@ class TTT(nn.Module):
             params=dict(self.params.items()),
             state=dict(self.initial_state.items()) if state is None else state.state,
             tokens={name: self._split(name, project(x)) for name, project in self.token_proj.items()} or None,
+            check=self.check,
         )
         y = z.flatten(2)
         if self.post_norm is not None:
@@ -235,7 +243,8 @@ class TTT(nn.Module):
 
     def compiled(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The compiled variant for a device and dtype, made on first use; layers of equal dims share it."""
-        return shared(self.variant, tuple(self.dims.items()), dtype, device, self.backend, self.checkpoint)
+        options = self.backend, self.checkpoint, self.telemetry
+        return shared(self.variant, tuple(self.dims.items()), dtype, device, *options)
 
     def _check(self, x: Tensor, state: Cache | None) -> None:
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
@@ -308,6 +317,7 @@ class TTT(nn.Module):
         ]
         shown += [f"mini_batch={self.mini_batch!r}"]
         shown += [f"rope_theta={self.rope_theta:g}" if self.rope else "rope=False"]
+        shown += ["qk_norm=True"] if self.qk_norm else []
         shown += [f"conv_kernel={self.conv_kernel}"] if self.conv_kernel is not None else []
         shown += [f"backend={self.backend!r}"]
         return ", ".join(shown)
@@ -343,7 +353,10 @@ class CausalConvolution(nn.Module):
 
 
 class HiddenGate(nn.Module):
-    """scale * activation(x w_h + b_h), one row of weights per head (and channel): [B, T, H, *dims]."""
+    """low + scale * activation(x w_h + b_h), one row of weights per head (and channel): [B, T, H, *dims].
+
+    b_h begins at `start`.
+    """
 
     def __init__(
         self,
@@ -352,6 +365,8 @@ class HiddenGate(nn.Module):
         hidden_size: int,
         activation: str,
         scale: float,
+        low: float = 0.0,
+        start: float = 0.0,
         **made: Any,
     ) -> None:
         super().__init__()
@@ -359,18 +374,21 @@ class HiddenGate(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_heads, *shape, **made))
         self.activation = activation
         self.scale = scale
+        self.low, self.start = low, start
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=_STD)
-        nn.init.zeros_(self.bias)
+        nn.init.constant_(self.bias, self.start)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x: [B, T, hidden_size]; `positions` is not used."""
         logits = F.linear(x, self.weight.flatten(0, -2), self.bias.flatten()).unflatten(-1, self.bias.shape)
-        return self.scale * _ACTIVATIONS[self.activation](logits)
+        value = self.scale * _ACTIVATIONS[self.activation](logits)
+        return value + self.low if self.low else value
 
     def extra_repr(self) -> str:
-        return f"{self.scale:g} * {self.activation}(x @ {list(self.weight.shape)} + b)"
+        low = f"{self.low:g} + " if self.low else ""
+        return f"{low}{self.scale:g} * {self.activation}(x @ {list(self.weight.shape)} + b)"
 
 
 class PositionGate(nn.Module):
@@ -421,10 +439,12 @@ def _gate(
         problem = Problem(
             f"gate `{spec.name}` has the activation {spec.activation!r}.", f"Use one of {known}.", spec.where
         )
+    sizes = {"D": hidden_size // num_heads, **dims}
+    problem = problem or gate_problem(spec, sizes)
     if problem is not None:
         raise DeclarationError(problems_text(declared.name, [problem]))
-    scale = spec.scale_value({"D": hidden_size // num_heads, **dims})
-    return HiddenGate(num_heads, shape, hidden_size, spec.activation, scale, **made)
+    shown = spec.activation, spec.scale_value(sizes), float(spec.low), gate_bias(spec, sizes)
+    return HiddenGate(num_heads, shape, hidden_size, *shown, **made)
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:

@@ -39,22 +39,25 @@ def reference(
     params: Mapping[str, torch.Tensor],
     state: Mapping[str, torch.Tensor],
     tokens: Mapping[str, torch.Tensor] | None = None,
+    dims: Mapping[str, int] | None = None,
 ) -> tuple[torch.Tensor, Tensors]:
     """Outputs z: [B, T, H, E] and final weights, each [B, H, *dims], differentiable by torch.autograd in every
     argument.
 
     q, k, v: [B, T, H, D]; gates: [B, T, H]; params: [*dims] or [H, *dims]; state: [*dims], [H, *dims] or [B, H, *dims].
+    dims: sizes, read off states and params where they have them; a window that neither has is known from here alone.
     """
     declared = signature(variant)
     batch, heads = q.shape[0], q.shape[2]
     weights = [(s, state[n]) for n, s in declared.states.items()] + [(s, params[n]) for n, s in declared.params.items()]
-    dims = {d: size for s, x in weights for d, size in zip(s.dims[::-1], x.shape[::-1], strict=False)}
+    sizes = dict(dims or {})
+    sizes |= {d: size for s, x in weights for d, size in zip(s.dims[::-1], x.shape[::-1], strict=False)}
     sequences = {"q": q, "k": k, "v": v, **(tokens or {}), **gates}
     outputs: list[torch.Tensor] = []
     finals: dict[str, list[torch.Tensor]] = {name: [] for name in declared.states}
     for i in range(batch):
         for h in range(heads):
-            own = {name: _windowed(x[i, :, h], declared.tokens.get(name), dims) for name, x in sequences.items()}
+            own = {name: _windowed(x[i, :, h], declared.tokens.get(name), sizes) for name, x in sequences.items()}
             slow = {n: _of_head(params[n], len(s.dims), i, h) for n, s in declared.params.items()}
             fast = {n: _of_head(state[n], len(s.dims), i, h) for n, s in declared.states.items()}
             with _numbers_of(q.dtype):

@@ -24,9 +24,10 @@ def shared(
     device: torch.device,
     backend: str,
     checkpoint: int | str | None,
+    telemetry: bool,
 ) -> Layer:
     """The layer of these settings, compiled when it is first asked for."""
-    key = (variant, dims, dtype, device, backend, checkpoint)
+    key = (variant, dims, dtype, device, backend, checkpoint, telemetry)
     if torch.compiler.is_compiling():
         return getattr(_named, _compile(*key))
     if key not in _COMPILED:
@@ -42,13 +43,13 @@ def _compile(
     device: torch.device,
     backend: str,
     checkpoint: int | str | None,
+    telemetry: bool,
 ) -> str:
     """The name of the layer, made unless it is there: not a part of any graph."""
-    key = (variant, dims, dtype, device, backend, checkpoint)
+    key = (variant, dims, dtype, device, backend, checkpoint, telemetry)
     if key not in _COMPILED:
-        _COMPILED[key] = untraced(
-            lambda: compile_variant(variant, dict(dims), dtype, device, backend, checkpoint=checkpoint)
-        )
+        options: dict[str, Any] = {"checkpoint": checkpoint, "telemetry": telemetry}
+        _COMPILED[key] = untraced(lambda: compile_variant(variant, dict(dims), dtype, device, backend, **options))
     name = f"layer_{list(_COMPILED).index(key)}"
     setattr(_named, name, _COMPILED[key])
     return name

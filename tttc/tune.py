@@ -61,6 +61,8 @@ class TuningResult:
     defaults: Candidate
     path: Path | None = None
     """The database, where the result was to be kept."""
+    note: str = ""
+    """How far rounding alone moves the results, where candidates had to be compared within that."""
     earlier: Entry | None = None
     """What the database keeps instead: the result of an earlier run that this one had no time to try again."""
 
@@ -102,6 +104,8 @@ class TuningResult:
             f"{tried} candidate{'' if tried == 1 else 's'} in {found.elapsed:.0f} s of {found.budget:g}{wrong}: "
             f"{ends[found.stopped]}",
         ]
+        if self.note:
+            lines.append(self.note)
         if self.path is not None:
             lines.append(self._kept())
         return "\n".join(lines)
@@ -194,7 +198,8 @@ def tune(
         database.add([subject.entry(found, choice)], replace=True)
     path, left_alone = database.database_path() if save else None, mine if stays else None
     named = subject.signature.name, subject.settings
-    return TuningResult(*named, subject.key, choice, found, defaults, path, left_alone)
+    note = subject.accuracy.note
+    return TuningResult(*named, subject.key, choice, found, defaults, path, note=note, earlier=left_alone)
 
 
 def _refuse_other_devices(device: str | torch.device) -> None:
@@ -286,14 +291,11 @@ class _Subject:
         assert dualized is not None
         assert scheduled is not None
         self.dualized, self.scheduled = dualized, scheduled
-        if backend == "auto":
-            backend = next(n for n in ("tvm", "torch") if not BACKENDS[n].refusals(self.exact.stages.program))
-        elif backend in BACKENDS:
-            with untuned():
-                compile(variant, dims, dtype, backend=backend)  # what it refuses is said as compile says it
-        else:
+        if backend not in ("auto", *BACKENDS):
             raise TuningError(f"there is no backend {backend!r} to tune; there are auto, {', '.join(BACKENDS)}.")
-        self.name, self.backend = backend, BACKENDS[backend]
+        with untuned():  # what is refused, or not taken, is said as compile says it
+            self.name = compile(variant, dims, dtype, backend=backend).backend
+        self.backend = BACKENDS[self.name]
         work = "forward" if forward_only else "training"
         self.key = key_of(dualized, self.name, self.backend, torch.device("cpu"), dtype, work)
         self._layers: dict[Hashable, Layer] = {}
@@ -332,7 +334,9 @@ class _Subject:
         plan = self.scheduled.plan
         assert plan is not None
         preferred = self.backend.chunk(self.scheduled) if plan.free else None
-        return chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
+        found = chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
+        can = tuple(n for n in found if not self.backend.refusals(schedule(self.dualized, n)))
+        return can if len(can) > 1 else ()
 
     def _checkpoints(self) -> tuple[int, ...]:
         """Distances at which the carries that are kept take about as much memory as the call itself."""

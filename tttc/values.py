@@ -16,7 +16,7 @@ from tttc.suggest import near
 if TYPE_CHECKING:
     from tttc.variant import GateSpec, Signature, Variant
 
-SETTINGS = ("mini_batch", "read", "anchor", "steps", "update")
+SETTINGS = ("mini_batch", "read", "anchor", "steps", "update", "qk_norm")
 METHODS = ("learner", "loss", "output")
 _INIT = "An init is a number, or a function init(shape, generator) that returns a tensor of that shape"
 
@@ -201,6 +201,14 @@ def _gate_problems(gate: GateSpec, declared: Signature) -> list[Problem]:
     if gate.activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         problems.append(problem(f"has the activation {short(gate.activation)}", f"Use one of {known}."))
+    begins = [("init", gate.init)] if gate.init is not None else []
+    for name, value in (*begins, ("low", gate.low)):
+        n = number(value)
+        if n is None or not math.isfinite(n):
+            problems.append(problem(f"has the {name} {short(value)}", "It is a finite number."))
+        elif gate.by == "position" and (begins or n):
+            remedy = "It begins at 1 / i for the i-th token of a mini-batch: leave it out."
+            problems.append(problem(f'is by="position" and has the {name} {n:g}', remedy))
     dims = [*dict.fromkeys(["D", *declared.dims])]
     why = scale_refused(gate.scale, dims)
     if why:

@@ -73,6 +73,8 @@ class GateSpec(Declared):
     scale: float | str = 1.0
     by: str = "hidden"
     where: SourceLine | None = None
+    init: float | None = None
+    low: float = 0.0
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -125,17 +127,21 @@ def gate(
     activation: str = "sigmoid",
     scale: float | str = 1.0,
     by: str = "hidden",
+    init: float | None = None,
+    low: float = 0.0,
 ) -> Any:
     """Declare a per-token input named `name`: [B, T, H], or [B, T, H, axis] with `per="channel"`.
 
-    The keywords say how `tttc.nn.TTT` makes it: `by="hidden"`, scale * activation(hidden @ weight + bias), or
+    The keywords say how `tttc.nn.TTT` makes it: `by="hidden"`, low + scale * activation(hidden @ weight + bias), or
     `by="position"`, max(1 / i + learned_i, 0) for the i-th token of a mini-batch (arXiv:2407.04620). `activation` is
-    one of sigmoid, softplus, tanh, exp, none; `scale` a number or an expression of the dims such as "1/D".
+    one of sigmoid, softplus, tanh, exp, none; `scale` a number or an expression of the dims such as "1/D". `init` is
+    the gate's value where training begins, which the bias is set for: a sigmoid decay without it forgets half of the
+    weights at every token. Without it the bias is 0.
     """
     if not isinstance(name, str):
         line = _declared_at()
         raise DeclarationError(f'the name of a gate is {short(name)}.\n{line.shown()}\n  Write tttc.gate("lr").')
-    return GateSpec(name, per, axis, activation, scale, by, _declared_at())
+    return GateSpec(name, per, axis, activation, scale, by, _declared_at(), init, low)
 
 
 def normal(std: float) -> Init:
@@ -167,6 +173,10 @@ class Variant:
     read: str = "after"
     anchor: str = "mini_batch"
     steps: int = 1
+    qk_norm: bool = False
+    """Whether the rule wants q and k of length one. `tttc.nn.TTT` makes them so; the compiled layer takes them as they
+    come.
+    """
     update: SGD = SGD(lr=1.0)
 
     def learner(self, x: Any) -> Any:
@@ -217,6 +227,7 @@ class Signature:
     anchor: str
     steps: int
     update: SGD
+    qk_norm: bool = False
 
     @property
     def name(self) -> str:
@@ -277,7 +288,7 @@ def read_declaration(variant: type[Variant]) -> tuple[Signature, list[Problem]]:
     problems += _name_problems(states, params, tokens, gates)
     attributes = {name: spec.name for name, spec in attribute_gates.items()}
     b = variant.mini_batch if (n := whole(variant.mini_batch)) is None else n
-    settings = (b, variant.read, variant.anchor, whole(variant.steps) or 0, update)
+    settings = (b, variant.read, variant.anchor, whole(variant.steps) or 0, update, variant.qk_norm)
     found = Signature(variant, states, params, gates, tokens, attributes, *settings)
     return found, [*problems, *value_problems(found)]
 
@@ -314,6 +325,9 @@ def _setting_problems(variant: type[Variant], states: Mapping[str, StateSpec]) -
         problems.append(Problem(f"anchor is {variant.anchor!r}.", remedy, class_line(variant)))
     if (whole(variant.steps) or 0) < 1:
         problems.append(Problem(f"steps is {variant.steps!r}.", "It must be a positive int.", class_line(variant)))
+    if not isinstance(variant.qk_norm, bool):
+        remedy = "It must be True, for q and k of length one, or False."
+        problems.append(Problem(f"qk_norm is {variant.qk_norm!r}.", remedy, class_line(variant)))
     if isinstance(update, NoChunkForm):
         problems.append(
             Problem(f"{update.name} has no exact chunked form: {update.reason}.", update.instead, update.where, True)

@@ -30,8 +30,8 @@ For a GPU the same statements are done by a block of threads:
 Nothing here imports TVM before the first kernel is compiled.
 """
 
-from tttc.backends.tvm.emit import emit, notes, refusals
+from tttc.backends.tvm.emit import emit, missing, notes, only_chunk, refusals
 from tttc.backends.tvm.load import load
 from tttc.backends.tvm.tune import choices, chunk, identity, toolchain
 
-__all__ = ["choices", "chunk", "emit", "identity", "load", "notes", "refusals", "toolchain"]
+__all__ = ["choices", "chunk", "emit", "identity", "load", "missing", "notes", "only_chunk", "refusals", "toolchain"]

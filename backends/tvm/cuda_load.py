@@ -19,7 +19,7 @@ from tttc.backends.cache import cached
 from tttc.backends.interface import Preferred, Settings, Source, content_of
 from tttc.backends.tvm.cuda_text import CudaSource, stride_name
 from tttc.backends.tvm.device import Device, gpu
-from tttc.backends.tvm.emit import emit, notes, refusals
+from tttc.backends.tvm.emit import emit, notes, only_chunk, refusals
 from tttc.backends.tvm.load import Stored, TVMScan, _lock, imported_tvm
 from tttc.backends.tvm.tune import toolchain
 from tttc.ir.expr import Expr
@@ -54,7 +54,7 @@ class CudaBackend:
         return {scan.name: CudaScan(scan, program, blocks) for scan in program.scans}
 
     def chunk(self, program: Program) -> Preferred | None:
-        return None
+        return only_chunk(program)
 
     def choices(self, program: Program) -> Mapping[str, Sequence[int]]:
         return {}

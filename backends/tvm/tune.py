@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import prod
 
 from tttc.backends.interface import Preferred, Settings
+from tttc.backends.tvm.emit import only_chunk
 from tttc.backends.tvm.machine import BYTES, Config, host
 from tttc.ir.program import Program
 
@@ -29,7 +30,9 @@ def choices(program: Program) -> Mapping[str, Sequence[int]]:
 
 
 def chunk(program: Program) -> Preferred | None:
-    """Of a free chunk as few tokens as the passes over the state allow."""
+    """Of a free chunk as few tokens as the passes over the state allow, or the only one that these kernels have."""
+    if (only := only_chunk(program)) is not None:
+        return only
     assert program.plan is not None
     least = program.plan.chunk
     size = BYTES["float64" if program.dtype == "f64" else "float32"]

@@ -16,6 +16,7 @@ from tttc.errors import DeclarationError, Place, Problem, SourceLine, TTTCError,
 from tttc.ir.expr import Expr, Leaf, leaf, leaves, rebuild, transform
 from tttc.ir.text import expression_text
 from tttc.places import captured_names, captured_places
+from tttc.purity import Snapshot, changed, snapshot
 from tttc.suggest import instead
 from tttc.trace import Traced, leaf_axes, lift
 from tttc.variant import Signature, Variant
@@ -57,7 +58,6 @@ def traced_functions(declared: Signature) -> tuple[Functions | None, list[Proble
     """The user's functions as expressions; or every problem met on the way."""
     known = declared_leaves(declared)
     problems: list[Problem] = []
-    kept = _class_attributes(declared.variant)
     codes: list[Callable[..., Any]] = [declared.variant.learner, declared.variant.loss, declared.variant.output]
     with captured_places() as places, captured_names(codes, _held) as names:
         loss = _run(declared, known, "loss", ("k", "v"), places, problems)
@@ -67,7 +67,6 @@ def traced_functions(declared: Signature) -> tuple[Functions | None, list[Proble
         problems.append(
             Problem(f"loss returns [{shape}], not a scalar.", "Reduce it: tttc.sum(...) or tttc.mean(...).")
         )
-    problems += _left_on_the_class(declared.variant, kept)
     if problems or loss is None or output is None:
         return None, _merged(problems)
     return Functions(known, loss, output, names, places), []
@@ -95,7 +94,7 @@ def _run(
         return lift(getattr(bound, name)(*(value(known.tokens[a]) for a in arguments)))
 
     try:
-        return run_twice(name, produce, places)
+        return run_twice(name, produce, places, lambda: _surroundings(declared.variant))
     except Repeated as found:
         problems.append(found.problem)
     except DeclarationError as error:
@@ -159,11 +158,22 @@ _PURE = (
 )
 
 
-def run_twice(name: str, produce: Produce, places: dict[Expr, Place]) -> Traced:
-    """What a function gives on the leaves, which must be what it gives again; raises `Repeated`."""
+def run_twice(
+    name: str, produce: Produce, places: dict[Expr, Place], surroundings: Callable[[], Snapshot] = dict
+) -> Traced:
+    """What a function gives on the leaves, which must be what it gives again; raises `Repeated`.
+
+    `surroundings` is what it might change; what the first run has made of that, the second must leave alone.
+    """
     first = produce(Traced)
+    before = surroundings()
     again = f"{name} again"
     second = produce(lambda e: Traced(_marked(e, again)))
+    after = surroundings()
+    left = changed(before, after)
+    if left:  # or another thread has changed it meanwhile
+        produce(lambda e: Traced(_marked(e, again)))
+        left = [n for n in changed(after, surroundings()) if n in left]
     strays = [
         e for value, mark in ((first, None), (second, again)) for e in leaves([value.expr]) if e.arg[0].at != mark
     ]
@@ -176,7 +186,16 @@ def run_twice(name: str, produce: Produce, places: dict[Expr, Place]) -> Traced:
         one, other, line = _difference(first.expr, repeated, places)
         what = f"in {name}: another expression comes out the second time, {other} where the first time it was {one}."
         raise Repeated(Problem(what, _PURE, line))
+    if left:
+        what = f"in {name}: {', '.join(left)} changes with every call."
+        raise Repeated(Problem(what, _PURE, _line_of(first.expr, places)))
     return first
+
+
+def _surroundings(variant: type[Variant]) -> Snapshot:
+    classes = [c for c in variant.__mro__ if issubclass(c, Variant) and c is not Variant]
+    functions = [f for c in classes for f in vars(c).values() if callable(f)]
+    return snapshot(functions, classes)
 
 
 def _marked(e: Expr, mark: str) -> Expr:
@@ -209,24 +228,3 @@ def _difference(one: Expr, other: Expr, places: dict[Expr, Place]) -> tuple[str,
 def _short(e: Expr) -> str:
     text = expression_text(e)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _class_attributes(variant: type[Variant]) -> dict[type, dict[str, Any]]:
-    return {c: dict(vars(c)) for c in variant.__mro__ if issubclass(c, Variant) and c is not Variant}
-
-
-def _left_on_the_class(variant: type[Variant], before: dict[type, dict[str, Any]]) -> list[Problem]:
-    """What the functions have written on the class, where every later call finds it."""
-    missing = object()
-    changed = [
-        n
-        for c, attributes in before.items()
-        for n in dict.fromkeys([*attributes, *vars(c)])
-        if attributes.get(n, missing) is not vars(c).get(n, missing)
-    ]
-    if not changed:
-        return []
-    return [Problem(f"a function sets {', '.join(f'`{n}`' for n in changed)} on the class.", _PURE)]
-
-
-__all__ = ["Functions", "Leaves", "Repeated", "declared_leaves", "run_twice", "traced_functions"]

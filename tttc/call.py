@@ -83,8 +83,8 @@ class Call:
             axes = {n: tuple(a.size for a in variables[n].axes) for n in group if n in variables}
             return {n: self._flat(n, group[n], len(dims), self._dims(dims), batched=True) for n, dims in axes.items()}
 
-        rows = {n: self._stored(x) for n, x in state.rows.items()}
-        taps = {n: self._stored(x) for n, x in state.taps.items()}
+        rows = {n: self._kept(n, x) for n, x in state.rows.items()}
+        taps = {n: self._kept(n, x) for n, x in state.taps.items()}
         carry = carried(state.summed), carried(state.memory)
         return State(flat(state.weights), state.position, start, *carry, rows, taps)
 
@@ -160,6 +160,16 @@ class Call:
         """A sequence in the dtype of arithmetic, or as it is where the kernels read 16 bits."""
         as_it_is = self.layer.halves and x.dtype in (torch.float16, torch.bfloat16)
         return x if as_it_is else _cast(x, self.layer.compute_dtype)
+
+    def _kept(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Tokens that a state carries, of as many sequences and heads as this call has."""
+        if tuple(x.shape[:2]) != (self.batch, self.heads):
+            raise StateMismatch(
+                f"variant `{self.layer.signature.name}`: the state carries tokens of `{name}` for a batch of "
+                f"{x.shape[0]} and {x.shape[1]} heads, this call has {self.batch} and {self.heads}.\n"
+                "  Pass the state that a call of the same batch and heads returned."
+            )
+        return self._stored(x)
 
     def _flat(self, name: str, x: torch.Tensor, rank: int, dims: tuple[int, ...], *, batched: bool) -> torch.Tensor:
         """[*dims], [H, *dims] or, for states, [B, H, *dims] -> [B, H, *dims], where it lies."""

@@ -22,7 +22,7 @@ from tttc.ir.program import EACH
 from tttc.ir.substitution import NOW, PAST, row_name
 from tttc.ir.update import memories, openings
 from tttc.operators import Operator, operator, untraced
-from tttc.packing import Arguments, packed, ungrouped
+from tttc.packing import Arguments, carried, packed, regrouped, ungrouped
 from tttc.stability import warn_of_growth
 from tttc.state import PackedState, State, Tensors
 from tttc.tuning import UNTUNED, Tuning
@@ -83,6 +83,7 @@ class Layer:
         self._memory = tuple(m.variable for m in memories(program.update))
         self._counts = any(p.arg[0].name == EACH.arg[0].name for s in program.scans for p in s.params)
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
+        self._carried = carried(program)
         self._width: tuple[str, ...] = (
             tuple(a.size for a in output.axes if a.size != TOKENS) if output is not None else ()
         )
@@ -135,8 +136,8 @@ class Layer:
         Args:
             q, k, v: [B, T, H, D] in the dtype of the layer; `tokens` likewise for further declared tokens. q may have
                 n times as many heads as k and v: n of its heads then read the same weights.
-            gates: one tensor [B, T, H] per gate, [B, T, H, axis] where it is per channel; a gate of the reading token
-                may have the heads of q.
+            gates: one tensor [B, T, H] per gate, [B, T, H, axis] where it is per channel. Where q has more heads than
+                k and v, so may what changes no weights: a gate, token or param that only `output` sees.
             params: [*dims] or [H, *dims] each; their `init` if not given.
             state: what a previous call returned, or a dict of [*dims], [H, *dims] or [B, H, *dims]; a state that is
                 missing starts at its `init`.
@@ -169,13 +170,13 @@ class Layer:
 
     def _one(self, given: Arguments, check: bool) -> tuple[torch.Tensor, State]:
         """Sequences of one length."""
-        whole = ungrouped(given, self.signature)
+        whole = ungrouped(given, self.signature, self._carried)
         call = Call(self, whole)
         if check:
             call.refuse_non_finite()
             warn_of_growth(self, call)
         z, after = self._run(call)
-        return z.to(self.dtype), after if whole.group == 1 else after.map(lambda x: x[:, :: whole.group])
+        return z.to(self.dtype), after if whole.group == 1 else regrouped(after, whole)
 
     # -- one call ----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ declaration in the place of TTT-Linear and TTT-MLP. For hidden states x: [B, T, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Cache:
     """Where a sequence stands after a call of `TTT`: pass it to the next call to continue at the next token.
 
-    Its size does not grow with the number of tokens seen.
+    Its size does not grow with the number of tokens seen. `torch.save` and `torch.load` work as they are, with `tttc`
+    imported; `to`, `select`, `repeat`, `detach` and `pin_memory` as with a `State`.
     """
 
     state: Any
@@ -57,11 +58,38 @@ class Cache:
     taps: Tensor | None
     """The last `conv_kernel - 1` rows that the convolution reads, [B, conv_kernel - 1, hidden_size]."""
 
+    def map(self, function: Any) -> Cache:
+        """The same place with a function applied to every tensor."""
+        return self._with(self.state.map(function), function)
+
+    def _with(self, state: Any, function: Any) -> Cache:
+        return Cache(state, self.position, None if self.taps is None else function(self.taps))
+
     def detach(self) -> Cache:
         """The same values without their history: for truncated backpropagation through time."""
-        return Cache(self.state.detach(), self.position, None if self.taps is None else self.taps.detach())
+        return self.map(lambda x: x.detach())
+
+    def to(self, *arguments: Any, **settings: Any) -> Cache:
+        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
+        return self.map(lambda x: x.to(*arguments, **settings))
+
+    def pin_memory(self) -> Cache:
+        """In memory from which a GPU copies without waiting."""
+        return self.map(lambda x: x.pin_memory())
+
+    def select(self, sequences: int | Sequence[int] | slice | Tensor) -> Cache:
+        """Some of its sequences, as `State.select` chooses them: to reorder beams, or to drop what has ended."""
+        index = [sequences] if isinstance(sequences, int) else sequences
+        return self._with(
+            self.state.select(sequences), lambda x: x[index.to(x.device) if isinstance(index, Tensor) else index]
+        )
+
+    def repeat(self, times: int) -> Cache:
+        """Each sequence so many times, one after the other."""
+        return self._with(self.state.repeat(times), lambda x: x.repeat_interleave(times, 0))
 
 
+torch.serialization.add_safe_globals([Cache])  # as with `State`
 register_tree(Cache, ("state", "taps"), "position", lambda children, seen: Cache(children[0], seen, children[1]))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
+from tttc.errors import StateMismatch
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -21,6 +23,10 @@ class State(Mapping[str, torch.Tensor]):
     its tokens (`rows`) where that is known only when it is whole; a following call continues there. `taps` are the
     last tokens of what is declared with a window, and `telemetry` what a layer compiled with telemetry=True measured
     in the last call.
+
+    `torch.save(state, file)` and `torch.load(file)` work as they are, with `tttc` imported. Every tensor that a layer
+    returned in it begins with the batch: `select` takes sequences out of it, `repeat` makes more of each, `joined`
+    brings several together; `to`, `detach` and `pin_memory` are those of tensors.
     """
 
     weights: Tensors
@@ -49,35 +55,96 @@ class State(Mapping[str, torch.Tensor]):
 
     def map(self, function: Any) -> State:
         """The same state with a function applied to every tensor."""
-        groups = (self.weights, self.start, self.summed, self.memory, self.rows, self.taps, self.telemetry)
-        weights, *others = ({n: function(x) for n, x in group.items()} for group in groups)
-        return State(weights, self.position, *others)
+        groups = {g: {n: function(x) for n, x in group.items()} for g, group in self.groups.items()}
+        return State(position=self.position, **groups)
+
+    @property
+    def groups(self) -> dict[str, Tensors]:
+        """Its tensors by what they are for."""
+        return {n: getattr(self, n) for n in GROUPS}
 
     @staticmethod
     def joined(states: Sequence[State]) -> State:
-        """States that stand at the same place of a mini-batch as one batch of sequences."""
-        tensors: list[list[torch.Tensor]] = []
-        for state in states:
-            tensors.append([])
-            state.map(tensors[-1].append)  # in the order in which the last line takes them
-        joined = iter([torch.cat(xs) for xs in zip(*tensors, strict=True)])
-        return states[0].map(lambda x: next(joined))
+        """States that stand at the same place of a mini-batch as one batch of sequences.
+
+        What the last call measured is no place: telemetry is joined where it is of equal length, else left out.
+
+        Raises:
+            StateMismatch: they stand at different places, or hold different things.
+        """
+        if not states:
+            raise StateMismatch("State.joined is given no states.\n  Give it one at least.")
+        first = states[0]
+        for i, other in enumerate(states):
+            _alike(first, other, i)
+        measured = [{n: (x.shape[1:], x.dtype) for n, x in s.telemetry.items()} for s in states]
+        names = [n for n in GROUPS if n != "telemetry" or all(m == measured[0] for m in measured)]
+        groups = {g: {n: torch.cat([s.groups[g][n] for s in states]) for n in first.groups[g]} for g in names}
+        return State(position=first.position, **groups)
+
+    def select(self, sequences: int | Sequence[int] | slice | torch.Tensor) -> State:
+        """Some of its sequences as a state of their own: one by its index, or as an index, a slice or a mask of a
+        tensor's first axis chooses; an index may occur several times.
+        """
+        index = [sequences] if isinstance(sequences, int) else sequences
+        return self.map(lambda x: x[index.to(x.device) if isinstance(index, torch.Tensor) else index])
+
+    def repeat(self, times: int) -> State:
+        """Each sequence so many times, one after the other: n samples, or beams, that begin at the same place."""
+        return self.map(lambda x: x.repeat_interleave(times, 0))
 
     def detach(self) -> State:
         """The same values without their history: for truncated backpropagation through time."""
         return self.map(lambda x: x.detach())
 
     def to(self, *arguments: Any, **settings: Any) -> State:
+        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
         return self.map(lambda x: x.to(*arguments, **settings))
+
+    def pin_memory(self) -> State:
+        """In memory from which a GPU copies without waiting."""
+        return self.map(lambda x: x.pin_memory())
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{n}: {list(x.shape)}" for n, x in self.weights.items())
         return f"State({shapes}, position={self.position})"
 
 
+GROUPS = ("weights", "start", "summed", "memory", "rows", "taps", "telemetry")
+
+
+def layout(state: State) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What a state holds, beside what the last call measured: the sizes of one sequence, by group and name."""
+    return {g: {n: tuple(x.shape[1:]) for n, x in ts.items()} for g, ts in state.groups.items() if g != "telemetry"}
+
+
+def _alike(first: State, other: State, number: int) -> None:
+    """Refuse states that are no batch."""
+    if first.position != other.position:
+        raise StateMismatch(
+            f"State.joined: state 0 stands {first.position} tokens into its mini-batch, "
+            f"state {number} stands {other.position}.\n"
+            "  Call the layer with both as a pack, state=PackedState(states) and cu_seqlens=[0, T, 2 * T, ...]: each "
+            "then continues at its own place."
+        )
+    one, two = layout(first), layout(other)
+    for group in one:
+        if one[group] != two[group]:
+            raise StateMismatch(
+                f"State.joined: the {group} of state 0 are {_sizes(one[group])}, those of state {number} "
+                f"{_sizes(two[group])}.\n"
+                "  Join states that calls of one layer returned, with as many heads."
+            )
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{n} {list(x)}" for n, x in shapes.items()) or "none"
+
+
 class PackedState(Mapping[str, torch.Tensor]):
     """The states of sequences that were packed into one: `state["W"]` is [N, H, *dims], `state.sequences` are the N
-    states, each with a batch of one. Given back to the layer, every sequence continues.
+    states, each with a batch of one. Given back to the layer, every sequence continues. Saved, loaded and moved like a
+    `State`.
     """
 
     def __init__(self, sequences: tuple[State, ...]) -> None:
@@ -106,6 +173,25 @@ class PackedState(Mapping[str, torch.Tensor]):
         """The same values without their history."""
         return self.map(lambda x: x.detach())
 
+    def to(self, *arguments: Any, **settings: Any) -> PackedState:
+        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
+        return self.map(lambda x: x.to(*arguments, **settings))
+
+    def pin_memory(self) -> PackedState:
+        """In memory from which a GPU copies without waiting."""
+        return self.map(lambda x: x.pin_memory())
+
+    def select(self, sequences: int | Sequence[int] | slice) -> PackedState:
+        """Some of its sequences, as a pack; an index may occur several times."""
+        if isinstance(sequences, slice):
+            return PackedState(self.sequences[sequences])
+        indices = [sequences] if isinstance(sequences, int) else [int(i) for i in sequences]
+        return PackedState(tuple(self.sequences[i] for i in indices))
+
+    def repeat(self, times: int) -> PackedState:
+        """Each sequence so many times, one after the other."""
+        return PackedState(tuple(s for s in self.sequences for _ in range(times)))
+
     def __repr__(self) -> str:
         return f"PackedState({len(self.sequences)} sequences, {self.sequences[0]!r})"
 
@@ -133,8 +219,9 @@ def register_tree(
 
 register_tree(
     State,
-    ("weights", "start", "summed", "memory", "rows", "taps", "telemetry"),
+    GROUPS,
     "position",
     lambda groups, position: State(groups[0], position, *groups[1:]),
 )
 register_tree(PackedState, ("sequences",), None, lambda children, _: PackedState(*children))
+torch.serialization.add_safe_globals([State, PackedState])  # torch.load takes them without being told to trust a file

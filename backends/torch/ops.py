@@ -11,7 +11,7 @@ from tttc.ir.formulas import FormulaPrinter, formula_text
 from tttc.ir.scalars import Formula
 
 # Every form can be differentiated again and again, in reverse and in forward mode, and mapped over: torch.heaviside has
-# no derivative, not even the one that is zero, and that of F.silu carries no tangents.
+# no derivative, not even the one that is zero.
 ELEMENTWISE = {
     "exp": "torch.exp({0})",
     "log": "torch.log({0})",
@@ -41,8 +41,8 @@ FUSED_DERIVATIVES = {"dgelu": 'aten.gelu_backward({g}, {x}, approximate="tanh")'
 HELPERS = {
     "silu": '''
 def silu(x):
-    """x * sigmoid(x)."""
-    return x * torch.sigmoid(x)
+    """x * sigmoid(x); in forward mode as just that, for the derivative of F.silu carries no tangents."""
+    return F.silu(x) if torch.autograd.forward_ad._current_level < 0 else x * torch.sigmoid(x)
 ''',
     "less_equal": '''
 def less_equal(x, y):

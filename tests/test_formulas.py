@@ -153,6 +153,24 @@ def test_operands_go_by_the_order_of_the_alphabet_whatever_they_are_renamed_to()
     assert tttc.elementwise(a - 2 * q)(torch.tensor(5.0), torch.tensor(1.0)).item() == 1.0 - 10.0
 
 
+def test_a_formula_takes_numbers_beside_values():
+    gated = tttc.elementwise(sympy.Piecewise((x * sympy.exp(y), y > 0), (x / 2, True)) * sympy.log(y + 3))
+
+    class Numbers(tttc.Variant):
+        mini_batch = 4
+        W = tttc.state("D", "D")
+
+        def learner(self, k):
+            return gated(k @ self.W, 0.5) * gated(tttc.sum(k), np.float32(0.25))
+
+        def loss(self, k, v):
+            return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+        update = tttc.sgd(lr=0.1)
+
+    assert tttc.verify(Numbers, {"D": 3}, tokens=5, backend="torch").ok
+
+
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 

@@ -207,11 +207,12 @@ class TorchPrinter(Printer):
         return super()._elementwise(e, axes)
 
     def _arguments(self, e: Expr, axes: Axes) -> list[str]:
-        """The operands of a function of PyTorch, which takes no numbers alone."""
-        texts = [self.aligned(s, axes).text for s in e.src]
-        if not any(map(_is_tensor, e.src)):
-            texts = [f"{self.like}.new_full((), {x})" for x in texts]
-        return texts
+        """The operands of a function of PyTorch, which takes no numbers alone; what a formula does with one is such a
+        function too.
+        """
+        texts = [(_is_tensor(s), self.aligned(s, axes).text) for s in e.src]
+        wrapped = e.op == "map" or not any(is_tensor for is_tensor, _ in texts)
+        return [f"{self.like}.new_full((), {x})" if wrapped and not is_tensor else x for is_tensor, x in texts]
 
     def _fused(self, e: Expr, axes: Axes) -> Text | None:
         for f, g in (e.src, e.src[::-1]):

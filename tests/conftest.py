@@ -11,8 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.helpers import poisoned
-
 GOLDEN = Path(__file__).parent / "golden"
 
 # The same examples in every run; `--hypothesis-profile=explore` draws new ones.
@@ -50,6 +48,8 @@ def nothing_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
+    from tests.helpers import poisoned  # it imports Triton, which looks once whether it is to interpret
+
     with poisoned():
         yield
 

@@ -216,8 +216,9 @@ class ManyMistakes(Good):
 
     mini_batch = 0
     read = "sometimes"
-    W = tttc.state("d", "D")
+    W = tttc.state("key width", "D")
     B = tttc.state("T")
+    speed = tttc.gate("my rate")
     k = tttc.param("D")
     update = tttc.sgd(lr={"W": 0.1})
 
@@ -430,8 +431,8 @@ def test_all_problems_are_reported_at_once():
         "mini_batch is 0",
         "read is 'sometimes'",
         "`k` is both",
-        "('d', 'D')",
-        "uses the dim T",
+        "('key width', 'D')",
+        "gate `my rate`",
         "lr is given for W",
     ):
         assert word in text

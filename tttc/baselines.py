@@ -22,7 +22,7 @@ import torch
 
 from tttc.reference import reference
 from tttc.rules import sgd
-from tttc.variant import GateSpec, ParamSpec, Rate, Signature, TokenSpec, Variant, signature
+from tttc.variant import GateSpec, ParamSpec, Rate, Signature, TokenSpec, Variant, bind, signature
 from tttc.verify import relative_error
 
 Tensors = dict[str, torch.Tensor]
@@ -78,10 +78,10 @@ def mini_batch_step(variant: type[Variant]) -> Step:
     declared = signature(variant)
 
     def loss(weights: Tensors, params: Tensors, token: Tensors) -> torch.Tensor:
-        return variant.bind({**token, **params, **weights}).loss(token["k"], token["v"])
+        return bind(variant, {**token, **params, **weights}).loss(token["k"], token["v"])
 
     def output(weights: Tensors, params: Tensors, token: Tensors) -> torch.Tensor:
-        return variant.bind({**token, **params, **weights}).output(token["q"])
+        return bind(variant, {**token, **params, **weights}).output(token["q"])
 
     def one_head(weights: Tensors, params: Tensors, tokens: Tensors, gates: Tensors) -> tuple[torch.Tensor, Tensors]:
         tokens = tokens | {attribute: gates[name] for attribute, name in declared.attributes.items()}

@@ -9,6 +9,7 @@ import torch
 
 from tttc.errors import NonFinite, ShapeError, StateMismatch
 from tttc.ir.expr import Expr
+from tttc.ir.names import spelled
 from tttc.ir.program import EACH
 from tttc.ir.update import Opened
 from tttc.packing import Arguments
@@ -30,7 +31,7 @@ class Call:
         q = given["q"]
         self._named("token", given, declared.tokens)
         self._named("gate", gates, declared.gates)
-        for name, x in {**given, **gates}.items():
+        for name, x in (*given.items(), *gates.items()):
             self._tensor(name, x)
         if q.dim() < 3:
             raise self._error(f"q has shape {list(q.shape)}", "q is [B, T, H, D]: batch, tokens, heads, key width.")
@@ -42,7 +43,8 @@ class Call:
         if params is None:
             params = dict(layer.initial("param"))
         self._named("param", params, declared.params)
-        self.sequences = {n: self._flat_sequence(x) for n, x in {**given, **gates}.items()}
+        self.sequences = {n: self._flat_sequence(given[n]) for n in declared.tokens}
+        self.sequences |= {declared.identity("gate", n): self._flat_sequence(gates[n]) for n in declared.gates}
         if layer._counts:
             self.sequences[EACH.arg[0].name] = q.new_ones(self.batch, self.heads, self.tokens)
         self.params = {
@@ -139,7 +141,7 @@ class Call:
     def refuse_non_finite(self) -> None:
         groups = {"": self.sequences, "param ": self.params, "state ": self.state.weights}
         bad = [
-            f"{kind}{n}"
+            f"{kind}{spelled(n)}"
             for kind, group in groups.items()
             for n, x in group.items()
             if not bool(torch.isfinite(x).all())

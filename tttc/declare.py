@@ -242,12 +242,12 @@ def _traced_stage(stage: AtEnd, known: Leaves, memory: str = "N") -> EndStage:
 
 
 def _snake(name: str) -> str:
-    """TTTLinear -> ttt_linear."""
+    """TTTLinear -> ttt_linear; in letters of ASCII, which kernels need."""
     parts: list[str] = []
     for i, letter in enumerate(name):
         starts = letter.isupper() and i > 0
         after_lower = starts and not name[i - 1].isupper()
         before_lower = starts and i + 1 < len(name) and name[i + 1].islower() and name[i - 1].isupper()
         parts.append("_" if after_lower or before_lower else "")
-        parts.append(letter.lower())
+        parts.append(letter.lower() if letter.isascii() else f"u{ord(letter):x}")
     return "".join(parts)

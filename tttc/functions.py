@@ -19,7 +19,7 @@ from tttc.places import captured_names, captured_places
 from tttc.purity import Snapshot, changed, snapshot
 from tttc.suggest import instead
 from tttc.trace import Traced, leaf_axes, lift
-from tttc.variant import Signature, Variant
+from tttc.variant import Signature, Variant, bind
 
 Produce = Callable[[Callable[[Expr], Traced]], Any]
 """Calls a function of the user's; it is given what makes a value of a leaf."""
@@ -51,7 +51,12 @@ def declared_leaves(declared: Signature) -> Leaves:
         ("param", declared.params),
         ("state", declared.states),
     )
-    return Leaves(*({n: leaf(n, role, leaf_axes(s.dims)) for n, s in specs.items()} for role, specs in groups))
+    return Leaves(
+        *(
+            {n: leaf(declared.identity(role, n), role, leaf_axes(s.dims)) for n, s in specs.items()}
+            for role, specs in groups
+        )
+    )
 
 
 def traced_functions(declared: Signature) -> tuple[Functions | None, list[Problem]]:
@@ -90,7 +95,7 @@ def _run(
         attributes = {a: known.gates[g] for a, g in declared.attributes.items()}
         extras = {n: e for n, e in known.tokens.items() if n not in ("q", "k", "v")}
         visible = known.states | known.params | attributes | extras
-        bound = declared.variant.bind({n: value(e) for n, e in visible.items()})
+        bound = bind(declared.variant, {n: value(e) for n, e in visible.items()})
         return lift(getattr(bound, name)(*(value(known.tokens[a]) for a in arguments)))
 
     try:

@@ -32,7 +32,10 @@ class Inputs:
         return {"gates": self.gates, "params": self.params, "state": self.state, "tokens": self.tokens}
 
     def named(self) -> dict[str, torch.Tensor]:
-        return {"q": self.q, "k": self.k, "v": self.v, **self.tokens, **self.gates, **self.params, **self.state}
+        """All of them by name; a gate that is called as another is says that it is one."""
+        others = {"q": self.q, "k": self.k, "v": self.v, **self.tokens, **self.params, **self.state}
+        gates = {f"gate {n}" if n in others else n: x for n, x in self.gates.items()}
+        return {"q": self.q, "k": self.k, "v": self.v, **self.tokens, **gates, **self.params, **self.state}
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """Every tensor changed, and again a leaf."""

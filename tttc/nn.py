@@ -27,7 +27,7 @@ from tttc.number import whole
 from tttc.shared import shared
 from tttc.state import register_tree
 from tttc.values import initial_value
-from tttc.variant import GateSpec, Init, Signature, Variant, signature
+from tttc.variant import GateSpec, Init, Signature, Variant, bind, signature
 
 __all__ = ["TTT", "Cache"]
 
@@ -593,7 +593,7 @@ def _output_shape(declared: Signature, sizes: Mapping[str, int]) -> tuple[int, .
     values = {name: zeros(spec.dims) for name, spec in (declared.states | declared.params).items()}
     values |= {name: zeros(spec.dims) for name, spec in declared.tokens.items() if name not in ("q", "k", "v")}
     values |= {name: zeros(declared.gates[gate].dims) for name, gate in declared.attributes.items()}
-    found = tuple(declared.variant.bind(values).output(zeros(declared.tokens["q"].dims)).shape)
+    found = tuple(bind(declared.variant, values).output(zeros(declared.tokens["q"].dims)).shape)
     if len(found) != 1:
         what = f"the output of one token has the shape {list(found)}."
         raise ShapeError(

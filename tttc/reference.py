@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from tttc.rules import AtEnd
-from tttc.variant import GateSpec, ParamSpec, Signature, TokenSpec, Variant, signature
+from tttc.variant import GateSpec, ParamSpec, Signature, TokenSpec, Variant, bind, signature
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,16 +52,17 @@ def reference(
     weights = [(s, state[n]) for n, s in declared.states.items()] + [(s, params[n]) for n, s in declared.params.items()]
     sizes = dict(dims or {})
     sizes |= {d: size for s, x in weights for d, size in zip(s.dims[::-1], x.shape[::-1], strict=False)}
-    sequences = {"q": q, "k": k, "v": v, **(tokens or {}), **gates}
+    sequences = {"q": q, "k": k, "v": v, **(tokens or {})}
     outputs: list[torch.Tensor] = []
     finals: dict[str, list[torch.Tensor]] = {name: [] for name in declared.states}
     for i in range(batch):
         for h in range(heads):
             own = {name: _windowed(x[i, :, h], declared.tokens.get(name), sizes) for name, x in sequences.items()}
+            rates = {name: x[i, :, h] for name, x in gates.items()}
             slow = {n: _of_head(params[n], len(s.dims), i, h) for n, s in declared.params.items()}
             fast = {n: _of_head(state[n], len(s.dims), i, h) for n, s in declared.states.items()}
             with _numbers_of(q.dtype):
-                z, final = _Head(declared, own, slow).run(fast)
+                z, final = _Head(declared, own, rates, slow).run(fast)
             outputs.append(z)
             for name, w in final.items():
                 finals[name].append(w)
@@ -107,10 +108,10 @@ def _windowed(x: torch.Tensor, spec: TokenSpec | None, dims: Mapping[str, int]) 
 
 
 class _Head:
-    """One batch element and head: `sequences` are its tokens and gates [T, ...], `params` its slow weights."""
+    """One batch element and head: `sequences` are its tokens [T, ...], `gates` its gates, `params` its slow weights."""
 
-    def __init__(self, declared: Signature, sequences: Tensors, params: Tensors) -> None:
-        self.declared, self.sequences, self.params = declared, sequences, params
+    def __init__(self, declared: Signature, sequences: Tensors, gates: Tensors, params: Tensors) -> None:
+        self.declared, self.sequences, self.gates, self.params = declared, sequences, gates, params
         self.rule = declared.update
         self.extras = [name for name in declared.tokens if name not in ("q", "k", "v")]
 
@@ -227,8 +228,8 @@ class _Head:
     def bound(self, t: int, weights: Tensors) -> Any:
         """The user's class on the tensors of token t."""
         extras = {name: self.sequences[name][t] for name in self.extras}
-        gates = {attribute: self.sequences[name][t] for attribute, name in self.declared.attributes.items()}
-        return self.declared.variant.bind({**self.params, **weights, **extras, **gates})
+        gates = {attribute: self.gates[name][t] for attribute, name in self.declared.attributes.items()}
+        return bind(self.declared.variant, {**self.params, **weights, **extras, **gates})
 
     def rate(self, role: str, state: str, t: int, missing: float = 1.0) -> Any:
         """A rate of token t, ready to multiply the state: per channel, it runs along the axis of that name."""
@@ -236,7 +237,7 @@ class _Head:
         if rate is None:
             return missing
         if isinstance(rate, GateSpec):
-            value = self.sequences[rate.name][t]
+            value = self.gates[rate.name][t]
             if rate.per == "channel":
                 dims = self.declared.states[state].dims
                 axis = dims.index(rate.axis)
@@ -246,8 +247,10 @@ class _Head:
 
     def output_shape(self, weights: Tensors) -> tuple[int, ...]:
         """The shape of one output, for a sequence without tokens: what `output` returns on a token of ones."""
-        one = {name: x.new_ones(1, *x.shape[1:]) for name, x in self.sequences.items()}
-        return tuple(_Head(self.declared, one, self.params).bound(0, weights).output(one["q"][0]).shape)
+        one, gates = (
+            {name: x.new_ones(1, *x.shape[1:]) for name, x in group.items()} for group in (self.sequences, self.gates)
+        )
+        return tuple(_Head(self.declared, one, gates, self.params).bound(0, weights).output(one["q"][0]).shape)
 
 
 class _Memory:

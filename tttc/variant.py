@@ -7,7 +7,6 @@ and defines `learner` and `loss`. The class runs: bound to float64 torch tensors
 
 from __future__ import annotations
 
-import keyword
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from tttc.declared import Declared
 from tttc.errors import DeclarationError, Problem, SourceLine, refusal
-from tttc.ir import numerics
+from tttc.ir.names import apart
 from tttc.number import number, whole
 from tttc.rules import ROLES, SGD, AtEnd, NoChunkForm, Rate, sgd
 from tttc.suggest import near
@@ -194,9 +193,7 @@ class Variant:
     @classmethod
     def bind(cls, values: Mapping[str, Any]) -> Any:
         """An instance whose states, params, gates and extra tokens are `values`: its functions then run on them."""
-        bound = object.__new__(cls)
-        bound.__dict__.update(values)
-        return bound
+        return bind(cls, values)
 
     @classmethod
     def replace(cls, **settings: Any) -> type[Variant]:
@@ -210,6 +207,13 @@ class Variant:
                 f"  {meant}The settings are {', '.join(SETTINGS)}."
             )
         return type(cls.__name__, (cls,), {**settings, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def bind(variant: type[Variant], values: Mapping[str, Any]) -> Any:
+    """The same as `variant.bind`, also where a declared value is called `bind`."""
+    bound = object.__new__(variant)
+    bound.__dict__.update(values)
+    return bound
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,11 @@ class Signature:
     def dims(self) -> tuple[str, ...]:
         """Every dim name that the declaration mentions, those of q, k and v first."""
         return tuple(dict.fromkeys(dim for spec in self.specs for dim in spec.dims))
+
+    def identity(self, role: str, name: str) -> str:
+        """What a declared value is called in the IR: so, unless a gate has a name that an attribute has as well."""
+        taken = role == "gate" and any(name in group for group in (self.states, self.params, self.tokens))
+        return apart(name, role) if taken else name
 
     def rate_name(self, rate: ParamSpec) -> str:
         """The attribute that a `param` used inside `update` was declared as."""
@@ -496,79 +505,35 @@ def _name_problems(
     states: Mapping[str, Any], params: Mapping[str, Any], tokens: Mapping[str, Any], gates: Mapping[str, GateSpec]
 ) -> list[Problem]:
     problems: list[Problem] = []
-    seen: dict[str, str] = {}
-    dims = {d for group in (states, params, tokens, gates) for spec in group.values() for d in spec.dims}
-    declared = {*states, *params, *tokens, *gates}
+    attributes: dict[str, str] = {}
     for role, specs in (("state", states), ("param", params), ("token", tokens), ("gate", gates)):
         for name, spec in specs.items():
-            if name in seen and seen[name] != role:
-                problems.append(
-                    Problem(
-                        f"`{name}` is both a {seen[name]} and a {role}.", "Give one of them another name.", spec.where
-                    )
-                )
-            seen[name] = role
-            if name in ("q", "k", "v") and role == "token":
-                continue
-            problems += _variable_problems(role, name, spec.where, declared, dims)
+            if role != "gate" and name in attributes:
+                what = f"`{name}` is both a {attributes[name]} and a {role}."
+                problems.append(Problem(what, "Give one of them another name.", spec.where))
+            elif role == "gate" and not (isinstance(name, str) and name.isidentifier()):
+                what = f"gate `{name}` is not a name that a variable can have."
+                problems.append(Problem(what, "Give it another name.", spec.where))
+            elif role != "gate" and _is_of_every_declaration(name):
+                what = f"{role} `{name}` is also what every declaration has under that name."
+                problems.append(Problem(what, "Give it another name.", spec.where))
+            if role != "gate":
+                attributes[name] = role
             if not all(map(is_dim, spec.dims)):
-                problems.append(
-                    Problem(
-                        f"{role} `{name}` has the dims {spec.dims!r}.",
-                        'A dim is a name that starts with a capital, such as "D"; its size is given to tttc.compile.',
-                        spec.where,
-                    )
-                )
-            reserved = sorted({"B", "H", "T", "C"} & {d for d in spec.dims if isinstance(d, str)})
-            if reserved:
-                problems.append(
-                    Problem(
-                        f"{role} `{name}` uses the dim {', '.join(reserved)}.",
-                        "B, H, T and C are batch, heads, tokens and chunk; name the axis otherwise.",
-                        spec.where,
-                    )
-                )
+                what = f"{role} `{name}` has the dims {spec.dims!r}."
+                remedy = 'A dim is a name, such as "D"; its size is given to tttc.compile.'
+                problems.append(Problem(what, remedy, spec.where))
     return problems
 
 
-def _variable_problems(
-    role: str, name: str, where: SourceLine | None, declared: set[str], dims: set[str]
-) -> list[Problem]:
-    """A declared name becomes a variable of printed programs and of generated code, where others must not take it."""
-    derived = {a.format(other): other for other in declared for a in _DERIVED_NAMES}
-    if not name.isidentifier() or keyword.iskeyword(name):
-        why = "is not a name that a variable can have"
-    elif name in dims:
-        why = "is also the name of a dim"
-    elif name in derived:
-        why = f"is what generated programs call a value that belongs to `{derived[name]}`"
-    elif name in _RESERVED_NAMES or name in numerics.names():
-        why = "is a name that generated programs use themselves"
-    else:
-        return []
-    return [Problem(f"{role} `{name}` {why}.", "Give it another name.", where)]
-
-
-_DERIVED_NAMES = (
-    *("d{}", "{}_start", "{}_in", "{}_c", "d{}_c"),
-    *(f"{d}{letter}_{{}}" for letter in ("S", "M", "V", "A", "N", "a", "m") for d in ("", "d")),
-    *(f"{letter}_{{}}_{i}" for letter in ("A", "a") for i in range(3)),
-)
-_RESERVED_NAMES = frozenset(
-    (
-        *("z", "dz", "loss", "torch", "aten", "F", "G", "C", "T", "c", "m", "t", "i"),
-        *("chunk", "every", "chunks", "group", "kept", "saved", "saves", "sequences", "size", "start", "made"),
-        *("n_tokens", "dn_tokens", "now", "dnow"),
-        *(f"{d}{kind}_{i}" for kind in ("row", "past") for i in range(10) for d in ("", "d")),
-        *("range", "len", "self", "learner", "output", "update", "mini_batch", "read", "anchor", "steps", "bind"),
-        "replace",
-    )
-)
+def _is_of_every_declaration(name: str) -> bool:
+    """Whether an attribute of the class is a setting or a function that a declaration defines."""
+    return name in vars(Variant) and not isinstance(vars(Variant)[name], classmethod)
 
 
 def is_dim(name: Any) -> bool:
-    """A dim is a name that starts with a capital."""
-    return isinstance(name, str) and name.isidentifier() and name[0].isupper()
+    """A dim is a name."""
+    return isinstance(name, str) and name.isidentifier()
 
 
 def class_line(variant: type[Variant]) -> SourceLine | None:

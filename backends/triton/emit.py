@@ -285,8 +285,8 @@ class _Kernel:
                 self.line(f"# {name} = {shown.ordered(step.value, axes).text}")
             if step.target is not None and step.target.at is not None:
                 self.store(stores[step.name], text.text)
-            else:
-                self.line(f"{name} = {text.text}")
+                continue  # what is stored is no variable of the kernel
+            self.line(f"{name} = {text.text}")
             if step.value.axes == axes and step.value.op not in ("leaf", "const", "broadcast"):
                 printer.names[step.value] = shown.names[step.value] = step.name
 

@@ -66,6 +66,11 @@ def apart(name: str, role: str) -> str:
     return f"{name}@{role}"
 
 
+def as_declared(name: str) -> str:
+    """What the user calls a declared variable."""
+    return name.partition("@")[0]
+
+
 def size_of(dim: str) -> str:
     """In a text: the size of a dim, which a variable may be called as well."""
     return f"#{dim}"
@@ -88,7 +93,7 @@ def inner(word: str) -> str:
 
 def is_declared(name: str) -> bool:
     """Whether a user may have given it."""
-    return name.partition("@")[0].isidentifier()
+    return as_declared(name).isidentifier()
 
 
 def spelled(name: str) -> str:
@@ -187,6 +192,7 @@ __all__ = [
     "Word",
     "Wording",
     "apart",
+    "as_declared",
     "differential",
     "differentiated",
     "function",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from tttc.ir.dualize import GradientClass
 from tttc.ir.expr import Expr, is_const, leaf, leaves, rebuild, transform
+from tttc.ir.names import spelled
 from tttc.ir.program import EndStage, Plan, Update, end_leaf
 from tttc.ir.text import Printer, Text
 from tttc.ir.update import Advanced, Carried, accumulated, advance, is_staged, state_name
@@ -40,7 +41,7 @@ def rate_text(rate: Expr, index: str = "") -> str:
 
     def visit(e: Expr, src: tuple[Expr, ...]) -> Expr:
         at = index if e.op == "leaf" and e.arg[0].role == "gate" else ""
-        return leaf(f"{e.arg[0].name}{at}", "param", e.axes) if e.op == "leaf" else rebuild(e, src)
+        return leaf(f"{spelled(e.arg[0].name)}{at}", "param", e.axes) if e.op == "leaf" else rebuild(e, src)
 
     return Printer()(transform([rate], visit)[0])
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tttc.errors import DeclarationError, Place, Problem, SourceLine, TTTCError, raised_at
 from tttc.ir.expr import Expr, Leaf, leaf, leaves, rebuild, transform
+from tttc.ir.names import as_declared
 from tttc.ir.text import expression_text
 from tttc.places import captured_names, captured_places
 from tttc.purity import Snapshot, changed, snapshot
@@ -183,7 +184,7 @@ def run_twice(
         e for value, mark in ((first, None), (second, again)) for e in leaves([value.expr]) if e.arg[0].at != mark
     ]
     if strays:
-        read = ", ".join(dict.fromkeys(f"{e.arg[0].role} {e.arg[0].name}" for e in strays))
+        read = ", ".join(dict.fromkeys(f"{e.arg[0].role} {as_declared(e.arg[0].name)}" for e in strays))
         what = f"in {name}: a value that an earlier call has made is used again (it is made of {read})."
         raise Repeated(Problem(what, _PURE, _line_of(first.expr, places)))
     (repeated,) = transform([second.expr], lambda e, src: _unmarked(e) if e.op == "leaf" else rebuild(e, src))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tttc.backends.memory import autocast
+from tttc.containers import Modules, Parameters
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
 from tttc.gates import gate_bias, gate_problem
 from tttc.number import whole
@@ -183,13 +184,13 @@ class TTT(nn.Module):
         self.q_proj = projection(width["q"])
         self.k_proj = projection(width["k"]) if conv_kernel is None else None
         self.v_proj = projection(width["v"])
-        self.token_proj = nn.ModuleDict({n: projection(w) for n, w in width.items() if n not in ("q", "k", "v")})
+        self.token_proj = Modules({n: projection(w) for n, w in width.items() if n not in ("q", "k", "v")})
         self.conv_q: CausalConvolution | None = None
         self.conv_k: CausalConvolution | None = None
         if conv_kernel is not None:
             self.conv_q = CausalConvolution(num_heads * width["q"], conv_kernel, **made)
             self.conv_k = CausalConvolution(num_heads * width["k"], conv_kernel, **made)
-        self.gates = nn.ModuleDict(
+        self.gates = Modules(
             {
                 name: _gate(spec, hidden_size, num_heads, self.dims, declared, **made)
                 for name, spec in declared.gates.items()
@@ -205,8 +206,8 @@ class TTT(nn.Module):
     def _shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(self.dims[dim] for dim in dims)
 
-    def _inner_parameters(self, specs: Mapping[str, Any], **made: Any) -> nn.ParameterDict:
-        return nn.ParameterDict(
+    def _inner_parameters(self, specs: Mapping[str, Any], **made: Any) -> Parameters:
+        return Parameters(
             {n: nn.Parameter(torch.empty(self.num_heads, *self._shape(s.dims), **made)) for n, s in specs.items()}
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 from tttc.errors import ShapeError, TTTCError, users_line
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Axis, Expr, const, leaves
+from tttc.ir.names import as_declared
 from tttc.ir.scalars import Formula
 from tttc.number import number
 from tttc.places import note
@@ -361,7 +362,7 @@ def _shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeErr
 def _origin(e: Expr, dim: str) -> str:
     """The declared value that brought a dim into an expression."""
     found = [x.arg[0] for x in leaves([e]) if dim in (a.size for a in x.axes)]
-    return f"{found[-1].role} {found[-1].name}" if found else ""
+    return f"{found[-1].role} {as_declared(found[-1].name)}" if found else ""
 
 
 # -- operations --------------------------------------------------------------------------------------------------------

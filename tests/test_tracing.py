@@ -225,6 +225,13 @@ REFUSED = {
     "a remainder": (learning(lambda self, x: (x @ self.W) % 2.0), "`%`"),
     "minus a comparison": (learning(lambda self, x: (1.0 - (x > 0)) @ self.W), "tttc.where(condition, 1.0, 0.0)"),
     "a sum of comparisons": (learning(lambda self, x: ((x > 0) + (x < 1)) * (x @ self.W)), "`&`, `|`"),
+    "a product with a comparison": (learning(lambda self, x: (x > 0) @ self.W), "tttc.where(condition, 1.0, 0.0)"),
+    "a logarithm to a base": (learning(lambda self, x: tttc.log(x * x + 1.0, 2) @ self.W), "tttc.log with 2 operands"),
+    "a norm without a shift": (
+        learning(lambda self, x: tttc.layer_norm(x, x, eps=1e-6)),
+        "It takes 3 operands, and eps=",
+    ),
+    "an unknown argument": (learning(lambda self, x: tttc.sum(x, keepdim=True) * x), "It takes axis."),
     "a counter": (learning(renewed), "another expression comes out the second time"),
     "a counter with a period": (InTurns, "another expression comes out the second time"),
     "a value kept elsewhere": (learning(kept_elsewhere), "an earlier call has made"),

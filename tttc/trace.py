@@ -11,13 +11,13 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from tttc.errors import ShapeError, TTTCError, users_line
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Axis, Expr, const, leaves
 from tttc.ir.names import as_declared
-from tttc.ir.scalars import Formula
+from tttc.ir.scalars import SCALARS, Formula
 from tttc.number import number
 from tttc.places import note
 from tttc.suggest import instead
@@ -333,6 +333,7 @@ def _binary(op: str, left: Any, right: Any) -> Traced:
 
 def _matmul(left: Any, right: Any) -> Traced:
     a, c = lift(left), lift(right)
+    _refuse_truths("contract", (a, c))
     what = "cannot contract with `@`"
     if not a.axes or not c.axes:
         raise _shape_error(what, (a, c), "A number multiplies with `*`.")
@@ -371,14 +372,29 @@ def _origin(e: Expr, dim: str) -> str:
 def trace(name: str, operands: Sequence[Any], settings: Mapping[str, Any]) -> Traced:
     """Add the node of one of the operations of `tttc/operations.py`."""
     values = [lift(x) for x in operands]
-    if name == "mean":
-        _refuse_truths("average", values)
-    if name in _SPECIAL:
-        return _SPECIAL[name](values, **settings)
-    if settings:
-        raise unsupported(f"the argument {', '.join(settings)} of tttc.{name}", f"tttc.{name} takes only operands.")
+    special = _SPECIAL.get(name)
+    row = "select" if name == "where" else name
+    count, known = (special.operands, special.settings) if special else (SCALARS[row].arity, ())
+    if len(values) != count:
+        takes = f"It takes {count} operand{'s' * (count > 1)}{''.join(f', and {n}=' for n in known)}."
+        raise unsupported(f"tttc.{name} with {len(values)} operands", takes)
+    if unknown := [n for n in settings if n not in known]:
+        takes = f"It takes {', '.join(known)}." if known else "It takes only operands."
+        raise unsupported(f"the argument {', '.join(unknown)} of tttc.{name}", takes)
+    if name in ("mean", "einsum"):
+        _refuse_truths("average" if name == "mean" else "contract", values)
+    if special:
+        return special.build(values, **settings)
     renamed, axes = _aligned(values, f"apply {name} to")
-    return Traced(b.apply({"where": "select"}.get(name, name), *renamed), axes)
+    return Traced(b.apply(row, *renamed), axes)
+
+
+class _Special(NamedTuple):
+    """An operation that is no elementwise function: how many operands it has, and which settings."""
+
+    build: Callable[..., Traced]
+    operands: int = 1
+    settings: tuple[str, ...] = ()
 
 
 def _reduction(reduce: Callable[[Expr, Axes], Expr]) -> Callable[..., Traced]:
@@ -478,17 +494,17 @@ def axis_size(x: Traced, axis: int) -> int:
     return 2 if found is None else int(found)  # a size that is none is refused when the dims are read
 
 
-_SPECIAL: dict[str, Callable[..., Traced]] = {
-    "sum": _reduction(b.total),
-    "mean": _reduction(b.mean),
-    "layer_norm": _normalizing("layer_norm"),
-    "rms_norm": _normalizing("rms_norm"),
-    "l2_norm": _normalizing("l2_norm"),
-    "softmax": _softmax,
-    "dot": _dot,
-    "along": _along,
-    "einsum": _einsum,
-    "stop_gradient": _stop_gradient,
+_SPECIAL: dict[str, _Special] = {
+    "sum": _Special(_reduction(b.total), 1, ("axis",)),
+    "mean": _Special(_reduction(b.mean), 1, ("axis",)),
+    "layer_norm": _Special(_normalizing("layer_norm"), 3, ("eps",)),
+    "rms_norm": _Special(_normalizing("rms_norm"), 2, ("eps",)),
+    "l2_norm": _Special(_normalizing("l2_norm"), 1, ("eps",)),
+    "softmax": _Special(_softmax),
+    "dot": _Special(_dot, 2),
+    "along": _Special(_along, 2, ("axis",)),
+    "einsum": _Special(_einsum, 2, ("spec",)),
+    "stop_gradient": _Special(_stop_gradient),
 }
 
 

@@ -166,6 +166,17 @@ def compile(
         checkpoint=checkpoint,
         decode=decode,
         tuning=lookup.tuning,
+        settings={
+            "dims": sizes,
+            "dtype": dtype,
+            "device": place,
+            "backend": backend,
+            "chunk": chunk,
+            "checkpoint": checkpoint,
+            "config": config,
+            "decode": decode,
+            "telemetry": telemetry,
+        },
     )
 
 

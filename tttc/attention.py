@@ -120,6 +120,12 @@ class AttentionLayer:
             raise DeclarationError(problems_text(variant.__name__, problems))
         self._attend = torch.compile(self._made["attend"]) if device.type == "cuda" else self._made["attend"]
 
+    def __deepcopy__(self, memo: Any) -> AttentionLayer:
+        return self  # nothing of it is trained, or changed by a call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return compile_attention, (self.variant, self.dims, self.dtype, self.device)
+
     def __repr__(self) -> str:
         return f"AttentionLayer({self.variant.__name__}: {self.kernel}, {self.dims}, {self.dtype}, {self.device})"
 

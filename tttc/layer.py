@@ -14,6 +14,7 @@ from tttc.backends.interface import CompiledScan, Source
 from tttc.backends.memory import fake
 from tttc.call import Call
 from tttc.compile import History
+from tttc.copying import Declared, compiled_again
 from tttc.errors import ShapeError
 from tttc.explain import explain
 from tttc.ir.expr import TOKENS
@@ -36,6 +37,8 @@ class Layer:
     """A compiled variant: `z, state = layer(q, k, v, gates=..., params=..., state=...)`.
 
     `torch.compile(fullgraph=True)` and `torch.export` take a call whole: each scan is one operator of the graph.
+    Pickled, it is compiled again where it is read, from its declaration, which has to be importable there; a copy of it
+    is itself.
 
     Attributes: `signature` (the declaration), `stages` (the history of the compiler), `source` (the generated code),
     `backend`, `dims`, `dtype`, `device`, `tuning` (what was taken from `tttc tune`, and why).
@@ -56,12 +59,13 @@ class Layer:
         checkpoint: int | str | None,
         decode: str = "auto",
         tuning: Tuning = UNTUNED,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.signature, self.stages, self._source = signature, stages, source
         self.dims, self.dtype, self.device = dict(dims), dtype, device
         self.backend, self.why, self.checkpoint, self.tuning = backend, why, checkpoint, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._scans = scans
+        self._scans, self._settings = scans, settings
         self.halves = self.compute_dtype == torch.float32 and all(s.halves for s in scans.values())
         program = stages.program
         assert program.plan is not None
@@ -96,6 +100,12 @@ class Layer:
     def __repr__(self) -> str:
         dims = ", ".join(f"{d}={n}" for d, n in self.dims.items())
         return f"Layer({self.signature.name}, {dims}, {self.dtype}, {self.device}, backend={self.backend})"
+
+    def __deepcopy__(self, memo: Any) -> Layer:
+        return self  # nothing of it is trained, or changed by a call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return compiled_again, (Declared.of(self.signature.variant), self._settings)
 
     def explain(self, latex: bool = False, stages: Sequence[str] | None = None) -> str:
         """The mathematics stage by stage (or of `stages`), the costs, and why this backend was taken; or as LaTeX."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tttc.backends.memory import autocast
 from tttc.containers import Modules, Parameters
+from tttc.copying import Declared
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
 from tttc.gates import gate_bias, gate_problem
 from tttc.number import whole
@@ -335,6 +336,12 @@ class TTT(nn.Module):
     def _split(self, token: str, x: Tensor) -> Tensor:
         """[B, T, H *dims] -> [B, T, H, *dims]."""
         return x.unflatten(-1, (self.num_heads, *self.token_shapes[token]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"variant": Declared.of(self.variant)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"variant": state["variant"].variant})
 
     def extra_repr(self) -> str:
         dims = ", ".join(f"{dim}={size}" for dim, size in self.dims.items())

@@ -206,7 +206,8 @@ class Variant:
                 f"variant `{cls.__name__}`: no such setting: {', '.join(unknown)}.\n"
                 f"  {meant}The settings are {', '.join(SETTINGS)}."
             )
-        return type(cls.__name__, (cls,), {**settings, "__module__": cls.__module__, "__doc__": cls.__doc__})
+        about = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__replaced__": settings}
+        return type(cls.__name__, (cls,), {**settings, **about})
 
 
 def bind(variant: type[Variant], values: Mapping[str, Any]) -> Any:

@@ -293,9 +293,8 @@ def test_a_declaration_of_the_main_program(tmp_path: Path):
 
 def test_shapes_of_a_model_on_the_meta_device():
     """Of a layer and of `tttc.nn.TTT`, forward and backward, with and without a state."""
-    with torch.device("meta"):
-        block = TTT(LIBRARY["TTTMLP"], 8, 2, backend="torch")
-        x = torch.empty(2, 21, 8, requires_grad=True)
+    block = TTT(LIBRARY["TTTMLP"], 8, 2, backend="torch", device="meta")
+    x = torch.zeros(2, 21, 8, device="meta", requires_grad=True)
     y, cache = block(x, return_state=True)
     assert (y.shape, y.device.type) == (x.shape, "meta")
     assert cache.state.W1.device.type == "meta"

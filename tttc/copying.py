@@ -54,7 +54,8 @@ def _named(base: type[Variant], rate: Any) -> Any:
 
 def _replaced(base: Declared, settings: Mapping[str, Any]) -> Declared:
     found = _with_rates(settings, lambda rate: getattr(base.variant, rate.attribute) if type(rate) is _Named else rate)
-    return Declared.of(base.variant.replace(**found))
+    made = Variant.replace.__func__(base.variant, **found)  # type: ignore[attr-defined]  # `replace` may be a state
+    return Declared.of(made)
 
 
 def _with_rates(settings: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

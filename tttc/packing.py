@@ -13,7 +13,7 @@ from tttc.errors import Problem, ShapeError, StateMismatch, problems_text
 from tttc.ir.expr import leaves
 from tttc.ir.names import as_declared
 from tttc.ir.program import Program
-from tttc.state import PackedState, State, Tensors, layout
+from tttc.state import PackedState, State, Tensors, layout, tensors_of
 from tttc.variant import Signature
 
 
@@ -91,7 +91,7 @@ def regrouped(state: State, given: Arguments) -> State:
         own = group in ("rows", "taps") and name in given.wide
         return x if own else x[:, :: given.group]
 
-    groups = {g: {n: of_group(g, n, x) for n, x in group.items()} for g, group in state.groups.items()}
+    groups = {g: {n: of_group(g, n, x) for n, x in group.items()} for g, group in tensors_of(state).items()}
     return State(position=state.position, **groups)
 
 

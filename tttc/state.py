@@ -55,13 +55,8 @@ class State(Mapping[str, torch.Tensor]):
 
     def map(self, function: Any) -> State:
         """The same state with a function applied to every tensor."""
-        groups = {g: {n: function(x) for n, x in group.items()} for g, group in self.groups.items()}
+        groups = {g: {n: function(x) for n, x in group.items()} for g, group in tensors_of(self).items()}
         return State(position=self.position, **groups)
-
-    @property
-    def groups(self) -> dict[str, Tensors]:
-        """Its tensors by what they are for."""
-        return {n: getattr(self, n) for n in GROUPS}
 
     @staticmethod
     def joined(states: Sequence[State]) -> State:
@@ -79,7 +74,7 @@ class State(Mapping[str, torch.Tensor]):
             _alike(first, other, i)
         measured = [{n: (x.shape[1:], x.dtype) for n, x in s.telemetry.items()} for s in states]
         names = [n for n in GROUPS if n != "telemetry" or all(m == measured[0] for m in measured)]
-        groups = {g: {n: torch.cat([s.groups[g][n] for s in states]) for n in first.groups[g]} for g in names}
+        groups = {g: {n: torch.cat([tensors_of(s)[g][n] for s in states]) for n in tensors_of(first)[g]} for g in names}
         return State(position=first.position, **groups)
 
     def select(self, sequences: int | Sequence[int] | slice | torch.Tensor) -> State:
@@ -113,9 +108,16 @@ class State(Mapping[str, torch.Tensor]):
 GROUPS = ("weights", "start", "summed", "memory", "rows", "taps", "telemetry")
 
 
+def tensors_of(state: State) -> dict[str, Tensors]:
+    """Its tensors by what they are for."""
+    return {n: getattr(state, n) for n in GROUPS}
+
+
 def layout(state: State) -> dict[str, dict[str, tuple[int, ...]]]:
     """What a state holds, beside what the last call measured: the sizes of one sequence, by group and name."""
-    return {g: {n: tuple(x.shape[1:]) for n, x in ts.items()} for g, ts in state.groups.items() if g != "telemetry"}
+    return {
+        g: {n: tuple(x.shape[1:]) for n, x in ts.items()} for g, ts in tensors_of(state).items() if g != "telemetry"
+    }
 
 
 def _alike(first: State, other: State, number: int) -> None:

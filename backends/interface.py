@@ -43,6 +43,18 @@ class Preferred:
     why: str
 
 
+class NotBuilt(Exception):
+    """A kernel could not be made: what it is called, and what went wrong. Raised where it is first called, for that is
+    when it is made; what a backend knows that it cannot run is among its `refusals`.
+    """
+
+    def __init__(self, kernel: str, error: BaseException) -> None:
+        said = " ".join(str(error).split())
+        super().__init__(
+            f"the kernel `{kernel}` could not be made ({type(error).__name__}{': ' * bool(said)}{said[:400]})"
+        )
+
+
 class CompiledScan(Protocol):
     """One scan of the program. Tensors have two leading axes, batch and heads, in the order of `Scan.params`.
 

@@ -22,6 +22,7 @@ from tttc.fallback import warn_of_fallback
 from tttc.ir.program import Program
 from tttc.layer import Layer
 from tttc.number import whole
+from tttc.standby import with_standby
 from tttc.tuning import Lookup
 from tttc.variant import Signature, Variant
 
@@ -151,6 +152,8 @@ def compile(
     began = time.perf_counter()
     source = chosen.emit(stages.program)
     scans = chosen.load(source, stages.program, _checked_config(lookup, taken, chosen, stages.program))
+    if not asked:
+        scans = with_standby(scans, declared.name, taken)
     milliseconds = (time.perf_counter() - began) * 1e3
     stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source))
     return Layer(

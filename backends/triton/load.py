@@ -20,7 +20,7 @@ import torch
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.gpus import architecture_of
-from tttc.backends.interface import CompiledScan, Settings, Source, content_of
+from tttc.backends.interface import CompiledScan, NotBuilt, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.triton import frugal
 from tttc.backends.triton.emit import emit_forms, rounded
@@ -164,6 +164,7 @@ class Kernels:
         if batch * heads == 0:
             return
         import triton.language as tl
+        from triton.errors import TritonError
 
         arguments: list[Any] = []
         for t, x in zip(self._tensors[backward], given, strict=True):
@@ -171,11 +172,18 @@ class Kernels:
         sizes = [heads, *([tokens, every, groups] if self.form.scan.loops else [])]
         operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
         index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
-        kernel = self.module.kernel(self.form.scan, backward)
+        name = kernel_name(self.form.scan, backward)
+        try:
+            kernel = self.module.kernel(self.form.scan, backward)
+        except Exception as error:
+            raise NotBuilt(name, error) from error
         grid = batch * heads, self.form.strips, groups if self.form.alone else 1
         options = bounded(self.options[backward], _target(given[0].device))
         with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
-            kernel[grid](*arguments, *sizes, operand=operand, index=index, **options)
+            try:
+                kernel[grid](*arguments, *sizes, operand=operand, index=index, **options)
+            except TritonError as error:
+                raise NotBuilt(name, error) from error
 
 
 @cache

@@ -336,7 +336,7 @@ class _Builder:
         if not self.scan.loops:
             for p in self.scan.sequence:
                 self._ready(p, self.buffers[_name(p)])
-        if self.name.endswith("_adjoint") and self.scan.loops:
+        if self.name != self.scan.name and self.scan.loops:  # backwards, chunks begin with carries that were kept
             for p in self.scan.carry:
                 self.emitter.reserve(_name(p), p.axes)
 

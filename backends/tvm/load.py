@@ -24,7 +24,7 @@ import torch
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.garbage import uncollected
-from tttc.backends.interface import CompiledScan, Settings, Source, content_of
+from tttc.backends.interface import CompiledScan, NotBuilt, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.tvm.loops import heads_together
 from tttc.backends.tvm.machine import Config, Machine, host
@@ -216,7 +216,10 @@ class TVMScan:
         if key not in self._compiled:
             with self._locks[backward]:
                 if key not in self._compiled:
-                    self._compiled[key] = self._made(backward, stored)
+                    try:
+                        self._compiled[key] = self._made(backward, stored)
+                    except Exception as error:
+                        raise NotBuilt(self._called(backward), error) from error
         return self._compiled[key]
 
     def _kernel(self, backward: bool, stored: Stored) -> Kernel:
@@ -247,7 +250,11 @@ class TVMScan:
             library = _runtime()(str(path))
         else:
             library = built[0] if built else _build(self._kernel(backward, stored))
-        return library[f"{self.scan.name}_adjoint" if backward else self.scan.name]
+        return library[self._called(backward)]
+
+    def _called(self, backward: bool) -> str:
+        """The name of a kernel."""
+        return f"{self.scan.name}_adjoint" if backward else self.scan.name
 
     def _key(self, backward: bool, stored: Stored) -> str:
         """All that a kernel depends on: the program, the machine, and the versions of what makes it."""

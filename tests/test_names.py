@@ -40,11 +40,8 @@ CLASSES = (
 ROLES = 5
 # of float32, and of float64 as in tttc.verify; some hundred operations in a row, twice as many in the backward
 ALLOWED = {torch.float32: (5e-6, 1e-5), torch.float64: (1e-12, 1e-11)}
-BACKENDS = [
-    "torch",
-    pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="there is no tvm")),
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton")),
-]
+tvm, triton = (pytest.mark.skipif(find_spec(n) is None, reason=f"there is no {n}") for n in ("tvm", "triton"))
+BACKENDS = ["torch", pytest.param("tvm", marks=tvm), pytest.param("triton", marks=triton)]
 
 
 def crowded(turn, backend):
@@ -127,7 +124,7 @@ def called(name, **declared):
 def wrong(variant, dims, backend, tokens=6):
     """Outputs, states and gradients that are not those of the oracle."""
     dtype = torch.float32 if backend == "triton" else torch.float64
-    layer = tttc.compile(variant, dims, dtype, backend=backend)
+    layer = tttc.compile(variant, dims, dtype, backend=backend, chunk=4)
     exact = random_inputs(layer.signature, layer.dims, 1, tokens, 2)
 
     def to(x):
@@ -156,9 +153,23 @@ def test_every_name_in_every_role(backend, turn):
     assert not wrong(variant, dims, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS[::2], pytest.param("tvm", marks=[tvm, pytest.mark.slow])])
 def test_names_that_are_derived_from_another(backend):
     assert not wrong(Neighbours, {"D": 3}, backend)
+
+
+class Memory(Compared):
+    """Two matrices, of which a kernel has one in a buffer that is called as the other."""
+
+    W_out = tttc.state("D", "D")
+
+    def learner(self, x):
+        return tttc.tanh(x @ self.W) @ self.W_out
+
+
+@tvm
+def test_native_buffers_are_those_of_their_states():
+    assert not wrong(Memory, {"D": 4}, "tvm")
 
 
 @pytest.mark.parametrize("name", CLASSES)

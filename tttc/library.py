@@ -281,7 +281,7 @@ class GatedThreeLayer(Variant):
     gate.
     """
 
-    mini_batch = 16
+    mini_batch, qk_norm = 16, True
     W1 = state("D", "F", init=normal(0.02))
     Wg = state("D", "F", init=normal(0.02))
     W2 = state("F", "F", init=normal(0.02))

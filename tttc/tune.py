@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -324,18 +325,20 @@ class _Subject:
 
     def choices(self) -> dict[str, tuple[Value, ...]]:
         """Every coordinate with its values; those that need nothing compiled come first."""
-        chunks = self._chunks()
+        chunks = self._chunks
         config = {n: tuple(values) for n, values in self.backend.choices(self.exact.stages.program).items()}
         found: dict[str, tuple[Value, ...]] = {"checkpoint": (None, *self._checkpoints())}
         found |= {"chunk": chunks} if chunks else {}
         return {n: values for n, values in {**found, **config}.items() if len(values) > 1}
 
+    @cached_property
     def _chunks(self) -> tuple[int, ...]:
+        """Chunks of programs that the backend can run."""
         plan = self.scheduled.plan
         assert plan is not None
         preferred = self.backend.chunk(self.scheduled) if plan.free else None
         found = chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
-        can = tuple(n for n in found if not self.backend.refusals(schedule(self.dualized, n)))
+        can = tuple(n for n in found if not self.backend.refusals(self._program(n)))
         return can if len(can) > 1 else ()
 
     def _checkpoints(self) -> tuple[int, ...]:
@@ -356,10 +359,14 @@ class _Subject:
 
     def identity(self, candidate: Candidate) -> tuple[Hashable, Hashable]:
         chunk = candidate.get("chunk")
+        kernels = self.backend.identity(self._program(chunk), self._config(candidate))
+        return (chunk, kernels), candidate.get("checkpoint")
+
+    def _program(self, chunk: Value) -> Program:
+        """Scheduled with a chunk."""
         if chunk not in self._programs:
             self._programs[chunk] = schedule(self.dualized, chunk)
-        kernels = self.backend.identity(self._programs[chunk], self._config(candidate))
-        return (chunk, kernels), candidate.get("checkpoint")
+        return self._programs[chunk]
 
     def _config(self, candidate: Candidate) -> dict[str, int]:
         return {n: v for n, v in candidate.items() if n not in ("chunk", "checkpoint") and v is not None}
@@ -392,7 +399,7 @@ class _Subject:
         plan = self.scheduled.plan
         assert plan is not None
         if plan.free:
-            return min(self.tokens, 3 * max(self._chunks() or (64,)) + 5)
+            return min(self.tokens, 3 * max(self._chunks or (64,)) + 5)
         if isinstance(plan.mini_batch, int):
             return min(self.tokens, plan.mini_batch * -(-48 // plan.mini_batch))
         return min(self.tokens, 300)

@@ -20,8 +20,8 @@ from tttc.variant import GateSpec, signature
 STEPS, HIDDEN, TOKENS = 300, 64, 128
 NORMALISED = {
     *("DeltaNet", "GatedDeltaNet", "KDA", "MomentumDeltaNet"),
-    *("Titans", "Yaad", "Moneta", "TTTVideo", "LaCT"),
-}  # as their papers have it
+    *("Titans", "Yaad", "Moneta", "TTTVideo", "LaCT", "GatedThreeLayer"),
+}  # as their papers have it, and one that is in none
 
 
 class Gated(tttc.Variant):

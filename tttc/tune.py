@@ -338,8 +338,9 @@ class _Subject:
         assert plan is not None
         preferred = self.backend.chunk(self.scheduled) if plan.free else None
         found = chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
-        can = tuple(n for n in found if not self.backend.refusals(self._program(n)))
-        return can if len(can) > 1 else ()
+        if self.backend.refusals(self.scheduled):  # at the chunk of the torch backend
+            found = tuple(n for n in found if not self.backend.refusals(self._program(n)))
+        return found if len(found) > 1 else ()
 
     def _checkpoints(self) -> tuple[int, ...]:
         """Distances at which the carries that are kept take about as much memory as the call itself."""

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tttc.ir.expr import Expr
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def laid_out(of: Sequence[Expr], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -42,7 +42,7 @@ def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype
 
 def fake(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether there are sizes and no numbers in them: fake tensors, which are never made by chance."""
-    return any(type(x) not in PLAIN and isinstance(x, FakeTensor) for x in tensors)
+    return not PLAIN.issuperset(map(type, tensors)) and any(isinstance(x, FakeTensor) for x in tensors)
 
 
 def autocast(device: str) -> bool:

@@ -9,7 +9,7 @@ derivative
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,15 @@ transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a transform of `torch.func` is at work."""
 
 
-def asked_for(tensors: Tensors) -> bool:
-    """Whether anything is to be differentiated or mapped over: what `run` is for."""
-    return (
-        (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        or transforming()
-        or carries_tangents(tensors)
+def asked_for(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether anything is to be differentiated or mapped over: what `run` is for. They are looked at only where it may
+    be so.
+    """
+    recording, tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if transforming() or not (recording or tangents):
+        return transforming()
+    return any(
+        (recording and x.requires_grad) or (tangents and forward_ad.unpack_dual(x).tangent is not None) for x in tensors
     )
 
 

@@ -165,7 +165,7 @@ class Call:
 
     def _kept(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Tokens that a state carries, of as many sequences and heads as this call has."""
-        if tuple(x.shape[:2]) != (self.batch, self.heads):
+        if x.shape[:2] != (self.batch, self.heads):
             raise StateMismatch(
                 f"variant `{self.layer.signature.name}`: the state carries tokens of `{name}` for a batch of "
                 f"{x.shape[0]} and {x.shape[1]} heads, this call has {self.batch} and {self.heads}.\n"

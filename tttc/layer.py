@@ -244,7 +244,7 @@ class Layer:
             return False
         state = call.state
         groups = (call.sequences, call.params, state.weights, state.start, state.summed, state.memory)
-        return not autograd.asked_for([x for group in groups for x in group.values()])
+        return not autograd.asked_for(x for group in groups for x in group.values())
 
     def _run_token(self, call: Call) -> tuple[torch.Tensor, State]:
         """One token: a decode step."""
@@ -284,7 +284,9 @@ class Layer:
         z = _joined(outputs)[:, :, before:]
         if whole == T:
             return z, State(weights, memory=memory)
-        rows = {n: _copied(x[:, :, whole:]) for n, x in call.sequences.items()}
+        rows = {n: x[:, :, whole:] for n, x in call.sequences.items()}
+        if not before:  # otherwise they are in memory that was made above
+            rows = {n: _copied(x) for n, x in rows.items()}
         return z, State(weights, T - whole, self._kept(call, start), {}, kept, rows)
 
     def _kept(self, call: Call, start: Tensors) -> Tensors:

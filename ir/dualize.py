@@ -25,7 +25,7 @@ from tttc.ir.names import own
 from tttc.ir.online import NotTriangular, named_like, numbers_apart, solved, the_unknown, unknown_rows, unnamed
 from tttc.ir.primal import loop_params, per_token
 from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
-from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
+from tttc.ir.reading import Moving, Term, at_chunk, nonlinear_use, over_chunk, read_through, still, summed, terms_of
 from tttc.ir.response import GRADIENT, ChunkAlgebra, Response, coefficients, held
 from tttc.ir.simplify import renamed_hints, simplify
 from tttc.ir.substitution import PAST, Substitution, rows_given, substitution
@@ -119,6 +119,19 @@ def gradient_class(program: Program) -> GradientClass:
     """The class of the gradients, with the operation that decided it."""
     update = program.update
     assert update is not None
+    found = _of_gradients(program, update)
+    if update.mini_batch != 1 or update.read == "start" or found.kind not in ("constant", "affine"):
+        return found
+    _, reading = per_token(program)
+    node = nonlinear_use(reading.value, update.states, {**program.dims, TOKENS: 1})
+    if node is None:
+        return found
+    why = f"tokens read a matrix of weights of their own nonlinearly (`{node.op}`): one token after the other"
+    return GradientClass("sequential", found.finding, why)
+
+
+def _of_gradients(program: Program, update: Update) -> GradientClass:
+    """The class as far as the gradients decide it."""
     gradients, _ = per_token(program)
     found = max((dependence(g, update.states) for g in gradients.values()), key=lambda f: f.dependence)
     if found.dependence == Dependence.CONSTANT:

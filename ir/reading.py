@@ -152,6 +152,21 @@ class NoExactForm(Exception):
         self.why, self.instead, self.node = why, instead, node
 
 
+def nonlinear_use(output: Expr, states: Sequence[Expr], sizes: Mapping[str, int]) -> Expr | None:
+    """The value that uses a matrix of weights nonlinearly: weights of every token then have to be multiplied out."""
+    weights = {}
+    for w in states:
+        found = w.arg[0]
+        of_token = Expr("leaf", (), (Leaf(found.name, found.role, "c"), (T_AXIS, *w.axes)))
+        weights[found.name] = Moving(w.axes, (Term(1, (of_token,)),))
+    (over,) = over_chunk([output], T_AXIS, {})
+    try:
+        read_through(over, weights, sizes, {})
+    except NoExactForm as reason:
+        return reason.node
+    return None
+
+
 def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, int]) -> Moving | Expr:
     moving = [s for s in src if isinstance(s, Moving)]
     if node.op == "rename":

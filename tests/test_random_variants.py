@@ -7,7 +7,9 @@ and every gradient, in chunks of any length, and cut into calls anywhere. `make 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -30,12 +32,23 @@ def check(recipe: Recipe, call: Call, backend: str = "torch") -> str:
 
 def outcomes(draws: int, *seeds: int, backend: str = "torch") -> Counter[str]:
     """What became of as many declarations from each seed."""
-    return Counter(check(*drawn(seed, n), backend) for seed in seeds for n in range(draws))
+    small = backend != "torch"
+    return Counter(check(*drawn(seed, n, small), backend) for seed in seeds for n in range(draws))
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_random_declarations(number):
-    outcomes(10, number)
+    outcomes(8, number)
+
+
+@pytest.mark.parametrize("backend", ["tvm", "triton"])
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # beyond the ends of an interpreter's blocks
+def test_random_declarations_as_kernels(backend, monkeypatch, tmp_path):
+    """A few small ones; those of Triton in its interpreter, in float32."""
+    if find_spec(backend) is None:
+        pytest.skip(f"there is no {backend}")
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path))
+    assert outcomes(3, 1, backend=backend)["equal"] >= 1
 
 
 @pytest.mark.slow
@@ -50,14 +63,26 @@ def test_many_random_declarations(part):
 
 # -- one by one --------------------------------------------------------------------------------------------------------
 
+
+def batched(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Two by two."""
+    return [tuple(names[i : i + 2]) for i in range(0, len(names), 2)]
+
+
 PLAIN = Recipe(hidden=("tanh",), residual=True)
 LINEAR = Recipe(bias="plain", other_width=True)
+_hard = recipes.HARD_NAMES
+NAMES = [(_hard[i : i + 3], recipes.TITLES[i // 3 % len(recipes.TITLES)]) for i in range(0, len(_hard) - 2, 3)][::2]
 ONE_BY_ONE: dict[str, list[Recipe]] = {
-    "activation": [replace(PLAIN, hidden=(name,)) for name in recipes.ACTIVATIONS],
+    "activation": [replace(PLAIN, hidden=pair) for pair in batched([*recipes.ACTIVATIONS])],
     "loss": [replace(PLAIN, loss=name) for name in recipes.LOSSES],
     "target": [replace(PLAIN, target=name) for name in recipes.TARGETS],
     "use": [replace(PLAIN, use=name, read="start") for name in recipes.USES],
-    "use by one token": [replace(PLAIN, use=name, mini_batch=1) for name in recipes.USES],
+    "use by one token": [
+        *(replace(PLAIN, use=name, mini_batch=1) for name in recipes.USES),
+        *(Recipe(loss="dot", use="square", mini_batch=1, read=read) for read in ("after", "start")),
+    ],
+    "name": [replace(LINEAR, names=tuple(zip(("W0", "b0", "lr"), n, strict=True)), title=t) for n, t in NAMES],
     "learner": [
         *(replace(PLAIN, norm=name) for name in recipes.NORMS),
         *(replace(PLAIN, keep=name) for name in ("token", "channel")),
@@ -74,20 +99,19 @@ ONE_BY_ONE: dict[str, list[Recipe]] = {
     "states": [
         replace(PLAIN, first="blocks", rows=True),
         *(replace(PLAIN, idle=name) for name in recipes.IDLE),
-        *(replace(PLAIN, window=name) for name in ("taps", "own taps")),
+        *(replace(PLAIN, window=name) for name in recipes.WINDOWS),
         replace(LINEAR, branch="experts"),
     ],
     "term": [
-        *(replace(recipe, terms=(name,)) for name in recipes.TERMS for recipe in (LINEAR, PLAIN)),
-        *(replace(LINEAR, terms=(name,), lr="number", anchor="token") for name in recipes.TERMS),
+        *(replace(LINEAR, terms=(name,)) for name in recipes.TERMS),
+        *(replace(PLAIN, bias="plain", terms=pair, lr="number", anchor="token") for pair in batched(recipes.TERMS)),
     ],
     "rows": [replace(recipe, rows=True) for recipe in (PLAIN, LINEAR, replace(PLAIN, norm="layer_norm"))],
     "gains": [replace(PLAIN, lr=kind, read_scale=kind) for kind in recipes.RATES],
     "recurrences": [replace(PLAIN, momentum=kind, decay=kind) for kind in recipes.RATES],
     "numbers": [
-        replace(recipe, lr="number", momentum="edge", decay="number", anchor=anchor, read=read)
+        replace(recipe, lr="number", momentum="edge", decay="number", anchor="token", read="before")
         for recipe in (PLAIN, LINEAR, replace(LINEAR, loss="dot"), replace(LINEAR, first="number", bias="no"))
-        for anchor, read in (("token", "before"), ("mini_batch", "after"))
     ],
     "average": [replace(PLAIN, average=kind) for kind in recipes.RATES],
     "form": [

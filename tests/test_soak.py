@@ -42,7 +42,7 @@ def test_a_failure_is_shrunk_to_what_it_needs(wrong_tanh):
 
 def test_what_is_printed_is_a_test_that_fails(wrong_tanh, monkeypatch, capsys, tmp_path):
     """It is repeated alone, by its seed and number."""
-    monkeypatch.setattr("tests.draws.drawing.drawn", lambda seed, number: (LARGE, Call(DIMS, tokens=4)))
+    monkeypatch.setattr("tests.draws.drawing.drawn", lambda seed, number, small: (LARGE, Call(DIMS, tokens=4)))
     monkeypatch.setattr(soak, "prepare", lambda backend: None)
     report = tmp_path / "counts.json"
     assert soak.main(["--only", "12", "--json", str(report)]) == 1

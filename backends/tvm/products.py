@@ -122,7 +122,7 @@ def _accumulate(e: Emitter, s: Statement, tile: Tile) -> None:
 
 
 def _registers(e: Emitter, count: int) -> Any:
-    return T.alloc_buffer((count,), e.machine.vector, scope="local", annotations=LOCAL)
+    return T.alloc_buffer((count,), e.machine.vector, scope="local", annotations=LOCAL, layout=None)
 
 
 def _sum(e: Emitter, total: Sum, held: Any, tile: Tile) -> None:

@@ -68,7 +68,7 @@ class Emitter:
         if self.scratch is not None and all(isinstance(n, int) for n in shape):
             self.stores[name] = self._part(name, shape, rows, self.scratch.take(prod(shape)))
         else:
-            buffer = T.alloc_buffer(tuple(shape), self.machine.dtype, scope="global")
+            buffer = T.alloc_buffer(tuple(shape), self.machine.dtype, scope="global", layout=None)
             self.stores[name] = Store(buffer, self.machine, rows=rows)
         return self.stores[name]
 
@@ -76,7 +76,7 @@ class Emitter:
         """A variable in the scratch memory."""
         assert self.scratch is not None
         block = self.scratch.block
-        buffer = T.decl_buffer(tuple(shape), self.machine.dtype, data=block.data, elem_offset=offset)
+        buffer = T.decl_buffer(tuple(shape), self.machine.dtype, data=block.data, elem_offset=offset, layout=None)
         IRBuilder.name(spelled(name), buffer)
         return Store(buffer, self.machine, rows=rows, offset=offset)
 
@@ -90,7 +90,7 @@ class Emitter:
 
     def held(self, x: Any) -> Any:
         """A value in a register of its own: a binding would be computed again at every use."""
-        kept = T.alloc_buffer((1,), str(x.ty.dtype), scope="local", annotations=LOCAL)
+        kept = T.alloc_buffer((1,), str(x.ty.dtype), scope="local", annotations=LOCAL, layout=None)
         T.buffer_store(kept, x, [0])
         return kept[0]
 
@@ -138,10 +138,10 @@ class Emitter:
             width = self.blocks(s.target.axes[-1]) if len(s.target.axes) == 2 else 0
             short = isinstance(width, int) and 0 < width <= self.machine.config.unrolled
             if short and by_vectors(s.name, group):
-                buffer = T.alloc_buffer((width,), self.machine.vector, scope="local", annotations=LOCAL)
+                buffer = T.alloc_buffer((width,), self.machine.vector, scope="local", annotations=LOCAL, layout=None)
                 self.stores[s.name] = Registers(buffer, self.machine)
             elif len(s.target.axes) == 1:
-                buffer = T.alloc_buffer((1,), self.machine.dtype, scope="local", annotations=LOCAL)
+                buffer = T.alloc_buffer((1,), self.machine.dtype, scope="local", annotations=LOCAL, layout=None)
                 self.stores[s.name] = Store(buffer, self.machine, rows=1)
             else:
                 self.reserve(s.name, s.target.axes, rows=1)
@@ -303,7 +303,7 @@ class Emitter:
         op, lane, join = s.value.op, s.lane, self._joined(s.value.op)
         assert lane is not None
         rest = [a for a in s.value.arg if a != lane]
-        held = T.alloc_buffer((1,), self.machine.vector, scope="local", annotations=LOCAL)
+        held = T.alloc_buffer((1,), self.machine.vector, scope="local", annotations=LOCAL, layout=None)
         n = self.blocks(lane)
         unrolled = isinstance(n, int) and n <= self.machine.config.unrolled and not rest
 
@@ -358,7 +358,7 @@ class Emitter:
             wide = lane is not None and places[lane].lanes
             functions = self.functions(wide)
             dtype = self.machine.vector if wide else self.machine.dtype
-            held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL)
+            held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL, layout=None)
             T.buffer_store(held, functions.const(-3e38 if op == "max" else 0.0), [0])
             with self.loops(tuple(s.value.arg), places) as inside:
                 point = Point(self, inside)

@@ -121,7 +121,7 @@ def _solve_rows(
     wide = any(p.lanes for p in columns[0].values())
     places = [Place(t, ("row", r)) for r, t in enumerate(rows)]
     dtype = e.machine.vector if wide else e.machine.dtype
-    held = T.alloc_buffer((len(rows) * len(columns),), dtype, scope="local", annotations=LOCAL)
+    held = T.alloc_buffer((len(rows) * len(columns),), dtype, scope="local", annotations=LOCAL, layout=None)
 
     def subtract(r: int, c: int, point: Point, x: Any) -> None:
         factor = _at(point, matrix, wide)

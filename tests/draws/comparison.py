@@ -132,7 +132,7 @@ def _badly_refused(variant: type[Variant], message: str, wanted: list[str], prob
 def _unequal(layer: Layer, call: Call) -> str:
     """The tensors that differ from those of the oracle; empty where none does."""
     inputs, variant = inputs_of(layer, call), layer.signature.variant
-    wanted = _result(*_oracle(variant, inputs, call.group), inputs, call)
+    wanted = _result(*_oracle(variant, inputs, call), inputs, call)
     dtype = DTYPES.get(layer.backend, torch.float64)
     given = _mapped(inputs, lambda x: x.detach().to(dtype).requires_grad_())
     found = _result(*layer(given.q, given.k, given.v, **keywords(given)), given, call)
@@ -164,8 +164,10 @@ def _mapped(inputs: Inputs, change: Any) -> Inputs:
     return replace(inputs, q=change(inputs.q), k=change(inputs.k), v=change(inputs.v), **groups)
 
 
-def _oracle(variant: type[Variant], inputs: Inputs, group: int) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+def _oracle(variant: type[Variant], inputs: Inputs, call: Call) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
     """Outputs and final weights; what a group of q's heads reads is the same for each of them."""
+
+    group = call.group
 
     def each(values: Mapping[str, torch.Tensor], axis: int) -> dict[str, torch.Tensor]:
         return {n: x.repeat_interleave(group, axis) for n, x in values.items()}
@@ -173,7 +175,9 @@ def _oracle(variant: type[Variant], inputs: Inputs, group: int) -> tuple[torch.T
     k, v = (x.repeat_interleave(group, 2) for x in (inputs.k, inputs.v))
     gates, tokens = each(inputs.gates, 2), each(inputs.tokens, 2)
     params, state = each(inputs.params, 0), each(inputs.state, 1)
-    z, final = reference(variant, inputs.q, k, v, gates=gates, params=params, state=state, tokens=tokens)
+    z, final = reference(
+        variant, inputs.q, k, v, gates=gates, params=params, state=state, tokens=tokens, dims=call.dims
+    )
     return z, {n: x[:, ::group] for n, x in final.items()}
 
 
@@ -251,7 +255,7 @@ def _allowed(
         return (x.detach() * (1.0 + rounding * noise)).requires_grad_()
 
     other = _mapped(inputs, rounded)
-    moved = _result(*_oracle(variant, other, call.group), other, call)
+    moved = _result(*_oracle(variant, other, call), other, call)
     outputs = [relative_error(moved.z, wanted.z), *(relative_error(moved.final[n], w) for n, w in wanted.final.items())]
     gradients = gradient_errors(moved.gradients, wanted.gradients).values()
     noise = 10 * max(max(outputs) / output, max(gradients) / gradient)

@@ -58,24 +58,11 @@ CHANGES: dict[str, tuple[Any, ...]] = {
 }
 
 
-# What is not drawn yet.
-LATER = {"names", "window of no state"}
-
-
-def postponed(recipe: Recipe, call: Call) -> tuple[Recipe, Call]:
-    """The draw without what is not drawn yet."""
-    if "names" in LATER:
-        recipe = replace(recipe, names=(), title="Drawn")
-    if "window of no state" in LATER and recipe.window in ("mean", "param"):
-        recipe = replace(recipe, window="taps")
-    return recipe, call
-
-
 class Draw:
-    """Choices from a generator that is known by its seed and number."""
+    """Choices from a generator that is known by its seed and number; `small` ones for kernels that compile slowly."""
 
-    def __init__(self, seed: object, number: int) -> None:
-        self.random = Random(f"{seed}, {number}")
+    def __init__(self, seed: object, number: int, small: bool = False) -> None:
+        self.random, self.small = Random(f"{seed}, {number}"), small
 
     def one(self, kinds: Sequence[Any]) -> Any:
         return self.random.choice(kinds)
@@ -93,16 +80,16 @@ class Draw:
         return tuple(self.random.sample(kinds, self.random.randint(least, most)))
 
 
-def drawn(seed: object, number: int) -> tuple[Recipe, Call]:
+def drawn(seed: object, number: int, small: bool = False) -> tuple[Recipe, Call]:
     """The draw of this number from this seed: the same at all times."""
-    draw = Draw(seed, number)
+    draw = Draw(seed, number, small)
     recipe = sensible(draw)
     if draw.chance(4):  # up to two of its settings are changed, whatever the others are
         for name in draw.some([*CHANGES], 1, 2):
             recipe = replace(recipe, **{name: draw.one(CHANGES[name])})
     if draw.chance(3):
         recipe = renamed(draw, recipe)
-    return postponed(recipe, call(draw, recipe))
+    return recipe, call(draw, recipe)
 
 
 def sensible(draw: Draw) -> Recipe:
@@ -160,10 +147,10 @@ def learner(draw: Draw, nonlinear: bool) -> dict[str, Any]:
         window=maybe(WINDOWS[1:], not rows, "no", of=8),
         own_output=maybe(OUTPUTS[1:], absent="no", of=6),
     )
-    if draw.chance(3):
+    if draw.chance(2 if draw.small else 3):
         return found
     return found | dict(
-        hidden=tuple(one([*ACTIVATIONS]) for _ in range(draw.random.randint(0, 2))),
+        hidden=tuple(one([*ACTIVATIONS]) for _ in range(draw.random.randint(0, 1 if draw.small else 2))),
         last=one(["none", "none", *ACTIVATIONS]),
         bias=one(["no", "plain", "tanh"]),
         branch=maybe(["state", "param", "experts"], absent="no", of=2),
@@ -200,7 +187,7 @@ def call(draw: Draw, recipe: Recipe) -> Call:
     if draw.chance(4):
         ones = draw.some(DIMS, 1, len(DIMS))
         dims |= dict.fromkeys(ones if draw.chance(2) else DIMS, 1)
-    tokens = draw.one([0, 1, 1, *range(2, 9)])
+    tokens = draw.one([0, 1, 1, *range(2, 6 if draw.small else 9)])
     return Call(
         dims=dims,
         tokens=tokens,
@@ -212,5 +199,5 @@ def call(draw: Draw, recipe: Recipe) -> Call:
         heads=draw.maybe([2], absent=1, of=8),
         group=draw.maybe([2], absent=1, of=8),
         decode=draw.maybe(["sums", "rows"], absent="auto"),
-        derivative=draw.maybe(["second", "forward"], absent="first", of=5),
+        derivative=draw.maybe(["second", "forward"], absent="first", of=20 if draw.small else 5),
     )

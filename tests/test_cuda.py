@@ -303,7 +303,7 @@ def test_a_source_is_text_and_a_few_numbers():
     source = layer._scans["gated_delta_net"].source()
     assert source.workspaces
     assert CudaSource.from_json(source.to_json()) == source
-    assert json.loads(source.to_json())["name"] == "gated_delta_net"
+    assert json.loads(source.to_json())["name"] == "gated_delta_net_kernel"
 
 
 WITHOUT_TVM = """

@@ -144,7 +144,7 @@ def nodes(e: Expr) -> list[Expr]:
 
 
 def by_axis() -> dict[str, int]:
-    return {a.name: SIZES[a.size] for a in (D, E, T, S)} | {"r": SIZES["P"]}
+    return {a.name: SIZES[a.size] for a in (D, E, T, S)} | {own("r"): SIZES["P"]}
 
 
 def drawn(e: Expr, name: str, seed: int = 0) -> dict[Expr, np.ndarray]:

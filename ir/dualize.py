@@ -120,7 +120,8 @@ def gradient_class(program: Program) -> GradientClass:
     update = program.update
     assert update is not None
     found = _of_gradients(program, update)
-    if update.mini_batch != 1 or update.read == "start" or found.kind not in ("constant", "affine"):
+    inside = update.read in ("after", "before") and not program.telemetry  # else a mini-batch is looked at as a whole
+    if not (inside or (update.mini_batch == 1 and update.read != "start")) or found.kind not in ("constant", "affine"):
         return found
     _, reading = per_token(program)
     node = nonlinear_use(reading.value, update.states, {**program.dims, TOKENS: 1})
@@ -256,12 +257,16 @@ class _Chunk:
         return self.algebra.scaled(before, decay) if self.declared.decay_first and decay is not None else before
 
     def _found_weights(self, w: Expr, *, decayed: bool) -> Expr:
-        """The weights that a chunk of one token finds, `decayed` by its own decay where that comes first."""
+        """The weights that a chunk of one token finds, `decayed` by its own decay where that comes first; else what it
+        reads there, so that its tau scales what the mini-batch has added.
+        """
         n = state_name(w)
         start: Expr = w
         if self.opened:
-            scale = scale_leaf(self.declared, w)
-            start = b.sub(w if scale is None else b.mul(scale, w), added_leaf(w))
+            scale, tau, added = scale_leaf(self.declared, w), self.update.tau.get(n), added_leaf(w)
+            if tau is not None and not decayed:
+                added = b.mul(b.last(tau, T_AXIS), added)
+            start = b.sub(w if scale is None else b.mul(scale, w), added)
         decay = self.update.decay.get(n)
         if decayed and self.declared.decay_first and decay is not None:
             start = b.mul(b.last(decay, T_AXIS) if T_AXIS in decay.axes else decay, start)

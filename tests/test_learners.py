@@ -65,3 +65,26 @@ def test_einsum_is_refused_where_it_does_not_fit():
 
     with pytest.raises(tttc.TTTCError, match=r"einsum\('np,no->po'\) does not fit"):
         compiled(Wrong)
+
+
+@pytest.mark.parametrize("read", ["after", "before"])
+@pytest.mark.parametrize("rate", ["decay", "read_scale", "clip"])
+def test_weights_that_every_token_reads_nonlinearly(read, rate):
+    """Where the gradients are not frozen, one token after the other: no matrix of weights for each of a chunk."""
+
+    class Squared(tttc.Variant):
+        W = tttc.state("D", "D", init=tttc.normal(0.5))
+
+        def learner(self, x):
+            return x @ (self.W * self.W)
+
+        def loss(self, k, v):
+            return -tttc.dot(k @ self.W, v)
+
+        update = tttc.sgd(lr=tttc.gate("lr"), **{rate: 0.4 if rate == "clip" else tttc.gate(rate)})
+
+    settings = [{"mini_batch": 3}, {"mini_batch": "all"}, {"mini_batch": 1}, {"mini_batch": 3, "anchor": "token"}]
+    for chosen in settings[: 3 if rate == "read_scale" else 4]:
+        layer = tttc.compile(Squared.replace(read=read, **chosen), {"D": 2}, torch.float64, backend="torch")
+        inputs = inputs_for(layer, 7, heads=2)
+        assert differences(layer_result(layer, inputs), oracle_result(layer.signature.variant, inputs)) == ""

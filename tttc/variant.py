@@ -398,7 +398,8 @@ def _rule_problems(variant: type[Variant], update: SGD, states: Mapping[str, Sta
             f'steps is {steps}, with read="{variant.read}" and anchor="{variant.anchor}".',
             'Several steps are taken on a whole mini-batch: set read = "end" or "start", anchor = "mini_batch".',
         )
-    if steps > 1 and (update.momentum is not None or any(s.on == "view" for s in update.at_end)):
+    views = any(isinstance(s, AtEnd) and s.on == "view" for s in update.at_end)
+    if steps > 1 and (update.momentum is not None or views):
         refuse(
             f"steps is {steps}, and the rule carries more than weights from step to step.",
             "Leave momentum and views out, or set steps = 1.",

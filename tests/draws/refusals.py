@@ -111,6 +111,8 @@ def _without_form(r: Recipe) -> Iterator[str]:
         return
     matrix = r.use not in LINEAR and len(r.states()["W0"]) > 1 and r.own_output not in ("state", "token")
     staged = bool(r.at_end) or r.per == "mini_batch"
-    own = r.read in ("after", "before") or (r.read == "end" and r.read_scale in GATED and not staged)
-    if matrix and own and not alone and not token_by_token:
+    # with frozen gradients the tokens of a mini-batch are one chunk; with others they can come one after the other
+    inside = r.read in ("after", "before") and not online and r.gradients != "constant"
+    at_end = r.read == "end" and r.read_scale in GATED and not staged and not alone and not token_by_token
+    if matrix and (inside or at_end):
         yield "uses a matrix of fast weights nonlinearly"

@@ -431,6 +431,8 @@ def test_a_decay_of_zero(name, mini_batch):
     layer = layer_of(name, mini_batch)
     for tokens in ([3], [0, 1], [5, TOKENS - 1], *([] if name == "Moneta" else [list(range(TOKENS))])):
         inputs = with_gate(inputs_of(name, mini_batch), "decay", tokens, 0.0)
+        if name == "Moneta":  # what is left after that is divided by its norm: steps that are not small
+            inputs = with_gate(inputs, "lr", list(range(TOKENS)), 0.05)
         wanted = oracle_result(layer.signature.variant, inputs)
         assert not differences(layer_result(layer, inputs), wanted, ORACLE, ORACLE), tokens
 

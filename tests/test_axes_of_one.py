@@ -6,6 +6,8 @@ be anything. Each declaration is dense, so that few kernels reach many of the wa
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -256,3 +258,35 @@ def test_the_statements_of_a_chunk_are_the_chunk(variant, size):
         assert_statements_are(scan.block.assigns, program, sizes)
         if scan.differentiated:
             assert_statements_are(backward_block(program.adjoint_of(scan)), program, sizes)
+
+
+MANY = """
+import sys
+import torch
+import tttc
+
+class Many(tttc.Variant):
+    mini_batch, read, steps = 2, "end", 4
+    W = tttc.state("D", "D")
+    V = tttc.state("D", "D")
+
+    def learner(self, x):
+        return tttc.layer_norm(tttc.gelu(tttc.tanh(x @ self.W) @ self.V), 1.0, 0.0, eps=0.1)
+
+    def loss(self, k, v):
+        return 0.1 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"), decay=tttc.gate("alpha"))
+
+layer = tttc.compile(Many, {"D": 2}, torch.float64, backend="tvm")
+scan = layer._scans["many"]
+scan._kernel(False, ())
+sys.setrecursionlimit(sys.getrecursionlimit() // 4)
+print(scan._kernel(True, ()).name)
+"""
+
+
+def test_the_statements_of_a_chunk_may_be_many():
+    """What is declared for one of them ends with it: nothing is as deep as they are many."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MANY], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "many_adjoint", done.stderr[-2000:]

@@ -374,7 +374,9 @@ class _Builder:
         extents = [tokens if a.size == TOKENS else self.program.dims[a.size] for a in p.axes]
         whole = self._whole(p)
         places: list[Place] = []
-        frames = []
+        frames = [] if extents else [T.serial(1)]  # a scope for what is declared
+        for frame in frames:
+            frame.__enter__()
         for i, n in enumerate(extents):
             last = i == len(extents) - 1
             frame = T.serial(n // self.machine.lanes if last and whole else n)
@@ -382,11 +384,14 @@ class _Builder:
             v = frame.__enter__()
             places.append(Place(v * self.machine.lanes if last and whole else v, (), lanes=last and whole))
         zero = self.emitter.vectors.const(0.0) if whole else self.emitter.numbers.const(0.0)
-        target = Store(target.buffer, self.machine, target.prefix) if isinstance(target, Slice) else target
-        source = Store(source.buffer, self.machine, source.prefix) if isinstance(source, Slice) else source
-        target.save(places, zero if source is None else source.load(places).it)
+        value = zero if source is None else self._told(source).load(places).it
+        self._told(target).save(places, value)
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
+
+    def _told(self, x: Slice | Store) -> Store:
+        """Memory, ready to be read and written here."""
+        return self.emitter.declared(x) if isinstance(x, Store) else Store(x.buffer, self.machine, x.prefix)
 
     # -- sequences
 

@@ -63,7 +63,7 @@ class Emitter:
         return [*rows, *(self.blocks(a) * self.machine.lanes for a in axes[-1:])]
 
     def reserve(self, name: str, axes: Axes, *, rows: int = 0) -> Store:
-        """Memory for a variable of this function."""
+        """Memory for a variable of this function; where it is used, it is `declared`."""
         shape = self.shape(axes[rows:]) or [1]
         if self.scratch is not None and all(isinstance(n, int) for n in shape):
             self.stores[name] = self._part(name, shape, rows, self.scratch.take(prod(shape)))
@@ -75,10 +75,24 @@ class Emitter:
     def _part(self, name: str, shape: Sequence[Any], rows: int, offset: int) -> Store:
         """A variable in the scratch memory."""
         assert self.scratch is not None
-        block = self.scratch.block
-        buffer = T.decl_buffer(tuple(shape), self.machine.dtype, data=block.data, elem_offset=offset, layout=None)
-        IRBuilder.name(spelled(name), buffer)
+        shown, data = spelled(name), self.scratch.block.data
+        buffer = tirx.decl_buffer(tuple(shape), self.machine.dtype, shown, data=data, elem_offset=offset, layout=None)
         return Store(buffer, self.machine, rows=rows, offset=offset)
+
+    def declared(self, store: Store) -> Store:
+        """The same memory as TVM is told of it, which opens a scope that ends where the one around it does: hundreds of
+        them, one in the other, are more than it can close. So each is told where it is used, and only there.
+        """
+        if self.scratch is None or store.offset is None:
+            return store
+        buffer = T.decl_buffer(
+            store.buffer.shape,
+            self.machine.dtype,
+            data=self.scratch.block.data,
+            elem_offset=store.offset,
+            layout=None,
+        )
+        return Store(IRBuilder.name(store.buffer.name, buffer), self.machine, rows=store.rows, offset=store.offset)
 
     def release(self, names: Iterable[str]) -> None:
         """Forget variables; others may have their memory."""
@@ -120,8 +134,8 @@ class Emitter:
     def _declare_again(self, name: str) -> None:
         """A function is given memory alone, not what was said of its parts outside."""
         store = self.stores.get(name)
-        if isinstance(store, Store) and store.offset is not None:
-            self.stores[name] = self._part(name, store.buffer.shape, store.rows, store.offset)
+        if type(store) is Store:
+            self.stores[name] = self.declared(store)
 
     def _reserve(self, group: Group) -> None:
         """Memory for what is read elsewhere too."""
@@ -144,7 +158,7 @@ class Emitter:
                 buffer = T.alloc_buffer((1,), self.machine.dtype, scope="local", annotations=LOCAL, layout=None)
                 self.stores[s.name] = Store(buffer, self.machine, rows=1)
             else:
-                self.reserve(s.name, s.target.axes, rows=1)
+                self.stores[s.name] = self.declared(self.reserve(s.name, s.target.axes, rows=1))
 
     def statement(self, s: Statement, at: Places) -> None:
         if s.kind == "walk":

@@ -411,3 +411,18 @@ def test_an_ensemble_of_modules(backend):
     for i, block in enumerate(blocks):
         wanted = torch.autograd.grad(block(tokens).square().sum(), list(block.parameters()), materialize_grads=True)
         close([gradients[n][i] for n, _ in block.named_parameters()], wanted)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_a_graph_of_a_transform_is_refused(transform):
+    """torch.compile around a transform: the operators of a graph would drop the tangents."""
+    layer = tttc.compile(LIBRARY["DeltaNet"], {"D": 3}, F64, backend="torch")
+    x, lr = torch.randn(2, 4, 1, 3, dtype=F64), torch.full((2, 4, 1), 0.1, dtype=F64)
+
+    def z(q: torch.Tensor) -> torch.Tensor:
+        return layer(q, x, x, gates={"lr": lr})[0]
+
+    made = {"vmap": vmap(z), "grad": grad(lambda q: z(q).sum()), "jvp": lambda q: jvp(z, (q,), (q,))[1]}[transform]
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="out of the transform"):
+        torch.compile(made, backend="aot_eager", fullgraph=True)(torch.stack([x, x]) if transform == "vmap" else x)

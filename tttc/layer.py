@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tttc import autograd
 from tttc.backends.interface import CompiledScan, Source
@@ -355,6 +356,8 @@ class Layer:
     def _outputs(self, name: str, call: Call, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
         inputs = [call.value(p, values, now, stop) for p in self._params[name]]
         if self._recorded_by_name(inputs):
+            if torch.compiler.is_compiling() and transformed():
+                return self._transformed(name, inputs, stop - now)
             self._prepare()
             kept = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
             kept = kept and not torch.compiler.is_exporting()  # what is exported is first of all run
@@ -364,6 +367,12 @@ class Layer:
             return outputs
         checkpoint = self._checkpoint_of(name, stop - now)
         return autograd.run(self._scans[name], len(self._results[name]), checkpoint, inputs)
+
+    @torch.compiler.disable(
+        reason="the operators of tttc know no torch.func and no forward mode: leave torch.compile out of the transform."
+    )
+    def _transformed(self, name: str, inputs: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, ...]:
+        return autograd.run(self._scans[name], len(self._results[name]), self._checkpoint_of(name, tokens), inputs)
 
     def _recorded_by_name(self, inputs: Sequence[torch.Tensor]) -> bool:
         """Whether a graph is being made of the call, or its tensors have no memory that a kernel could read."""
@@ -415,6 +424,12 @@ class Layer:
 def _updated(values: Tensors, new: Tensors) -> Tensors:
     """The same variables, with the values of those that are new."""
     return {n: new.get(n, x) for n, x in values.items()}
+
+
+@torch.compiler.assume_constant_result
+def transformed() -> bool:
+    """Whether a graph is being made of a transform of `torch.func`, or in forward mode."""
+    return autograd.transforming() or forward_ad._current_level >= 0
 
 
 def _copied(x: torch.Tensor) -> torch.Tensor:

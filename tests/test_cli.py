@@ -143,10 +143,10 @@ def test_compile_for_a_gpu_writes_kernels_and_says_what_they_take(tmp_path: Path
         "head",
     ]
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
-    assert rows["linear_attention"][0] == "sm_90"
-    assert int(rows["linear_attention"][1]) >= 16
+    assert rows["linear_attention_kernel"][0] == "sm_90"
+    assert int(rows["linear_attention_kernel"][1]) >= 16
     for suffix in (".cu", ".ptx", ".cubin", ".json"):
-        assert (tmp_path / f"linear_attention_adjoint{suffix}").stat().st_size > 0
+        assert (tmp_path / f"linear_attention_adjoint_kernel{suffix}").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

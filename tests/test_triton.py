@@ -16,6 +16,7 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result, result_of, split_call
 from tttc.backends import torch as torch_backend
+from tttc.backends import triton as triton_backend
 from tttc.backends.interface import Source
 from tttc.backends.triton.forms import unfused
 from tttc.backends.triton.load import Module, TritonScan
@@ -366,3 +367,26 @@ def test_batched_scans_are_compiled_where_kernels_are_not_interpreted():
 def test_a_state_that_no_program_can_hold_is_batched():
     program = compiled(TTTMLP, {"D": 128, "F": 512}).stages.program
     assert "larger than the registers of one program" in unfused(program.scans[0], program)
+
+
+def test_a_value_that_triton_does_not_take():
+    """Of many axes, each padded to 16: the scan is batched, and says why."""
+
+    class Experts(tttc.Variant):
+        W = tttc.state("M", "D", "E")
+        U = tttc.state("M", "F", "D")
+
+        def learner(self, x):
+            h = tttc.tanh(tttc.einsum("d,mfd->mf", x, self.U))
+            return tttc.sum(tttc.einsum("mf,mde->fde", h, self.W), axis=0) @ self.p
+
+        p = tttc.param("E", init=1.0)
+
+        def loss(self, k, v):
+            return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+        update = tttc.sgd(lr=0.1)
+
+    dims = {"D": 2, "E": 2, "F": 2, "M": 2}
+    assert "and Triton takes 1048576" in " ".join(triton_backend.notes(compiled(Experts, dims).stages.program))
+    assert compared(Experts, dims, 5) == ""

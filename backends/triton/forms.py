@@ -17,15 +17,16 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from tttc.backends.strips import cut_axis, cut_program
-from tttc.ir.expr import TOKENS, Axis, Expr, postorder
+from tttc.ir.expr import TOKENS, Axes, Axis, Expr, postorder
 from tttc.ir.names import suffixed
-from tttc.ir.program import Program, Scan, cotangent
+from tttc.ir.program import Program, Scan, cotangent, values
 from tttc.ir.split import split
 from tttc.ir.substitution import PAST
 
 SMALLEST = 16  # of the three sizes of a product on tensor cores
 LARGEST_CHUNK = 128  # tokens: a Gram matrix of them is a block
 LARGEST_VALUE = 1 << 13  # numbers of a value of all tokens of a chunk, some of which go through shared memory at once
+LARGEST_BLOCK = 1 << 20  # numbers of one value, beyond which Triton takes none
 LARGEST_STATE = 5 << 13  # numbers, with float32 more than half of what the registers of a multiprocessor hold
 # Of what has to be cut anyway: at D=256 strips of four times as many spill several times as much, and take more shared
 # memory than a program may have on gfx942.
@@ -140,10 +141,41 @@ class Form:
         sizes = ["T", "every", "groups"] if self.scan.loops else ["H"]
         return sizes, [n for t in scalars for n in t.strides]
 
+    def factors(self, e: Expr) -> tuple[Axes, tuple[Axis, Axis]] | None:
+        """Of a contraction that is a product of matrices, large enough for tensor cores: the axes that both share, one
+        product for each place along them, and the rows and columns; None for any other.
+        """
+        if len(e.src) != 2 or len(e.arg) != 1 or not all(e.arg[0] in s.axes for s in e.src):
+            return None
+        (over,) = e.arg
+        shared = tuple(a for a in e.src[0].axes if a in e.src[1].axes and a != over)
+        own = [[a for a in s.axes if a not in (over, *shared)] for s in e.src]
+        if any(len(x) != 1 for x in own) or len(shared) > 1:
+            return None
+        if min(self.block(a) for a in (over, *own[0], *own[1])) < SMALLEST:
+            return None
+        return shared, (own[0][0], own[1][0])
+
+    def largest_value(self) -> int:
+        """The numbers of the largest block that its kernels make, forward or backward."""
+        blocks = [self.scan.block]
+        for a in self.program.adjoints:  # none before that stage, when a chunk is chosen
+            blocks += [a.forward, a.backward] if a.scan is self.scan else []
+        largest = 1
+        for e in postorder([x for block in blocks for x in values(block)]):
+            whole = e.op == "contract" and self.factors(e) is None  # every product is made, and then added up
+            axes = {a for x in e.src for a in x.axes} | set(e.axes) if whole else set(e.axes)
+            largest = max(largest, prod(map(self.block, axes)))
+        return largest
+
     def too_large(self) -> str:
         """Why a program cannot hold it; "" where it can."""
         scan = self.scan
-        if not scan.loops or scan.chunk == "T":
+        if scan.chunk == "T":
+            return ""
+        if (largest := self.largest_value()) > LARGEST_BLOCK:
+            return f"one of its values is a block of {largest} numbers, and Triton takes {LARGEST_BLOCK}"
+        if not scan.loops:
             return ""
         widest = max((self.block(a) for p in scan.carry for a in p.axes), default=1)
         if block_size(self.chunk) * widest > LARGEST_VALUE:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
-from tttc.backends.triton.forms import SMALLEST, Form
+from tttc.backends.triton.forms import Form
 from tttc.backends.triton.ops import ELEMENTWISE, power
 from tttc.backends.triton.padding import Padding
 from tttc.ir.expr import TOKENS, Axes, Axis, Expr
@@ -133,24 +133,19 @@ class TritonPrinter(Printer):
 
     def _contraction(self, e: Expr, axes: Axes) -> Text:
         """A product summed over some axes: on tensor cores where it is one of matrices that are large enough."""
-        if len(e.src) == 2 and len(e.arg) == 1 and (text := self._matmul(e, axes)) is not None:
+        if (text := self._matmul(e, axes)) is not None:
             return text
         return self._sum_of_products(e, axes)
 
     def _matmul(self, e: Expr, axes: Axes) -> Text | None:
         """Two matrices, perhaps one of each for every place of an axis that both have."""
-        (over,) = e.arg
-        if not all(over in s.axes for s in e.src):
+        found = self.form.factors(e)
+        if found is None:
             return None
-        shared = [a for a in e.src[0].axes if a in e.src[1].axes and a != over]
-        own = [[a for a in s.axes if a not in (over, *shared)] for s in e.src]
-        if any(len(x) != 1 for x in own) or len(shared) > 1:
-            return None
-        if min(self.block(a) for a in (over, *own[0], *own[1])) < SMALLEST:
-            return None
+        (over,), (shared, own) = e.arg, found
         rows, columns = (a for a in axes if a not in shared)
         order = (*shared, rows, columns)
-        first = own[0][0] == rows
+        first = own[0] == rows
         orders = [(*shared, over, columns), (*shared, rows, over)]
         texts = self._factors(e, orders[::-1] if first else orders, as_it_is=True)
         left, right = texts if first else texts[::-1]

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tttc.ir import cost
-from tttc.ir.expr import Axis, Expr, postorder
+from tttc.ir.expr import TOKENS, Axis, Expr, postorder
 from tttc.ir.program import Program, Scan
 from tttc.layer import Layer
 
@@ -48,7 +48,7 @@ def _run(program: Program) -> list[Scan]:
 
 def _of_scan(scan: Scan, program: Program, tokens: int) -> float:
     chunk = tokens if scan.chunk == "T" else int(scan.chunk)
-    flops = products([a.value for a in scan.block.assigns], {**program.dims, "C": chunk, "T": tokens})
+    flops = products([a.value for a in scan.block.assigns], {**program.dims, TOKENS: chunk})
     return flops * (tokens / chunk if scan.loops else 1)
 
 
@@ -65,7 +65,7 @@ def _product(e: Expr, zero: dict[Expr, set[Pair]], needed: dict[Expr, set[Pair]]
     """Which part of the FLOPs of a full product count."""
     if e.op == "solve":
         return 1.0  # the cost model counts the half
-    if e.op != "contract" or not e.arg or all(a.size == "C" for s in e.src for a in s.axes):
+    if e.op != "contract" or not e.arg or all(a.size == TOKENS for s in e.src for a in s.axes):
         return 0.0
     others = [{a for j, o in enumerate(e.src) if j != i for a in o.axes} for i in range(len(e.src))]
     own = [set(s.axes) - other for s, other in zip(e.src, others, strict=True)]

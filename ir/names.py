@@ -164,12 +164,14 @@ def _functions(text: str) -> list[str]:
 
 def _chosen(text: str, which: Callable[[str], bool]) -> dict[str, str]:
     """Words for some of the names of a text."""
-    code = _HEAD.sub(" ", _ASIDE.sub("", text))
-    taken = {*keyword.kwlist, *_WORD.findall(_MARKED.sub(" ", code))}
+    code = _ASIDE.sub("", text)
+    taken = {*keyword.kwlist, *_WORD.findall(_MARKED.sub(" ", _HEAD.sub(" ", code)))}
+    written = set(_MARKED.findall(code))  # what a comment alone says meets no variable, only the other names
     found: dict[str, str] = {}
     for name in sorted(filter(which, dict.fromkeys(_MARKED.findall(text))), key=_rank):
         word = unicodedata.normalize("NFKC", spelled(name))  # as Python reads it
-        while word in taken and not name.startswith("~"):
+        others = taken if name in written else {*found.values()}
+        while word in others and not name.startswith("~"):
             word += "_"
         taken.add(word)
         found[name] = word

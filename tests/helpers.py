@@ -12,6 +12,7 @@ import torch
 
 import tttc
 from tttc import library
+from tttc.backends.interface import Source
 from tttc.layer import Layer, State
 from tttc.reference import reference
 from tttc.variant import Variant, signature
@@ -146,3 +147,9 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return made
 
     return allocated
+
+
+def replaced(source: Source, right: str, wrong: str) -> Source:
+    """A generated file with a fault in it, its functions called as before."""
+    assert right in source.text
+    return Source(lambda: source.wording._replace(text=source.text.replace(right, wrong)), source.language)

@@ -14,10 +14,19 @@ import pytest
 import torch
 
 import tttc
-from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result, result_of, split_call
+from tests.helpers import (
+    LIBRARY,
+    differences,
+    dims_of,
+    inputs_for,
+    keywords,
+    oracle_result,
+    replaced,
+    result_of,
+    split_call,
+)
 from tttc.backends import torch as torch_backend
 from tttc.backends import triton as triton_backend
-from tttc.backends.interface import Source
 from tttc.backends.triton.forms import unfused
 from tttc.backends.triton.load import Module, TritonScan
 from tttc.backends.triton.tune import bounded
@@ -311,7 +320,7 @@ def test_a_fault_in_a_kernel_is_found(right, wrong):
     variant = TTTLinear
     layer = compiled(variant, {"D": 16}, checkpoint=2)
     assert right in layer.source
-    module = Module(Source(lambda: layer.source.replace(right, wrong), "python"), layer.stages.program.name)
+    module = Module(replaced(layer._source, right, wrong), layer.stages.program.name)
     for scan in layer._scans.values():
         scan.kernels.module = module
     inputs = converted(inputs_for(layer, 75), torch.float32, DEVICE)
@@ -329,10 +338,10 @@ def test_refusals(monkeypatch):
 
 def test_a_fault_in_a_system_of_several_blocks_is_found():
     layer = compiled(DeltaNet, {"D": 16}, chunk=64)
-    wrong = layer.source.replace("(second >> n == (first >> n) + 1)", "(second >> n == (first >> n) + 2)")
-    assert wrong != layer.source
+    right, wrong = (f"(second >> n == (first >> n) + {i})" for i in (1, 2))
+    assert right in layer.source
     scan, inputs = layer._scans[layer._name], converted(inputs_for(layer, 40), torch.float32, DEVICE)
-    scan.kernels.module = Module(Source(lambda: wrong, "python"), "faulty")
+    scan.kernels.module = Module(replaced(layer._source, right, wrong), "faulty")
     wanted = oracle_result(DeltaNet, converted(inputs, torch.float64, "cpu"))
     assert differences(called(layer, inputs), wanted, OUTPUT, GRADIENT)
 

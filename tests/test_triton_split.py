@@ -12,6 +12,7 @@ from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, o
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
 from tttc.backends.triton.emit import module_text
 from tttc.backends.triton.forms import form_of, halves_of
+from tttc.ir.names import worded
 from tttc.ir.split import split
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
 from tttc.verify import relative_error
@@ -99,7 +100,7 @@ def test_what_the_chunks_wait_for(golden):
         str(p.arg[0].name) for p in program.scans[0].sequence
     ]
     assert "q" not in {p.arg[0].name for p in states.scan.sequence}
-    golden("triton/ttt_linear_split", module_text("ttt_linear", forms))
+    golden("triton/ttt_linear_split", worded(module_text("ttt_linear", forms)).text)
 
 
 @pytest.mark.parametrize("name", LIBRARY)

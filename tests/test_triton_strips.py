@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import tttc
-from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result
+from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result, replaced
 from tests.learners import Upright
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
-from tttc.backends.interface import Source
 from tttc.backends.triton.emit import module_text
 from tttc.backends.triton.forms import form_of, half_of, unfused
 from tttc.backends.triton.load import Module
+from tttc.ir.names import worded
 from tttc.library import DeltaNet, LinearAttention, TTTLinear
 from tttc.verify import relative_error
 
@@ -276,9 +276,9 @@ def test_a_fault_in_a_kernel_is_found(multiprocessors, right, wrong):
     inputs = short(layer)
     assert not compared(layer, inputs)
     (kernels,) = layer._scans["linear_attention"]._narrower.values()
-    text = kernels.module.source.text
-    assert right in text
-    kernels.module = Module(Source(lambda: text.replace(right, wrong), "python"), "faulty")
+    source = kernels.module.source
+    assert right in source.text
+    kernels.module = Module(replaced(source, right, wrong), "faulty")
     assert compared(layer, inputs)
 
 
@@ -286,4 +286,4 @@ def test_the_source_of_a_strip(golden):
     program = compiled(DeltaNet, {"D": 64}, chunk=16).stages.program
     form = half_of(program.scans[0], program)
     assert form is not None
-    golden("triton/delta_net_strip", module_text(program.name, [form]))
+    golden("triton/delta_net_strip", worded(module_text(program.name, [form])).text)

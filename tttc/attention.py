@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tttc.errors import DeclarationError, Problem, ShapeError, SourceLine, StateMismatch, problems_text
 from tttc.layer import State
-from tttc.variant import GateSpec
+from tttc.values import evaluated_scale
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 READS = {"after": 0, "before": -1, "end": math.inf}  # the last key that a query sees, from its own token on
@@ -99,7 +99,8 @@ class AttentionLayer:
             if setting not in legal:
                 problems.append(Problem(f"{name} is {setting!r}.", f"It must be one of {', '.join(map(str, legal))}."))
         try:
-            self.scale = GateSpec("scale", scale=variant.scale).scale_value(dims)
+            given = variant.scale
+            self.scale = float(evaluated_scale(given, dims) if isinstance(given, str) else given)
             if not math.isfinite(self.scale):
                 raise ValueError(f"that is {self.scale}")
         except Exception as reason:

@@ -22,7 +22,7 @@ from tttc.ir import build as b
 from tttc.ir.expr import TOKENS, Expr, Leaf, const
 from tttc.ir.linearity import Dependence, Finding, dependence
 from tttc.ir.names import own
-from tttc.ir.online import NotTriangular, named_like, numbers_apart, solved, the_unknown, unknown_rows, unnamed
+from tttc.ir.online import NotTriangular, named_like, solved, taken_apart, the_unknown, unknown_rows, unnamed
 from tttc.ir.primal import loop_params, per_token
 from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
 from tttc.ir.reading import Moving, Term, at_chunk, nonlinear_use, over_chunk, read_through, still, summed, terms_of
@@ -43,6 +43,7 @@ from tttc.ir.update import (
     is_staged,
     memories,
     momentum_leaf,
+    observed,
     scale_leaf,
     state_name,
 )
@@ -62,14 +63,20 @@ class ChunkForm:
 
 
 def dualize(program: Program) -> Program:
-    """From the loop over tokens to one block per mini-batch."""
+    """From the loop over tokens to one block per mini-batch; where tokens come one after the other, and results depend
+    on where their mini-batch ends, that loop is the form already.
+    """
     update = program.update
     assert update is not None
+    kind = gradient_class(program)
+    if kind.sequential and update.mini_batch != 1 and observed(update):
+        whole_form(program, chunk_sizes(program))  # refused here, if it has to be
+        return replace(program, stage="dualize")
     sizes = chunk_sizes(program)
     form = whole_form(program, sizes)
     assigns, names, _ = finished([form.z, *form.updates], renamed_hints(program.names, form.moved))
     step: int | str = "T" if update.mini_batch == "all" else update.mini_batch
-    if gradient_class(program).sequential:
+    if kind.sequential:
         step = 1
     kept = memories(update)
     beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
@@ -192,7 +199,7 @@ class _Chunk:
         gradients, self.reading = per_token(program)
         self.raw = {n: terms_of(gradients[n], w.axes) for n, w in self._states()}
         if self.declared.anchor == "token":
-            self.raw = {n: numbers_apart(terms) for n, terms in self.raw.items()}
+            self.raw = taken_apart(self.raw, self.declared.states)
         self.advanced = {n: self._advanced(w) for n, w in self._states()}
         self.rows: dict[str, tuple[Term, ...]] | None = None
 

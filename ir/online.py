@@ -10,7 +10,7 @@ s < t. Read through them, u is a system of equations with a unit lower triangle:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tttc.ir import build as b
@@ -49,18 +49,36 @@ def the_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
     return next(iter(found), None)
 
 
-def numbers_apart(terms: Sequence[Term]) -> tuple[Term, ...]:
-    """Numbers as factors of their own: 2 * e in the gradient of a bias is the e in that of its matrix."""
-    return tuple(replace(t, factors=tuple(x for f in t.factors for x in _number_and_rest(f))) for t in terms)
+def taken_apart(gradients: Gradients, states: Sequence[Expr]) -> dict[str, tuple[Term, ...]]:
+    """Numbers as factors of their own: 2 * e in the gradient of a bias is the e in that of its matrix. Where several
+    unknown values are left, so is all that does not depend on the weights: weight * e holds the same e.
+    """
+    names = {w.arg[0].name for w in states}
+    numbers = {n: _apart(terms, lambda e: e.op == "const") for n, terms in gradients.items()}
+    constants = {n: _apart(terms, lambda e: not _reads(e, names)) for n, terms in gradients.items()}
+    return constants if len(_unknowns(constants, names)) == 1 < len(_unknowns(numbers, names)) else numbers
 
 
-def _number_and_rest(f: Expr) -> tuple[Expr, ...]:
+def _apart(terms: Sequence[Term], known: Callable[[Expr], bool]) -> tuple[Term, ...]:
+    return tuple(replace(t, factors=tuple(x for f in t.factors for x in _split(f, known))) for t in terms)
+
+
+def _split(f: Expr, known: Callable[[Expr], bool]) -> tuple[Expr, ...]:
+    """A factor as a product of known ones and of one that is not, where it is one."""
     match f:
         case Expr("rename", (x,), arg):
-            return tuple(b.rename(y, dict(arg)) for y in _number_and_rest(x))
-        case Expr("mul", (Expr("const") as number, x)) | Expr("mul", (x, Expr("const") as number)):
-            return (number, *_number_and_rest(x))
+            return tuple(b.rename(y, dict(arg)) for y in _split(x, known))
+        case Expr("mul", (x, y)) if known(x) != known(y):
+            return (x, *_split(y, known)) if known(x) else (y, *_split(x, known))
     return (f,)
+
+
+def _unknowns(gradients: Gradients, states: set[str]) -> set[Expr]:
+    return {unnamed(f) for terms in gradients.values() for t in terms for f in t.factors if _reads(f, states)}
+
+
+def _reads(e: Expr, states: set[str]) -> bool:
+    return any(x.arg[0].name in states for x in leaves([e]))
 
 
 def unnamed(f: Expr) -> Expr:

@@ -188,10 +188,11 @@ def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, i
         (other,) = (s for s in src if isinstance(s, Expr))
         axes = tuple(a for a in node.axes if a != T_AXIS)
         return Moving(axes, tuple(t.scaled(other) for t in moving[0].terms))
-    if node.op in ("add", "sub") and len(moving) == 2 and len(node.axes) > 1:
-        x, y = moving
+    if node.op in ("add", "sub") and any(len(m.axes) > 1 for m in moving):
+        x, y = (s.terms if isinstance(s, Moving) else (Term(1, (s,)),) for s in src)
         sign = 1 if node.op == "add" else -1
-        return Moving(node.axes, (*x.terms, *(replace(t, sign=sign * t.sign) for t in y.terms)))
+        axes = tuple(a for a in node.axes if a != T_AXIS)
+        return Moving(axes, (*x, *(replace(t, sign=sign * t.sign) for t in y)))
     if any(len(m.axes) > 1 and m.of_tokens for m in moving):
         raise NoExactForm(
             f"`{node.op}` uses a matrix of fast weights nonlinearly, and every token reads weights of its own: they "

@@ -38,8 +38,8 @@ from tttc.ir.update import (
     added_leaf,
     averaged_gates,
     ended,
-    is_staged,
     memories,
+    observed,
     openings,
     scale_leaf,
     state_name,
@@ -87,15 +87,15 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
             f'read="end" reads the weights at the mini-batch\'s end, and {found.why}',
             'Set mini_batch = 1, read = "after", or anchor = "mini_batch".',
         )
-    if found.sequential and not _observed(update) and update.clip is None and chunk != 1 and _substitutable(program):
+    if found.sequential and not observed(update) and update.clip is None and chunk != 1 and _substitutable(program):
         why = f"{found.why}, on the rows of the chunk alone"
         return Plan(chunk or SUBSTITUTED_CHUNK, None, why, substitution=True)
     if found.sequential:
-        observed = 1 if not _observed(update) or b_ == 1 else "T" if b_ == "all" else int(b_)
-        return Plan(1, None if observed == 1 else observed, found.why)
-    if found.kind in ("constant", "affine") and not _observed(update) and (b_ == 1 or not program.telemetry):
+        whole: int | str | None = None if not observed(update) or b_ == 1 else "T" if b_ == "all" else int(b_)
+        return Plan(1, whole, found.why)
+    if found.kind in ("constant", "affine") and not observed(update) and (b_ == 1 or not program.telemetry):
         return Plan(chunk or _free_chunk(update), None, f"{found.why}: the chunk is free")
-    whole: int | str = "T" if b_ == "all" else int(b_)
+    whole = "T" if b_ == "all" else int(b_)
     if program.telemetry:
         return Plan(whole, whole, "telemetry is for each mini-batch: the chunk is the mini-batch")
     if update.steps > 1:
@@ -125,14 +125,6 @@ def _substitutable(program: Program) -> bool:
     except NoExactForm:
         return False
     return True
-
-
-def _observed(update: Update) -> bool:
-    """Whether results depend on where mini-batches end, beside the gradients."""
-    tied = any(tau is not None and tau.op != "const" for tau in update.tau.values())
-    constant = any(tau is not None and tau.op == "const" and tau.arg != 1 for tau in update.tau.values())
-    recurs = any(r is not None for g in (update.momentum, update.decay, update.average) for r in g.values())
-    return tied or (constant and recurs) or update.read in ("start", "end") or is_staged(update) or update.steps > 1
 
 
 def _free_chunk(update: Update) -> int:

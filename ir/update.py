@@ -281,3 +281,11 @@ def is_staged(update: Update) -> bool:
 
 def used_rates(update: Update, roles: Sequence[str] = ("lr", "tau", "momentum", "decay", "average")) -> Iterable[Expr]:
     return dict.fromkeys(r for role in roles for r in getattr(update, role).values() if r is not None)
+
+
+def observed(update: Update) -> bool:
+    """Whether results depend on where mini-batches end, beside the gradients."""
+    tied = any(tau is not None and tau.op != "const" for tau in update.tau.values())
+    constant = any(tau is not None and tau.op == "const" and tau.arg != 1 for tau in update.tau.values())
+    recurs = any(r is not None for g in (update.momentum, update.decay, update.average) for r in g.values())
+    return tied or (constant and recurs) or update.read in ("start", "end") or is_staged(update) or update.steps > 1

@@ -88,3 +88,36 @@ def test_weights_that_every_token_reads_nonlinearly(read, rate):
         layer = tttc.compile(Squared.replace(read=read, **chosen), {"D": 2}, torch.float64, backend="torch")
         inputs = inputs_for(layer, 7, heads=2)
         assert differences(layer_result(layer, inputs), oracle_result(layer.signature.variant, inputs)) == ""
+
+
+class _Weighted(tttc.Variant):
+    """The gradients of both states hold one error, each times the weight of its token."""
+
+    anchor = "token"
+    W = tttc.state("D", "D", init=tttc.normal(0.5))
+    b = tttc.state("D")
+    weight = tttc.gate("weight")
+
+    def learner(self, x):
+        return x @ self.W + self.b
+
+    def loss(self, k, v):
+        return self.weight * 0.1 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"))
+
+
+class _Shown(_Weighted):
+    """The output is the weights themselves, and something added."""
+
+    def output(self, q):
+        return self.W + tttc.sum(self.b)
+
+
+@pytest.mark.parametrize("variant", [_Weighted, _Weighted.replace(read="end", mini_batch=3), _Shown])
+def test_one_triangular_system(variant):
+    """What does not depend on the weights is a factor of its own, so that one unknown is left."""
+    layer = tttc.compile(variant, {"D": 2}, torch.float64, backend="torch")
+    assert "solve_lower" in layer.stages["dualize"].text
+    inputs = inputs_for(layer, 7, heads=2)
+    assert differences(layer_result(layer, inputs), oracle_result(layer.signature.variant, inputs)) == ""

@@ -438,7 +438,7 @@ class Third(Linear):
 
 
 class ScaleAndBias(Scale):
-    """Two gradients with different values that depend on the weights: x * e and e."""
+    """Two gradients, x * e and e, of which x does not depend on the weights."""
 
     b = tttc.state("D")
 
@@ -484,7 +484,7 @@ CLASSES = [
     (MLP, {"mini_batch": 1, "update": sgd(lr, at_end=tttc.clip_norm(0.1))}, "frozen", "tanh"),
     (Huber, {"anchor": "token"}, "sequential", "abs"),
     (Normalised, {"anchor": "token"}, "sequential", "pow"),
-    (ScaleAndBias, {"anchor": "token"}, "sequential", "sub"),
+    (ScaleAndBias, {"anchor": "token"}, "affine", "sub"),
     (Square, {}, "frozen", None),  # linear in the weights, as each of its parts
     (Square, {"anchor": "token"}, "sequential", None),
 ]

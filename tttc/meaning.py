@@ -52,6 +52,8 @@ def _compare(
     allowed: float,
 ) -> None:
     for returned, x, y in zip(after[name].returns, wanted, found, strict=True):
+        if not np.all(np.isfinite(x)):
+            continue  # the rule itself diverges on these inputs: there is nothing to compare
         error = float(np.max(np.abs(x - y), initial=0.0)) / (1.0 + float(np.max(np.abs(x), initial=0.0)))
         if not error <= allowed:
             raise PassChangedMeaning(
@@ -70,10 +72,9 @@ def _check_gradient(before: Program, after: Program) -> None:
     wanted, found = [], []
     for returned, gradient in zip(after["gradient"].returns, gradients, strict=True):
         state = differentiated(returned.arg[0].name)
-        if state not in arguments:
-            continue
         direction = generator.standard_normal(gradient.shape)
-        moved = [arguments | {state: arguments[state] + sign * STEP * direction} for sign in (1, -1)]
+        here = arguments.get(state, np.zeros_like(direction))  # a state that the loss does not read changes nothing
+        moved = [arguments | {state: here + sign * STEP * direction} for sign in (1, -1)]
         up, down = (interpret(before, "loss", m)[0] for m in moved)
         wanted.append((up - down) / (2 * STEP))
         found.append(np.asarray(np.sum(gradient * direction)))

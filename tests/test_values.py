@@ -209,7 +209,7 @@ def test_a_refusal_is_at_the_place_that_it_means(case, golden):
 
 @pytest.mark.parametrize(
     ("variant", "underlined"),
-    [(SquaredBelow, "self.W * self.W"), (SquaredInAHelper, "half * W"), (DividedBelow, "2.0 + self.W")],
+    [(SquaredBelow, "self.W * self.W"), (SquaredInAHelper, "half * W"), (DividedBelow, "self.W / (2.0 + self.W)")],
 )
 def test_the_caret_underlines_the_operation(variant, underlined):
     for text in (str(tttc.check(variant)[0]), _message(lambda: compiled(variant))):

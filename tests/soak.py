@@ -27,6 +27,7 @@ KINDS = {
     "equal": "equal",
     "refused": "refused well",
     "backend": "refused by the backend",
+    "unclear": "lost in rounding",
     "crash": "crash",
     "mismatch": "mismatch",
     "verdict": "wrong verdict",

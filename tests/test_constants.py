@@ -45,6 +45,11 @@ def _alone(self, k, v):
     return 0.5 * tttc.sum(self.W * self.W) + 0.1 * tttc.sum(self.W)
 
 
+def _lasso(self, k, v):
+    """Its gradient jumps, and has no derivative by the weights anywhere else."""
+    return 0.1 * tttc.sum(tttc.abs(self.s)) - tttc.dot(self.learner(k), v)
+
+
 # learner, loss, output: what the class of its gradients is, and which of them sees no token
 DECLARED = {
     "constant": (_linear, lambda self, k, v: -tttc.dot(self.learner(k), v), None),
@@ -59,6 +64,7 @@ DECLARED = {
     "zero gradient": (_linear, lambda self, k, v: 0.0 * tttc.sum(self.learner(k)), None),
     "scalar state": (_scale, _squared, None),
     "scalar state, constant gradient": (_scale, lambda self, k, v: 0.5 * self.s, None),
+    "scalar state, lasso": (_scale, _lasso, None),
 }
 RATES = {
     "numbers": lambda name, x: x,

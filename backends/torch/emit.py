@@ -141,16 +141,18 @@ def _body(block: Block, parameters: Sequence[Expr], taken: set[str], program: Pr
             lines.append(f"    {name} = {value}")
         if step.value.axes == axes and step.value.op not in ("leaf", "const", "broadcast"):
             printer.names[step.value] = shown.names[step.value] = step.name
-    return [*_lengths(parameters, "\n".join(lines)), *lines]
+    return [*_lengths(parameters, "\n".join(lines), printer), *lines]
 
 
-def _lengths(parameters: Sequence[Expr], body: str) -> list[str]:
-    """The lines that define C and G where the text needs them."""
+def _lengths(parameters: Sequence[Expr], body: str, printer: Printer) -> list[str]:
+    """The lines that define the lengths that the text needs: heads, and what is no dim but an axis of a parameter."""
     code = [line for line in body.splitlines() if not line.lstrip().startswith("#")]
-    used = {name for name in (CHUNK, HEADS) if any(name in line for line in code)}
-    lengths = [f"{_name(e)}.shape[{i + 1}]" for e in parameters for i, a in enumerate(e.axes) if a.size == TOKENS]
-    lines = [f"    {HEADS} = {_name(parameters[0])}.shape[0]"] if HEADS in used else []
-    return [*lines, f"    {CHUNK} = {lengths[0]}"] if CHUNK in used else lines
+    of = {HEADS: f"{_name(parameters[0])}.shape[0]"}
+    for e in parameters:
+        for i, axis in enumerate(e.axes):
+            of.setdefault(printer.size(axis.size), f"{_name(e)}.shape[{i + 1}]")
+    needed = [n for n in of if not n.isdecimal() and any(n in line for line in code)]
+    return [f"    {n} = {of[n]}" for n in needed]
 
 
 class TorchPrinter(Printer):

@@ -57,12 +57,16 @@ class Call:
         return f"Call({', '.join(f'{n}={x!r}' for n, x in chosen.items())})"
 
 
+class Lost(ArithmeticError):
+    """Computed in a precision below float64, the definition itself has no digits worth a comparison."""
+
+
 class Outcome(NamedTuple):
     """What became of a draw.
 
-    `kind` is "equal" or "refused", as it must be; "backend", where only the backend refuses; or a failure: "crash",
-    "mismatch" or "verdict" (refused without a reason, or not, or in other words). Failures with the same `mark` are
-    taken for the same one.
+    `kind` is "equal" or "refused", as it must be; "backend", where only the backend refuses; "unclear", where it
+    differs and the definition itself is lost in the backend's precision; or a failure: "crash", "mismatch" or "verdict"
+    (refused without a reason, or not, or in other words). Failures with the same `mark` are taken for the same one.
     """
 
     kind: str
@@ -98,7 +102,10 @@ def _outcome(recipe: Recipe, call: Call, backend: str) -> Outcome:
         return Outcome("verdict", f"compiled, in spite of {wanted}", "compiled")
     if call.seed % CHECKED == 0 and (problems := tttc.check(variant)):
         return Outcome("verdict", f"compiled, in spite of what tttc.check says: {problems}", "checked")
-    text = _unequal(layer, call)
+    try:
+        text = _unequal(layer, call)
+    except Lost as lost:
+        return Outcome("unclear", str(lost))
     return Outcome("mismatch", text, "mismatch") if text else Outcome("equal")
 
 
@@ -246,7 +253,9 @@ def _allowed(
 ) -> tuple[float, float]:
     """The tolerances where the oracle itself is worse conditioned than these: Muon magnifies small singular values
     about 500 times. Ten times of what rounding the inputs does to it, three times over: a tensor of one entry may
-    happen to be rounded by nearly nothing.
+    happen to be rounded by nearly nothing. In a lower precision also ten times of what the oracle is wrong by when it
+    computes in that: a sum that nearly cancels loses digits that no rounding of the inputs shows. Raises `Lost` where
+    that is more than what anything may be wrong by.
     """
     rounding, output, gradient, most = PRECISION[dtype]
     generator = torch.Generator().manual_seed(0)
@@ -255,13 +264,17 @@ def _allowed(
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         return (x.detach() * (1.0 + rounding * noise)).requires_grad_()
 
+    others = [_mapped(inputs, rounded) for _ in range(3)]
+    if dtype != torch.float64:
+        others.append(_mapped(inputs, lambda x: x.detach().to(dtype).requires_grad_()))
     noise = 1.0
-    for _ in range(3):
-        other = _mapped(inputs, rounded)
+    for other in others:
         moved = _result(*_oracle(variant, other, call), other, call)
         outputs = [relative_error(moved.z, wanted.z)]
         outputs += [relative_error(moved.final[n], w) for n, w in wanted.final.items()]
         gradients = gradient_errors(moved.gradients, wanted.gradients).values()
         noise = max(noise, 10 * max(outputs) / output, 10 * max(gradients) / gradient)
+    if noise > most and dtype != torch.float64:
+        raise Lost(f"the definition itself is wrong by about {noise * gradient / 10:.1e} in {dtype}")
     factor = min(noise, most)
     return factor * output, factor * gradient

@@ -253,9 +253,9 @@ def _allowed(
 ) -> tuple[float, float]:
     """The tolerances where the oracle itself is worse conditioned than these: Muon magnifies small singular values
     about 500 times. Ten times of what rounding the inputs does to it, three times over: a tensor of one entry may
-    happen to be rounded by nearly nothing. In a lower precision also ten times of what the oracle is wrong by when it
-    computes in that: a sum that nearly cancels loses digits that no rounding of the inputs shows. Raises `Lost` where
-    that is more than what anything may be wrong by.
+    happen to be rounded by nearly nothing. And ten times of what the oracle is wrong by when it computes in float32, in
+    proportion to the precision: a sum that nearly cancels loses digits that no rounding of the inputs shows. Raises
+    `Lost` where that is more than what anything may be wrong by, in a precision below float64.
     """
     rounding, output, gradient, most = PRECISION[dtype]
     generator = torch.Generator().manual_seed(0)
@@ -264,16 +264,16 @@ def _allowed(
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         return (x.detach() * (1.0 + rounding * noise)).requires_grad_()
 
-    others = [_mapped(inputs, rounded) for _ in range(3)]
-    if dtype != torch.float64:
-        others.append(_mapped(inputs, lambda x: x.detach().to(dtype).requires_grad_()))
+    others = [(_mapped(inputs, rounded), 1.0) for _ in range(3)]
+    share = rounding / PRECISION[torch.float32][0]
+    others.append((_mapped(inputs, lambda x: x.detach().float().requires_grad_()), share))
     noise = 1.0
-    for other in others:
+    for other, part in others:
         moved = _result(*_oracle(variant, other, call), other, call)
         outputs = [relative_error(moved.z, wanted.z)]
         outputs += [relative_error(moved.final[n], w) for n, w in wanted.final.items()]
         gradients = gradient_errors(moved.gradients, wanted.gradients).values()
-        noise = max(noise, 10 * max(outputs) / output, 10 * max(gradients) / gradient)
+        noise = max(noise, 10 * part * max(outputs) / output, 10 * part * max(gradients) / gradient)
     if noise > most and dtype != torch.float64:
         raise Lost(f"the definition itself is wrong by about {noise * gradient / 10:.1e} in {dtype}")
     factor = min(noise, most)

@@ -49,7 +49,7 @@ def _of_rule(r: Recipe) -> Iterator[str]:
         yield "nesterov and ema are both set"
     if r.decay_first and r.decay == "none":
         yield "there is no decay"
-    elif r.decay_first and not (online or (alone and r.steps == 1)):
+    elif r.decay_first and not (online or (alone and r.steps <= 1)):  # 0 steps are refused by themselves
         yield 'anchor is "mini_batch"'
     if r.read_scale != "none" and online and not alone:
         yield "read_scale scales what a mini-batch adds"

@@ -29,8 +29,8 @@ from benchmarks import measure
 from benchmarks.contenders import Step, backward_step, check, forward_step, truth
 from benchmarks.measure import ROOT, about, resident_peak, results_file
 from benchmarks.workloads import call, case, inputs
-from tttc.layer import Layer
-from tttc.verify import relative_error
+from tttc.runtime.layer import Layer
+from tttc.verification.comparison import relative_error
 
 VARIANTS = ("LinearAttention", "RetNet", "GatedDeltaNet")
 SIZES = {"B": 1, "T": 4096, "H": 4, "D": 64}

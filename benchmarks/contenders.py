@@ -18,8 +18,8 @@ import torch
 import tttc
 from benchmarks.by_hand import FORMS, Form, run, run_whole
 from benchmarks.workloads import Case, Tensors, call, inputs, parts
-from tttc.layer import Layer
-from tttc.verify import gradient_errors, relative_error
+from tttc.runtime.layer import Layer
+from tttc.verification.comparison import gradient_errors, relative_error
 
 Forward = Callable[[Tensors], tuple[torch.Tensor, Tensors]]
 Step = Callable[[], Tensors]

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from tttc.ir import cost
 from tttc.ir.expr import TOKENS, Axis, Expr, postorder
 from tttc.ir.program import Program, Scan
-from tttc.layer import Layer
+from tttc.runtime.layer import Layer
 
 Pair = frozenset[Axis]
 _ALIKE = frozenset(("neg", "mask", "mul", "contract"))  # zero wherever any operand is, unless they sum

@@ -32,8 +32,8 @@ from benchmarks.measure import RESULTS, about
 from benchmarks.workloads import Case, Tensors, call, case, inputs
 from tttc import terminal
 from tttc.backends import torch as torch_backend
-from tttc.layer import Layer
-from tttc.verify import relative_error
+from tttc.runtime.layer import Layer
+from tttc.verification.comparison import relative_error
 
 Forward = Callable[[Tensors], tuple[torch.Tensor, Tensors]]
 OURS, COMPILED, ATTENTION = "tttc", "torch backend, compiled", "attention"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tttc.backends.processor import processor
+from tttc.backends.cpu import processor
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

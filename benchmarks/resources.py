@@ -24,13 +24,13 @@ from rich.progress import track
 
 from benchmarks.measure import ROOT
 from tttc import terminal
-from tttc.api import program_for
-from tttc.backends.gpus import GPUS
-from tttc.backends.triton.compiled import compiled_scans
-from tttc.backends.triton.forms import unfused
-from tttc.loading import library_variants
-from tttc.variant import signature
-from tttc.verify import default_dims
+from tttc.backends.target import GPUS
+from tttc.backends.triton.aot import compiled_scans
+from tttc.backends.triton.kernel_spec import unfused
+from tttc.cli.loading import library_variants
+from tttc.compiler.driver import program_for
+from tttc.declare.variant import signature
+from tttc.verification.comparison import default_dims
 
 RESULTS = ROOT / "benchmarks" / "results" / "resources.json"
 TARGETS = ("sm_80", "sm_90", "gfx942")

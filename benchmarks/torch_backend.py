@@ -26,7 +26,7 @@ from rich.table import Table
 import tttc
 from benchmarks.by_hand import FORMS, run
 from benchmarks.measure import ROOT, about, resident_peak, results_file
-from tttc.verify import relative_error
+from tttc.verification.comparison import relative_error
 
 Step = Callable[[], list[torch.Tensor]]
 SIZES = {"B": 1, "T": 2048, "H": 12, "D": 64, "F": 256}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import tttc
-from tttc.layer import Layer
-from tttc.variant import GateSpec, Signature, Variant, signature
+from tttc.declare.variant import GateSpec, Signature, Variant, signature
+from tttc.runtime.layer import Layer
 
 Tensors = dict[str, torch.Tensor]
 

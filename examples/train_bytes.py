@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from tttc.training import Curve, bigram_bits_per_byte, read_corpus, train
+from tttc.examples.demo.training import Curve, bigram_bits_per_byte, read_corpus, train
 
 
 def table(curves: list[Curve], bigram: float) -> Table:

@@ -13,10 +13,10 @@ import torch
 import tttc
 from tttc import library
 from tttc.backends.interface import Source
-from tttc.layer import Layer, State
+from tttc.declare.variant import Variant, signature
 from tttc.reference import reference
-from tttc.variant import Variant, signature
-from tttc.verify import (
+from tttc.runtime.layer import Layer, State
+from tttc.verification.comparison import (
     GRADIENT_TOLERANCE,
     OUTPUT_TOLERANCE,
     Inputs,

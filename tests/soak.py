@@ -84,7 +84,7 @@ def prepare(backend: str) -> None:
 
     torch.set_num_threads(1)
     if backend == "tvm":  # kernels are called a few times and never again: LLVM may spare itself the trouble
-        from tttc.backends.tvm.machine import Machine
+        from tttc.backends.tvm_cpu.machine import Machine
 
         right = Machine.target
         Machine.target = lambda self: {**right(self), "opt-level": 0}  # type: ignore[method-assign]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tttc.baselines import Eager, faults, mini_batch_step, random_workload, time_interleaved, time_limit
+from tttc.declare.variant import Variant, signature
+from tttc.examples.demo.baselines import Eager, faults, mini_batch_step, random_workload, time_interleaved, time_limit
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
 from tttc.reference import reference
-from tttc.variant import Variant, signature
 
 DIMS = {"D": 4, "F": 6}
 

@@ -19,7 +19,7 @@ from benchmarks.contenders import Disagreement, backward_step, by_hand, check, f
 from benchmarks.flops import useful_flops
 from benchmarks.workloads import HEADLINE, Case, case, cases, inputs
 from tests.helpers import LIBRARY, differences, oracle_result, result_of
-from tttc.verify import Inputs, random_inputs
+from tttc.verification.comparison import Inputs, random_inputs
 
 KNOWN = {c.name: c for c in cases().values()}
 TOKENS = 32

@@ -16,12 +16,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 import tttc
-from tttc import cli, demo, doctor
 from tttc.backends import nvidia
-from tttc.cli import app
+from tttc.cli import doctor
+from tttc.cli import main as cli
+from tttc.cli.loading import LoadError, full_dims, library_variants, load_variant
+from tttc.cli.main import app
 from tttc.errors import TTTCError
-from tttc.loading import LoadError, full_dims, library_variants, load_variant
-from tttc.verify import Row, Verification
+from tttc.examples.demo import main as demo
+from tttc.verification.comparison import Row, Verification
 
 MINE = '''
 import tttc

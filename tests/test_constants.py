@@ -14,7 +14,7 @@ import torch
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result, split_call
 from tests.test_stages import STAGES, interpreted_otherwise
-from tttc.verify import OUTPUT_TOLERANCE, relative_error
+from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 
 TOKENS = 7  # of mini-batches of 3: the last one ends early
 

@@ -23,14 +23,14 @@ from tests.cuda_emulator import Emulator
 from tests.helpers import LIBRARY, dims_of, keywords, layer_result, oracle_result
 from tests.test_tvm import converted, half_errors
 from tttc.backends import nvidia
-from tttc.backends.tvm.cuda_load import CudaScan, CudaSource, resources, unavailable
-from tttc.backends.tvm.device import SHARED, gpu
-from tttc.backends.tvm.load import stored_tokens
-from tttc.backends.tvm.shared import Variable, laid_out
+from tttc.backends.tvm_cpu.load import stored_tokens
+from tttc.backends.tvm_cuda.device import SHARED, gpu
+from tttc.backends.tvm_cuda.load import CudaScan, CudaSource, resources, unavailable
+from tttc.backends.tvm_cuda.smem import Variable, laid_out
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.library import GatedDeltaNet, LinearAttention, TTTLinear
 from tttc.reference import reference
-from tttc.verify import gradient_errors, random_inputs, relative_error
+from tttc.verification.comparison import gradient_errors, random_inputs, relative_error
 
 pytestmark = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 compiles = pytest.mark.skipif(bool(nvidia.missing()), reason=f"cannot compile CUDA: {'; '.join(nvidia.missing())}")
@@ -312,7 +312,7 @@ from pathlib import Path
 import torch
 from tests.cuda_emulator import Emulator
 from tests.test_cuda import emulated
-from tttc.backends.tvm.device import gpu
+from tttc.backends.tvm_cuda.device import gpu
 from tttc.library import LinearAttention
 
 sys.modules["tvm"] = None  # as if it were not installed
@@ -399,7 +399,7 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
 
 
 def test_on_a_gpu_the_kernels_are_those_for_it(monkeypatch):
-    monkeypatch.setattr("tttc.api.unavailable", lambda device: [])
+    monkeypatch.setattr("tttc.compiler.driver.unavailable", lambda device: [])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     layer = tttc.compile(TTTLinear, {"D": 4}, torch.bfloat16, "cuda", "tvm")
     assert all(isinstance(s, CudaScan) for s in layer._scans.values())

@@ -9,9 +9,9 @@ import torch
 
 import tttc
 from tests.helpers import CAUSAL_READS, LIBRARY, MINI_BATCHES, VARIANTS, dims_of, inputs_for, keywords, split_call
+from tttc.declare.variant import signature
 from tttc.reference import reference
-from tttc.variant import signature
-from tttc.verify import OUTPUT_TOLERANCE, relative_error
+from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 
 TOKENS = 10  # two mini-batches of 4 and half of one
 CAUSAL = [n for n, v in LIBRARY.items() if signature(v).read != "end"]

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers import LIBRARY
-from tttc.nn import TTT
-from tttc.verify import relative_error
+from tttc.nn.layer import TTT
+from tttc.verification.comparison import relative_error
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo here, which connects processes")
 

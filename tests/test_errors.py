@@ -24,7 +24,7 @@ from tttc.errors import (
     TTTCError,
 )
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
-from tttc.verify import OUTPUT_TOLERANCE, relative_error
+from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -440,7 +440,7 @@ def test_all_problems_are_reported_at_once():
 
 def test_the_file_of_a_class_is_parsed_for_a_problem_only(monkeypatch):
     """That takes ten times as long as tracing a small class."""
-    monkeypatch.setattr("tttc.variant.class_line", lambda variant: 1 / 0)
+    monkeypatch.setattr("tttc.declare.variant.class_line", lambda variant: 1 / 0)
     assert not tttc.check(LinearAttention)
     with pytest.raises(ZeroDivisionError):
         tttc.check(LinearAttention.replace(read="sometimes"))

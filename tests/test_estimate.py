@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import tttc
-from tttc.backends.gpus import GPUS, architecture, architecture_of
 from tttc.backends.nvidia import Resources
-from tttc.backends.triton.apart import Made
-from tttc.backends.triton.forms import form_of
-from tttc.estimate import CONTRACTION, LOAD, STEP, Kernel, Turn, estimate, turn_of
+from tttc.backends.target import GPUS, architecture, architecture_of
+from tttc.backends.triton.compile_process import Made
+from tttc.backends.triton.cost_model import CONTRACTION, LOAD, STEP, Kernel, Turn, estimate, turn_of
+from tttc.backends.triton.kernel_spec import form_of
 from tttc.library import GatedDeltaNet, LinearAttention
-from tttc.ranking import Row, rank, ranked
+from tttc.tuning.ranking import Row, rank, ranked
 
 BF16 = torch.bfloat16
 H100 = GPUS["sm_90"]

@@ -16,16 +16,16 @@ import sympy
 
 import tttc
 from tests.helpers import LIBRARY, compiled, dims_of, inputs_for, keywords
-from tttc.explain import explain
-from tttc.explain_cost import StageCost, layer_cost, stage_costs
-from tttc.explain_rule import Rule, chunk_formulas, end_equations, rules, token_equations
+from tttc.explain.costs import StageCost, layer_cost, stage_costs
+from tttc.explain.report import explain
+from tttc.explain.update_rule import Rule, chunk_formulas, end_equations, rules, token_equations
 from tttc.ir import build as b
 from tttc.ir import cost
 from tttc.ir.expr import Axis, Expr, leaf
 from tttc.ir.latex import expression_latex, name_latex, program_latex
 from tttc.ir.program import S_AXIS, T_AXIS
-from tttc.layer import Layer
 from tttc.library import TTTMLP, GatedThreeLayer, LinearAttention, TTTLinear
+from tttc.runtime.layer import Layer
 
 LR, MOMENTUM, DECAY = tttc.gate("lr"), tttc.gate("momentum"), tttc.gate("decay")
 

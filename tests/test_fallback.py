@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tttc
-from tttc import FallbackWarning, fallback
-from tttc.backends import tvm as tvm_backend
+from tttc import FallbackWarning
+from tttc.backends import tvm_cpu as tvm_backend
+from tttc.compiler import fallback
 from tttc.library import LinearAttention
-from tttc.tune import _Subject
+from tttc.tuning.measured import _Subject
 
 needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 DIMS = {"D": 3, "F": 4}

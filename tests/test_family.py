@@ -30,9 +30,9 @@ from tests.helpers import (
     split_call,
 )
 from tests.test_gradients import positional
+from tttc.declare.variant import signature
 from tttc.errors import StateMismatch
-from tttc.variant import signature
-from tttc.verify import gradient_errors, random_inputs, relative_error
+from tttc.verification.comparison import gradient_errors, random_inputs, relative_error
 
 ORACLE = 1e-11
 OTHER_ORDER = 1e-12

@@ -9,9 +9,9 @@ import pytest
 
 import tttc
 from tests.helpers import LIBRARY
-from tttc.layer import Layer
-from tttc.variant import signature
-from tttc.verify import default_dims
+from tttc.declare.variant import signature
+from tttc.runtime.layer import Layer
+from tttc.verification.comparison import default_dims
 
 STAGES = [*(stage.name for stage in tttc.PIPELINE), "emit"]
 

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tttc
 from tests.helpers import LIBRARY, dims_of
-from tttc.nn import TTT
-from tttc.verify import random_inputs, relative_error
+from tttc.nn.layer import TTT
+from tttc.verification.comparison import random_inputs, relative_error
 
 F64 = torch.float64
 NATIVE = pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is not installed"))

@@ -17,7 +17,7 @@ from tests.helpers import (
     result_of,
 )
 from tttc.reference import reference
-from tttc.verify import relative_error
+from tttc.verification.comparison import relative_error
 
 TOKENS = 5  # two mini-batches of 2 and one that is left open
 

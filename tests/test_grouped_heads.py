@@ -14,8 +14,8 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tttc.errors import ShapeError, StateMismatch
-from tttc.state import PackedState, State
-from tttc.verify import relative_error
+from tttc.runtime.state import PackedState, State
+from tttc.verification.comparison import relative_error
 
 F64 = torch.float64
 T, CUT = 7, 3

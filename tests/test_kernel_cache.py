@@ -99,7 +99,7 @@ def test_processes_share_the_cache(tmp_path, monkeypatch):
 
 KILLED = """
 import importlib, os, signal
-load = importlib.import_module("tttc.backends.tvm.load")
+load = importlib.import_module("tttc.backends.tvm_cpu.load")
 def link(library, path):
     path.write_bytes(b"half of it")
     os.kill(os.getpid(), signal.SIGKILL)

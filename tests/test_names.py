@@ -20,9 +20,9 @@ import tttc
 from tests.helpers import differences, keywords, oracle_result, result_of
 from tttc.backends.triton.emit import emit as emit_triton
 from tttc.errors import DeclarationError, ShapeError
-from tttc.inputs import random_inputs
 from tttc.ir.names import is_declared, marked, own, prefixed, spelled, suffixed, worded
 from tttc.ir.verify import MalformedProgram, verify
+from tttc.verification.inputs import random_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 

@@ -16,8 +16,8 @@ import tttc
 from tests.helpers import LIBRARY
 from tttc.errors import DeclarationError, ShapeError, StateMismatch
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
-from tttc.nn import TTT, Cache, CausalConvolution, rotated
-from tttc.verify import relative_error
+from tttc.nn.layer import TTT, Cache, CausalConvolution, rotated
+from tttc.verification.comparison import relative_error
 
 DOUBLE = torch.float64
 # float64 has 1.1e-16 per rounding; values are of order 1 and at most a few thousand roundings add up in

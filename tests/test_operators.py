@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tttc.library import TTTMLP, GatedDeltaNet, TTTLinear
-from tttc.nn import TTT, Cache
-from tttc.operators import operator
-from tttc.verify import random_inputs, relative_error
+from tttc.nn.layer import TTT, Cache
+from tttc.runtime.custom_ops import operator
+from tttc.verification.comparison import random_inputs, relative_error
 
 NATIVE = pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is not installed"))
 BACKENDS = ["torch", "triton", NATIVE]

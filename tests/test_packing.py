@@ -8,9 +8,9 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tests.learners import DIMS, CausalConvolution
+from tttc.declare.variant import signature
 from tttc.errors import ShapeError, StateMismatch
-from tttc.variant import signature
-from tttc.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, random_inputs, relative_error
+from tttc.verification.comparison import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, random_inputs, relative_error
 
 # One for each way of carrying a state: sums, weights alone, accumulators and momentum, rows, taps.
 VARIANTS = {n: LIBRARY[n] for n in ("TTTLinear", "GatedDeltaNet", "MTTT", "GLA")}

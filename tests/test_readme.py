@@ -91,7 +91,7 @@ def test_every_command_exists() -> None:
     """`tttc x` in the README is a command."""
     from typer.main import get_command
 
-    from tttc.cli import app
+    from tttc.cli.main import app
 
     named = set(re.findall(r"^tttc (\w+)", "\n".join(code_blocks("")), re.MULTILINE))
     assert named

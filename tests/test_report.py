@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tttc.report import (
+from tttc.examples.demo.report import (
     LossCurve,
     Report,
     StageText,
@@ -21,7 +21,7 @@ from tttc.report import (
     render,
     write_report,
 )
-from tttc.verify import Row
+from tttc.verification.comparison import Row
 
 REPORT = Report(
     title="Mine: <from declaration>",

@@ -15,11 +15,11 @@ import pytest
 
 import tttc
 from tests.helpers import LIBRARY, READS, dims_of
+from tttc.declare.variant import signature
 from tttc.errors import DeclarationError
 from tttc.ir.dualize import gradient_class
-from tttc.variant import signature
 
-Options = import_module("tttc.compile").Options  # the attribute `tttc.compile` is the function
+Options = import_module("tttc.compiler.pipeline").Options  # the attribute `tttc.compile` is the function
 DIMS = {"D": 3, "E": 2, "F": 4}
 TOKENS = 10  # two mini-batches of 4, and one that ends early
 

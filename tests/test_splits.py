@@ -27,9 +27,9 @@ from tests.helpers import (
     result_of,
     split_call,
 )
+from tttc.declare.variant import signature
 from tttc.errors import ShapeError, StateMismatch
-from tttc.variant import signature
-from tttc.verify import OUTPUT_TOLERANCE, relative_error
+from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 
 NO_STEP = tttc.sgd(lr=0.0)
 TOKENS = 18  # one mini-batch of 16 and a little more; four and a half of 4

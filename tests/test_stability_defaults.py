@@ -12,10 +12,10 @@ from torch import nn
 
 import tttc
 from tests.helpers import LIBRARY, dims_of
+from tttc.declare.variant import GateSpec, signature
 from tttc.errors import DeclarationError, NonFinite
 from tttc.library import DeltaNet, GatedDeltaNet, TTTLinear
-from tttc.stability import UnstableInnerLoop
-from tttc.variant import GateSpec, signature
+from tttc.runtime.stability import UnstableInnerLoop
 
 STEPS, HIDDEN, TOKENS = 300, 64, 128
 NORMALISED = {

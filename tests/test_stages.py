@@ -18,6 +18,7 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, MINI_BATCHES, READS, VARIANTS, compiled, dims_of, inputs_for, oracle_result
 from tttc.backends.garbage import uncollected
+from tttc.compiler.stage_check import random_arguments
 from tttc.errors import PassChangedMeaning
 from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, leaf
@@ -26,10 +27,9 @@ from tttc.ir.names import own, spelled
 from tttc.ir.program import Assign, Block, For, cotangent
 from tttc.ir.update import openings
 from tttc.ir.verify import MalformedProgram, verify
-from tttc.meaning import random_arguments
-from tttc.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
+from tttc.verification.comparison import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
 
-compiler = import_module("tttc.compile")  # the attribute `tttc.compile` is the function
+compiler = import_module("tttc.compiler.pipeline")  # the attribute `tttc.compile` is the function
 STAGES = tuple(stage.name for stage in compiler.PIPELINE)
 LOOPS = ("primal", "dualize", "schedule")  # the stages that hold the whole layer as one function
 TOKENS = 10  # two mini-batches of 4, and one that ends early

@@ -29,7 +29,7 @@ def own_cache(monkeypatch, tmp_path):
 
 def broken(monkeypatch, *directions):
     """The builder of kernels raises, forwards or backwards."""
-    load = import_module("tttc.backends.tvm.load")
+    load = import_module("tttc.backends.tvm_cpu.load")
     made = load.TVMScan._kernel
 
     def kernel(self, backward, stored):

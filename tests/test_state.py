@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tests.learners import DIMS, CausalConvolution
-from tttc.nn import TTT, Cache
-from tttc.state import PackedState, State
+from tttc.nn.layer import TTT, Cache
+from tttc.runtime.state import PackedState, State
 
 F64 = torch.float64
 # one that carries sums, one rows, one momentum and accumulators, one taps

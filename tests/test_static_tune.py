@@ -17,22 +17,24 @@ from tests.helpers import differences, inputs_for, layer_result, oracle_result
 from tests.test_estimate import BF16, program_of
 from tests.test_tune import run
 from tests.test_tuning import KEY, dualized, entry
-from tttc import api, database, tuning
-from tttc.api import BACKENDS
 from tttc.backends import nvidia
-from tttc.backends.gpus import GPUS
 from tttc.backends.nvidia import Resources
-from tttc.backends.triton.apart import Compilers, Crashed, Made, NotCompiled
-from tttc.backends.triton.compiled import order_of
+from tttc.backends.target import GPUS
+from tttc.backends.triton.aot import order_of
+from tttc.backends.triton.compile_process import Compilers, Crashed, Made, NotCompiled
 from tttc.backends.triton.emit import emit
-from tttc.backends.triton.forms import form_of
+from tttc.backends.triton.kernel_spec import form_of
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
+from tttc.compiler import driver as api
+from tttc.compiler.driver import BACKENDS
 from tttc.errors import BackendRefusal, TuningError
 from tttc.library import TTTMLP, GatedDeltaNet, LinearAttention, RetNet, TTTLinear
-from tttc.ranking import Row
-from tttc.static_tune import tune_statically
-from tttc.tuning import Choice, architecture_name, found_for
+from tttc.tuning import database
+from tttc.tuning import records as tuning
+from tttc.tuning.ranking import Row
+from tttc.tuning.records import Choice, architecture_name, found_for
+from tttc.tuning.static import tune_statically
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or nvidia.ptxas() is None, reason="there is no triton for this platform"
@@ -223,7 +225,7 @@ def test_a_small_run_compiles_ranks_and_keeps_the_best():
 
 @needs_triton
 def test_what_the_budget_cuts_short_is_no_failure(monkeypatch):
-    monkeypatch.setattr("tttc.ranking.LONGEST", 0.1)
+    monkeypatch.setattr("tttc.tuning.ranking.LONGEST", 0.1)
     with pytest.raises(TuningError, match="no time was left to compile ret_net"):
         tttc.tune(RetNet, {"D": 16}, BF16, "sm_90", budget=0.1, progress=False)
 
@@ -241,7 +243,7 @@ def fixed(monkeypatch, refused=False):
         return Made(Resources(order["kernel"], order["target"], 128, spilled, 1024), False)
 
     monkeypatch.setattr(Compilers, "compiled", compiled)
-    monkeypatch.setattr("tttc.static_tune.missing_for", lambda backend, target, program: [])
+    monkeypatch.setattr("tttc.tuning.static.missing_for", lambda backend, target, program: [])
 
 
 @pytest.mark.parametrize("target", GPUS)
@@ -275,7 +277,7 @@ def test_a_run_on_made_up_kernels(monkeypatch, target):
 )
 def test_every_kernel_counts_as_often_as_a_call_runs_it(monkeypatch, changes, turns):
     fixed(monkeypatch)
-    monkeypatch.setattr("tttc.static_tune.ranked", lambda candidate, kernels, *rest: Row(candidate, kernels, 1.0))
+    monkeypatch.setattr("tttc.tuning.static.ranked", lambda candidate, kernels, *rest: Row(candidate, kernels, 1.0))
     chunk = changes.pop("chunk", None)
     variant = TTTLinear.replace(**changes)
     result = tttc.tune(variant, {"D": 16}, BF16, "sm_90", budget=60, tokens=128, progress=False)
@@ -326,7 +328,7 @@ def test_other_backends_have_nothing_to_tune_for_a_gpu():
 
 
 def test_where_there_is_a_gpu_its_architecture_is_named(monkeypatch):
-    monkeypatch.setattr(sys.modules["tttc.tune"], "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(sys.modules["tttc.tuning.measured"], "architecture_of", lambda device: "sm_90")
     with pytest.raises(TuningError, match='Use device="sm_90"'):
         tttc.tune(TTTLinear, {"D": 4}, device="cuda:0")
 

@@ -9,8 +9,8 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, layer_result
-from tttc.stability import UnstableInnerLoop
-from tttc.variant import signature
+from tttc.declare.variant import signature
+from tttc.runtime.stability import UnstableInnerLoop
 
 TOLERANCE = 1e-10  # sums of squares of differences of weights: they cancel a few digits of float64
 

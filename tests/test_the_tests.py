@@ -23,19 +23,19 @@ from tests.helpers import (
     result_of,
     split_call,
 )
-from tttc.call import Call
 from tttc.ir import build as b
 from tttc.ir.expr import OPS, Expr, transform
 from tttc.ir.names import prefixed
 from tttc.ir.program import Assign
 from tttc.ir.response import Response
 from tttc.library import GatedThreeLayer, LinearAttention, TTTLinear
-from tttc.state import State
-from tttc.verify import Row, verify
+from tttc.runtime.arguments import Call
+from tttc.runtime.state import State
+from tttc.verification.comparison import Row, verify
 
-compiler = import_module("tttc.compile")  # the attribute `tttc.compile` is the function
-api = import_module("tttc.api")
-layer_module = import_module("tttc.layer")
+compiler = import_module("tttc.compiler.pipeline")  # the attribute `tttc.compile` is the function
+api = import_module("tttc.compiler.driver")
+layer_module = import_module("tttc.runtime.layer")
 torch_ops = import_module("tttc.backends.torch.ops")
 TOKENS = 10  # two mini-batches of 4 and a tail of 2
 

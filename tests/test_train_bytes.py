@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from examples import train_bytes
 from tttc.errors import NonFinite
-from tttc.library import TTTMLP, LinearAttention, TTTLinear
-from tttc.training import (
+from tttc.examples.demo.training import (
     ByteModel,
     Corpus,
     Curve,
@@ -23,6 +22,7 @@ from tttc.training import (
     read_corpus,
     train,
 )
+from tttc.library import TTTMLP, LinearAttention, TTTLinear
 
 TINY = Size(hidden=16, heads=2, layers=1, feed_forward=8, tokens=24, batch=2)
 VARIANTS = (TTTLinear, TTTMLP, LinearAttention)

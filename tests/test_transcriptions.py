@@ -10,8 +10,8 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, differences, dims_of, layer_result, result_of
 from tests.transcriptions import TRANSCRIPTIONS
-from tttc.variant import signature
-from tttc.verify import random_inputs
+from tttc.declare.variant import signature
+from tttc.verification.comparison import random_inputs
 
 INVENTED = {"GatedThreeLayer"}  # in no paper
 TOLERANCE = 1e-11  # both sides round at 1e-16 in different orders, and some rules amplify that over the tokens

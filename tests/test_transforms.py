@@ -21,7 +21,7 @@ from tests.test_gradients import jacobian_vector, random_like
 from tttc.backends.torch.ops import ELEMENTWISE, FUSED_DERIVATIVES, HELPERS
 from tttc.ir.scalars import SCALARS
 from tttc.reference import reference
-from tttc.verify import random_inputs, relative_error
+from tttc.verification.comparison import random_inputs, relative_error
 
 F64 = torch.float64
 NATIVE = pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is not installed"))
@@ -303,7 +303,7 @@ def test_mapped_over(name, backend):
 def test_what_is_mapped_over_runs_at_once_by_the_kernels(monkeypatch, backend):
     """One call of a scan for the whole batch, forward and backward, and none of the program in PyTorch."""
     from tttc.backends.torch.load import TorchScan
-    from tttc.backends.tvm.load import TVMScan
+    from tttc.backends.tvm_cpu.load import TVMScan
 
     problem = Problem("DeltaNet", backend)
     many = [torch.stack([x, x, x]) for x in problem.values]

@@ -27,13 +27,13 @@ from tests.helpers import (
 )
 from tttc.backends import torch as torch_backend
 from tttc.backends import triton as triton_backend
-from tttc.backends.triton.forms import unfused
+from tttc.backends.triton.kernel_spec import unfused
 from tttc.backends.triton.load import Module, TritonScan
 from tttc.backends.triton.tune import bounded
 from tttc.errors import BackendRefusal
 from tttc.library import TTTMLP, DeltaNet, LinearAttention, TTTLinear
 from tttc.reference import reference
-from tttc.verify import random_inputs, relative_error
+from tttc.verification.comparison import random_inputs, relative_error
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton for this platform"),

@@ -8,9 +8,9 @@ import pytest
 
 import tttc
 from tests.helpers import LIBRARY, dims_of
-from tttc.api import program_for
-from tttc.backends.triton.forms import Form
-from tttc.backends.triton.lifetimes import shortened
+from tttc.backends.triton.kernel_spec import Form
+from tttc.backends.triton.line_schedule import shortened
+from tttc.compiler.driver import program_for
 from tttc.ir.adjoint import backward_block
 from tttc.ir.names import spelled
 from tttc.ir.program import Block, cotangent

@@ -17,12 +17,13 @@ import tttc
 from benchmarks.resources import LIMIT, RESULTS, TARGETS
 from tests.helpers import LIBRARY
 from tttc.backends import nvidia
-from tttc.backends.triton import frugal, worker
-from tttc.backends.triton.apart import SWITCHES, VARIABLE, Compilers, Crashed, NotCompiled, switches
-from tttc.backends.triton.compiled import compiled
+from tttc.backends.triton import compile_worker as worker
+from tttc.backends.triton import llvm_flags as frugal
+from tttc.backends.triton.aot import compiled
+from tttc.backends.triton.compile_process import SWITCHES, VARIABLE, Compilers, Crashed, NotCompiled, switches
 from tttc.backends.triton.emit import emit
-from tttc.backends.triton.forms import form_of
-from tttc.backends.triton.frugal import order_of_source
+from tttc.backends.triton.kernel_spec import form_of
+from tttc.backends.triton.llvm_flags import order_of_source
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 
@@ -41,11 +42,11 @@ print(json.dumps(measured(Work(sys.argv[1], int(sys.argv[2]), sys.argv[3]))))
 LAUNCH = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
-from tttc.api import program_for
-from tttc.backends.triton import worker
-from tttc.backends.triton.compiled import order_of
+from tttc.compiler.driver import program_for
+from tttc.backends.triton import compile_worker as worker
+from tttc.backends.triton.aot import order_of
 from tttc.backends.triton.emit import emit
-from tttc.backends.triton.forms import form_of
+from tttc.backends.triton.kernel_spec import form_of
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 from tttc.library import RetNet

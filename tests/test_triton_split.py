@@ -11,11 +11,11 @@ import torch
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
 from tttc.backends.triton.emit import module_text
-from tttc.backends.triton.forms import form_of, halves_of
+from tttc.backends.triton.kernel_spec import form_of, halves_of
 from tttc.ir.names import worded
 from tttc.ir.split import split
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
-from tttc.verify import relative_error
+from tttc.verification.comparison import relative_error
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton for this platform"),

@@ -17,11 +17,11 @@ from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, o
 from tests.learners import Upright
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
 from tttc.backends.triton.emit import module_text
-from tttc.backends.triton.forms import form_of, half_of, unfused
+from tttc.backends.triton.kernel_spec import form_of, half_of, unfused
 from tttc.backends.triton.load import Module
 from tttc.ir.names import worded
 from tttc.library import DeltaNet, LinearAttention, TTTLinear
-from tttc.verify import relative_error
+from tttc.verification.comparison import relative_error
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton for this platform"),
@@ -204,7 +204,7 @@ def test_an_operator_of_a_graph_runs_in_strips_too(multiprocessors):
 def smaller(monkeypatch, numbers):
     """A GPU with fewer registers than there is."""
     for name in ("LARGEST_STATE", "LARGEST_STRIP"):
-        monkeypatch.setattr(import_module("tttc.backends.triton.forms"), name, numbers)
+        monkeypatch.setattr(import_module("tttc.backends.triton.kernel_spec"), name, numbers)
 
 
 def test_a_state_that_is_too_large_is_cut(monkeypatch):

@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 
 import tttc
 from tests.test_tuning import dualized, tuned_for
-from tttc import database
-from tttc import search as search_module
-from tttc.accuracy import Accuracy
-from tttc.api import BACKENDS
 from tttc.backends import torch as torch_backend
-from tttc.cli import app
+from tttc.cli.main import app
+from tttc.compiler.driver import BACKENDS
 from tttc.errors import BackendRefusal, TuningError
 from tttc.library import LinearAttention, TTTLinear
-from tttc.search import Wrong
-from tttc.tune import chunk_choices
-from tttc.tuning import Choice, Key
+from tttc.tuning import database
+from tttc.tuning import search as search_module
+from tttc.tuning.accuracy import Accuracy
+from tttc.tuning.measured import chunk_choices
+from tttc.tuning.records import Choice, Key
+from tttc.tuning.search import Wrong
 
 SMALL = {"batch": 1, "tokens": 48, "heads": 1, "progress": False}
 
@@ -337,7 +337,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_tuned_is_refused(name, golden, monkeypatch):
-    monkeypatch.setattr(sys.modules["tttc.tune"], "architecture_of", lambda device: "")
+    monkeypatch.setattr(sys.modules["tttc.tuning.measured"], "architecture_of", lambda device: "")
     with pytest.raises(TuningError) as caught:
         tttc.tune(TTTLinear, {"D": 4}, **REFUSED[name])
     golden(f"tune/{name}", f"{type(caught.value).__name__}: {caught.value}")
@@ -345,7 +345,7 @@ def test_what_cannot_be_tuned_is_refused(name, golden, monkeypatch):
 
 @pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("1.5m", 90), ("1h", 3600), (7, 7), (" 2 min ", 120)])
 def test_budgets_are_times(text, seconds):
-    from tttc.tune import _budget_seconds
+    from tttc.tuning.measured import _budget_seconds
 
     assert _budget_seconds(text) == seconds
 

@@ -15,13 +15,14 @@ import torch
 
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result
-from tttc import database, doctor
-from tttc import tuning as tuning_module
-from tttc.api import BACKENDS
+from tttc.cli import doctor
+from tttc.compiler.driver import BACKENDS
 from tttc.errors import ShapeError, TuningError
 from tttc.ir.structure import structure
 from tttc.library import GatedDeltaNet, LinearAttention, RetNet, TTTLinear
-from tttc.tuning import Choice, Entry, Key, found_for
+from tttc.tuning import database
+from tttc.tuning import records as tuning_module
+from tttc.tuning.records import Choice, Entry, Key, found_for
 
 needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 READ_SHIPPED = database._shipped

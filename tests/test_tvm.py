@@ -30,10 +30,10 @@ from tests.helpers import (
     second_derivative,
 )
 from tests.test_random_variants import outcomes
-from tttc import api
+from tttc.compiler import driver as api
 from tttc.errors import BackendRefusal, FallbackWarning, ShapeError
 from tttc.library import GatedDeltaNet, LinearAttention, MomentumDeltaNet, TTTLinear
-from tttc.verify import random_inputs, relative_error
+from tttc.verification.comparison import random_inputs, relative_error
 
 pytestmark = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 
@@ -168,14 +168,14 @@ UNITS = {
 
 def elementwise(name, values):
     """A function of tttc.backends.tvm.ops on an array whose length is a whole number of vectors."""
-    from tttc.backends.tvm.load import LEFT_OUT, SETTINGS, imported_tvm
+    from tttc.backends.tvm_cpu.load import LEFT_OUT, SETTINGS, imported_tvm
 
     tvm = imported_tvm()
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
-    from tttc.backends.tvm.machine import host
-    from tttc.backends.tvm.tiles import Emitter
+    from tttc.backends.tvm_cpu.codegen import Emitter
+    from tttc.backends.tvm_cpu.machine import host
 
     machine = host(str(values.dtype))
     count = len(values) // machine.lanes
@@ -388,7 +388,7 @@ def test_it_takes_as_many_threads_as_torch():
 
 def test_heads_may_be_taken_together(monkeypatch):
     """By chunks, some heads in each, or head by head: the same operations, the same bits."""
-    load = importlib.import_module("tttc.backends.tvm.load")
+    load = importlib.import_module("tttc.backends.tvm_cpu.load")
     layer = compiled(TTTLinear, {"D": 16}, torch.float32)
     inputs = converted(inputs_for(layer, 40, heads=5, batch=2), torch.float32)
     found = []
@@ -412,7 +412,7 @@ def test_heads_may_be_taken_together(monkeypatch):
     ],
 )
 def test_no_thread_has_more_heads_than_another_must(batch, heads, threads, most, together):
-    load = importlib.import_module("tttc.backends.tvm.load")
+    load = importlib.import_module("tttc.backends.tvm_cpu.load")
     assert load._together(batch, heads, threads, most) == together
 
 

@@ -22,7 +22,7 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def load():
-    return importlib.import_module("tttc.backends.tvm.load")
+    return importlib.import_module("tttc.backends.tvm_cpu.load")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def built(load, monkeypatch):
 @pytest.mark.parametrize("rows", [None, 1, 2, 3, 5, 16, 17, 64, 96])
 @pytest.mark.parametrize("vectors", [1, 2, 3, 4, 8, 11, 32])
 def test_a_tile_and_what_it_multiplies_fit_the_registers(registers, rows, vectors):
-    machine = importlib.import_module("tttc.backends.tvm.machine").Machine("float32", 8, registers)
+    machine = importlib.import_module("tttc.backends.tvm_cpu.machine").Machine("float32", 8, registers)
     high, wide = machine.tile(rows, vectors)
     assert 1 <= high <= (rows or 8)
     assert 1 <= wide <= vectors
@@ -54,7 +54,7 @@ def test_a_tile_and_what_it_multiplies_fit_the_registers(registers, rows, vector
 
 @pytest.mark.parametrize(("registers", "rows", "vectors", "tile"), [(16, 16, 8, (4, 2)), (32, 64, 4, (4, 4))])
 def test_a_tile_divides_its_rows_and_keeps_the_multipliers_busy(registers, rows, vectors, tile):
-    machine = importlib.import_module("tttc.backends.tvm.machine").Machine("float32", 8, registers)
+    machine = importlib.import_module("tttc.backends.tvm_cpu.machine").Machine("float32", 8, registers)
     assert machine.tile(rows, vectors) == tile
 
 
@@ -89,7 +89,7 @@ def test_a_kernel_that_was_linked_is_not_compiled_again_by_another_layer(built):
 
 
 def test_the_source_is_written_when_it_is_asked_for(monkeypatch):
-    emit = importlib.import_module("tttc.backends.tvm.emit")
+    emit = importlib.import_module("tttc.backends.tvm_cpu.emit")
     calls = []
     monkeypatch.setattr(emit, "listing", lambda program: calls.append(program) or "kernels\n")
     layer = tttc.compile(LinearAttention, {"D": 3}, backend="tvm")

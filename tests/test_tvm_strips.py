@@ -14,9 +14,9 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, differences, inputs_for, keywords, layer_result, oracle_result, second_derivative
 from tests.learners import Upright
-from tttc.backends.tvm.machine import host
+from tttc.backends.tvm_cpu.machine import host
 from tttc.library import DeltaNet, LinearAttention, TTTLinear
-from tttc.verify import relative_error
+from tttc.verification.comparison import relative_error
 
 pytestmark = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 
@@ -29,7 +29,7 @@ WIDE = 8 * LANES  # four strips of two vectors
 def small_calls_too(monkeypatch, tmp_path_factory):
     """Kernels of earlier runs are none of these tests' business, what pays neither; and sums are taken in parts."""
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-    strips = importlib.import_module("tttc.backends.tvm.strips")
+    strips = importlib.import_module("tttc.backends.tvm_cpu.tiled")
     monkeypatch.setattr(strips, "LITTLE", 1)
     monkeypatch.setattr(strips, "FEWEST", 2)
     monkeypatch.setattr(strips, "SERIAL", 1000)
@@ -186,7 +186,7 @@ def test_second_derivatives_are_those_of_the_torch_backend(threads):
     ],
 )
 def test_what_is_not_cut(threads, monkeypatch, variant, vectors, count, tokens, why):
-    monkeypatch.setattr(importlib.import_module("tttc.backends.tvm.strips"), "LITTLE", 64 * (8 * LANES) ** 2)
+    monkeypatch.setattr(importlib.import_module("tttc.backends.tvm_cpu.tiled"), "LITTLE", 64 * (8 * LANES) ** 2)
     threads(count)
     layer = compiled(variant, int(vectors * LANES))
     inputs = inputs_for(layer, tokens)
@@ -207,7 +207,7 @@ def test_strips_are_equal_whole_vectors_and_no_more_than_threads(threads, vector
 
 def test_kernels_of_strips_are_compiled_once_and_those_of_heads_not_at_all(threads, monkeypatch, tmp_path):
     """Forward and backward, for all calls and all layers; without gradients no backward, and the same bits."""
-    load = importlib.import_module("tttc.backends.tvm.load")
+    load = importlib.import_module("tttc.backends.tvm_cpu.load")
     names = []
 
     def counted(kernel, build=load._build):

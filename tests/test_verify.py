@@ -12,16 +12,16 @@ from typer.testing import CliRunner
 
 import tttc
 from tests.helpers import LIBRARY, READS, dims_of
-from tttc.accuracy import Accuracy
-from tttc.cli import app
+from tttc.cli.main import app
+from tttc.declare.gates import gate_range
+from tttc.declare.variant import signature
 from tttc.errors import BackendRefusal
-from tttc.gates import gate_range
 from tttc.library import LinearAttention, Titans, TTTLinear
-from tttc.search import Wrong
-from tttc.variant import signature
-from tttc.verify import Row, Verification, random_inputs, verify
+from tttc.tuning.accuracy import Accuracy
+from tttc.tuning.search import Wrong
+from tttc.verification.comparison import Row, Verification, random_inputs, verify
 
-module = import_module("tttc.verify")  # the attribute `tttc.verify` is the function
+module = import_module("tttc.verification.comparison")  # the attribute `tttc.verify` is the function
 needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 
 
@@ -220,7 +220,7 @@ UNFINISHED = Verification("Mine", "T=1", (Row("z", float("nan"), 1e-12, finite=F
 def test_the_command_says_the_same(monkeypatch, tmp_path: Path, found, code):
     file = tmp_path / "mine.py"
     file.write_text("import tttc\nfrom tttc.library import TTTLinear\nclass Mine(TTTLinear): pass\n")
-    monkeypatch.setattr("tttc.cli.verify_variant", lambda *_, **__: found)
+    monkeypatch.setattr("tttc.cli.main.verify_variant", lambda *_, **__: found)
     result = CliRunner().invoke(app, ["verify", f"{file}:Mine"])
     assert result.exit_code == code, result.output
     assert found.headline in result.stdout

@@ -7,13 +7,10 @@ form, and returns an ordinary PyTorch layer.
 from typing import NoReturn
 
 from tttc import library, nn
-from tttc.api import compile
 from tttc.attention import NonParametric, SoftmaxAttention
-from tttc.compile import PIPELINE
-from tttc.declare import check
-from tttc.errors import FallbackWarning, TTTCError
-from tttc.layer import Layer, State
-from tttc.operations import (
+from tttc.compiler.driver import compile
+from tttc.compiler.pipeline import PIPELINE
+from tttc.declare.functions import (
     abs,
     along,
     div,
@@ -42,7 +39,8 @@ from tttc.operations import (
     tanh,
     where,
 )
-from tttc.rules import (
+from tttc.declare.lower import check
+from tttc.declare.update_rules import (
     adam,
     at_end,
     clip_norm,
@@ -54,9 +52,11 @@ from tttc.rules import (
     softmax_retention,
     weight_norm,
 )
-from tttc.tune import tune
-from tttc.variant import Variant, gate, normal, param, state, token
-from tttc.verify import verify
+from tttc.declare.variant import Variant, gate, normal, param, state, token
+from tttc.errors import FallbackWarning, TTTCError
+from tttc.runtime.layer import Layer, State
+from tttc.tuning.measured import tune
+from tttc.verification.comparison import verify
 
 __version__ = "0.1.0"
 
@@ -124,7 +124,7 @@ def __getattr__(name: str) -> NoReturn:
     """Name what exists in the place of what does not: `tttc.leaky_relu`, `tttc.mse`."""
     import sys
 
-    from tttc.suggest import instead
+    from tttc.declare.suggest import instead
 
     said = "" if name.startswith("_") else f" {instead(name, __all__)}"
     raise AttributeError(f"tttc has no `{name}`.{said}", name=name, obj=sys.modules[__name__])

@@ -22,9 +22,9 @@ import torch
 from sympy.printing.str import StrPrinter
 from torch.nn.attention.flex_attention import create_block_mask
 
+from tttc.declare.values import evaluated_scale
 from tttc.errors import DeclarationError, Problem, ShapeError, SourceLine, StateMismatch, problems_text
-from tttc.layer import State
-from tttc.values import evaluated_scale
+from tttc.runtime.layer import State
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 READS = {"after": 0, "before": -1, "end": math.inf}  # the last key that a query sees, from its own token on

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import tttc.operations as ops
-from tttc.rules import muon, power_norm, soft_clip, weight_norm
-from tttc.variant import Variant, gate, normal, param, sgd, state, token
+import tttc.declare.functions as ops
+from tttc.declare.update_rules import muon, power_norm, soft_clip, weight_norm
+from tttc.declare.variant import Variant, gate, normal, param, sgd, state, token
 
 __all__ = [
     "GLA",

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from tttc.rules import AtEnd
-from tttc.variant import GateSpec, ParamSpec, Signature, TokenSpec, Variant, bind, signature
+from tttc.declare.update_rules import AtEnd
+from tttc.declare.variant import GateSpec, ParamSpec, Signature, TokenSpec, Variant, bind, signature
 
 Tensors = dict[str, torch.Tensor]
 

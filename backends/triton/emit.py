@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from math import prod
 
 from tttc.backends.interface import Source
-from tttc.backends.triton.forms import Form, Tensor, form_of, name_of, unfused
-from tttc.backends.triton.lifetimes import shortened
+from tttc.backends.triton.kernel_spec import Form, Tensor, form_of, name_of, unfused
+from tttc.backends.triton.line_schedule import shortened
 from tttc.backends.triton.ops import HELPERS, formula
 from tttc.backends.triton.padding import Padding
 from tttc.backends.triton.printer import TritonPrinter, wide

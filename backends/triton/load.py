@@ -19,12 +19,12 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.gpus import architecture_of
 from tttc.backends.interface import CompiledScan, NotBuilt, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
-from tttc.backends.triton import frugal
+from tttc.backends.target import architecture_of
+from tttc.backends.triton import llvm_flags as frugal
 from tttc.backends.triton.emit import emit_forms, rounded
-from tttc.backends.triton.forms import SMALLEST, Form, form_of, half_of, halves_of, name_of, unfused
+from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, halves_of, name_of, unfused
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import function, suffixed

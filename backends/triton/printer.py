@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
-from tttc.backends.triton.forms import Form
+from tttc.backends.triton.kernel_spec import Form
 from tttc.backends.triton.ops import ELEMENTWISE, power
 from tttc.backends.triton.padding import Padding
 from tttc.ir.expr import TOKENS, Axes, Axis, Expr

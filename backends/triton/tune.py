@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from tttc.backends.interface import Preferred, Settings
-from tttc.backends.triton.forms import LARGEST_STATE, SMALLEST, Form, form_of, unfused
+from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, Form, form_of, unfused
 from tttc.ir.program import Program
 
 THREADS = 32

@@ -19,11 +19,18 @@ from tests.draws.declaration import declaration
 from tests.draws.recipe import Recipe
 from tests.draws.refusals import refusals
 from tests.helpers import Result, differences, keywords, split_call
+from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, DeclarationError, Problem
-from tttc.layer import Layer
 from tttc.reference import reference
-from tttc.variant import Variant
-from tttc.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Inputs, gradient_errors, random_inputs, relative_error
+from tttc.runtime.layer import Layer
+from tttc.verification.comparison import (
+    GRADIENT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    Inputs,
+    gradient_errors,
+    random_inputs,
+    relative_error,
+)
 
 # Of a dtype: a few units in its last place; what an output and a gradient may differ by; and how often that where the
 # oracle itself is worse conditioned.

@@ -1,0 +1,232 @@
+"""Where the axes of a statement stand, what is in memory there, and the value of an expression.
+
+A value that lacks the axis of the vectors is one number, and stays one until it meets a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tvm.script.ir_builder import tirx as T
+
+from tttc.backends.tvm_cpu.machine import Machine
+from tttc.ir.expr import Axis, Expr
+from tttc.ir.scalars import SCALARS
+
+if TYPE_CHECKING:
+    from tttc.backends.tvm_cpu.codegen import Emitter
+
+LOCAL = {"disable_lower_builtin": True}  # a buffer that LLVM may turn into registers
+
+
+class Place(NamedTuple):
+    """Where an axis stands; `lanes` says that it is there and at the lanes that follow, `beyond` that it may be a token
+    after the last one. Equal keys, equal places.
+    """
+
+    index: Any
+    key: tuple[Any, ...]
+    lanes: bool = False
+    beyond: bool = False
+
+
+class Value(NamedTuple):
+    """A number, or with `wide` a vector of them."""
+
+    it: Any
+    wide: bool
+
+
+Places = Mapping[Axis, Place]
+
+
+class Store:
+    """A variable in memory: how its axes are laid out, and which index comes before them."""
+
+    def __init__(
+        self,
+        buffer: Any,
+        machine: Machine,
+        prefix: Sequence[Any] = (),
+        first: Any = None,
+        tokens: Any = None,
+        rows: int = 0,
+        offset: int | None = None,
+    ):
+        self.buffer, self.machine, self.prefix, self.first, self.tokens = buffer, machine, tuple(prefix), first, tokens
+        self.rows = rows
+        """Leading axes that are not stored: one row of a loop over the tokens."""
+        self.offset = offset
+        """Where it lies in the scratch memory, if it does."""
+
+    @property
+    def dtype(self) -> str:
+        """Of what is in memory; 16 bits become 32 on the way."""
+        return str(self.buffer.dtype)
+
+    @property
+    def shared(self) -> bool:
+        """Whether this is a sequence of the caller, `tokens` of which, from `first` on, are the chunk."""
+        return self.first is not None
+
+    def _at(self, places: Sequence[Place]) -> list[Any]:
+        assert not any(p.lanes for p in places[:-1]), "vectors lie along the last axis"
+        indices = [p.index for p in places[self.rows :]]
+        if self.first is not None and indices:
+            indices[0] = indices[0] + self.first
+        return [*self.prefix, *indices] or [0]
+
+    def load(self, places: Sequence[Place]) -> Value:
+        """Of a row beyond the last token, which a tile may hold, the last one: nothing is read that is not there."""
+        wide = bool(places) and places[-1].lanes
+        if self.shared and places[0].beyond:
+            places = [Place(T.min(places[0].index, self.tokens - 1), places[0].key), *places[1:]]
+        at = self._at(places)
+        lanes = f"x{self.machine.lanes}" if wide else ""
+        found = self.buffer.vload(at, f"{self.dtype}{lanes}") if wide else self.buffer[tuple(at)]
+        return Value(found if self.dtype == self.machine.dtype else T.Cast(f"{self.machine.dtype}{lanes}", found), wide)
+
+    def save(self, places: Sequence[Place], value: Any) -> None:
+        at = self._at(places)
+        wide = bool(places) and places[-1].lanes
+        if self.dtype != self.machine.dtype:
+            value = T.Cast(f"{self.dtype}x{self.machine.lanes}" if wide else self.dtype, value)
+        if wide:
+            T.add_to_parent(self.buffer.vstore(at, value))
+        else:
+            T.buffer_store(self.buffer, value, at)
+
+
+class Registers(Store):
+    """A row that is a few vectors: the place of its last axis says which."""
+
+    def _at(self, places: Sequence[Place]) -> list[Any]:
+        index = places[-1].index
+        assert places[-1].lanes, "no single number of a register is read"
+        assert isinstance(index, int), "registers have numbers"
+        return [index // self.machine.lanes]
+
+    def load(self, places: Sequence[Place]) -> Value:
+        return Value(self.buffer[tuple(self._at(places))], True)
+
+    def save(self, places: Sequence[Place], value: Any) -> None:
+        T.buffer_store(self.buffer, value, self._at(places))
+
+
+class Point:
+    """The value of expressions where the axes stand; what they share is computed once."""
+
+    def __init__(
+        self,
+        emitter: Emitter,
+        places: Places,
+        found: Mapping[Expr, Value] | None = None,
+        memo: dict[Any, Value] | None = None,
+    ) -> None:
+        self.emitter, self.places = emitter, places
+        self.found = found or {}
+        self.memo = {} if memo is None else memo
+
+    def wide(self, v: Value) -> Any:
+        return v.it if v.wide else self.emitter.vectors.wide(v.it, "")
+
+    def value(self, e: Expr) -> Value:
+        if e in self.found:
+            return self.found[e]
+        key = (e, tuple(self.places[a].key for a in e.axes))
+        if key not in self.memo:
+            made = self._made(e)
+            plain = e.op in ("const", "size", "rename", "broadcast", "stop_gradient")
+            self.memo[key] = made if plain else Value(self.emitter.held(made.it), made.wide)
+        return self.memo[key]
+
+    def product(self, factors: Sequence[Expr]) -> Value:
+        """The numbers first, then the vectors."""
+        values = sorted((self.value(f) for f in factors), key=lambda v: v.wide)
+        result = values[0]
+        for v in values[1:]:
+            result = self.times(result, v)
+        return result
+
+    def times(self, x: Value, y: Value) -> Value:
+        if x.wide or y.wide:
+            return Value(self._spread(x) * self._spread(y), True)
+        return Value(x.it * y.it, False)
+
+    def _spread(self, v: Value) -> Any:
+        """A number in all lanes, once for all who need it there."""
+        if v.wide:
+            return v.it
+        key = ("spread", id(v.it))
+        if key not in self.memo:
+            self.memo[key] = Value(self.emitter.held(self.wide(v)), True)
+            self.memo["keep", id(v.it)] = v
+        return self.memo[key].it
+
+    def elsewhere(self, places: Places) -> Point:
+        return Point(self.emitter, places, self.found, self.memo)
+
+    def compared(self, rows: Axis, columns: Axis, how: Callable[[Any, Any], Any]) -> Any:
+        """A comparison of the places of two axes, lane by lane where one has lanes."""
+        i, j = self.places[rows], self.places[columns]
+        lanes = self.emitter.machine.lanes
+        if not i.lanes and not j.lanes:
+            result = how(self.emitter._int(i.index), self.emitter._int(j.index))
+            wide = any(p.lanes for p in self.places.values())
+            return T.broadcast(result, lanes) if wide else result
+        sides = [self.emitter._lanes(p) if p.lanes else T.broadcast(self.emitter._int(p.index), lanes) for p in (i, j)]
+        return how(*sides)
+
+    def _made(self, e: Expr) -> Value:
+        emitter = self.emitter
+        if e.op == "leaf":
+            return emitter.stores[str(e.arg[0].name)].load([self.places[a] for a in e.axes])
+        if e.op == "const":
+            return Value(emitter.numbers.const(e.arg), False)
+        if e.op == "size":
+            return Value(emitter._size(e.arg), False)
+        if e.op == "rename":
+            inside = {old: self.places[new] for old, new in e.arg}
+            return self.elsewhere({**self.places, **inside}).value(e.src[0])
+        if e.op == "last":
+            end = Place(emitter.tokens - 1, ("last",))
+            return self.elsewhere({**self.places, e.arg: end}).value(e.src[0])
+        if e.op in ("broadcast", "stop_gradient"):
+            return self.value(e.src[0])
+        if e.op in ("mask", "put_last"):
+            return self._masked(e)
+        values = [self.value(s) for s in e.src]
+        wide = any(v.wide for v in values)
+        functions = emitter.vectors if wide else emitter.numbers
+        operands = [self._spread(v) if wide else v.it for v in values]
+        if e.op == "map":
+            return Value(functions.formula(e.arg, *operands), wide)
+        if e.op == "pow":
+            return Value(functions.pow_(operands[0], e.arg), wide)
+        assert e.op in SCALARS, e.op
+        return Value(functions[e.op](*operands), wide)
+
+    def _masked(self, e: Expr) -> Value:
+        inside = self.value(e.src[0])
+        if e.op == "put_last":
+            place = self.places[e.arg]
+            last = self.emitter.tokens - 1
+            condition = (
+                T.EQ(self.emitter._lanes(place), T.broadcast(last, self.emitter.machine.lanes))
+                if place.lanes
+                else T.EQ(place.index, last)
+            )
+            wide = inside.wide or place.lanes
+            if wide and not place.lanes:
+                condition = T.broadcast(condition, self.emitter.machine.lanes)
+        else:
+            rows, columns, strict = e.arg
+            lanes = self.places[rows].lanes or self.places[columns].lanes
+            wide = inside.wide or lanes
+            point = self if wide else Point(self.emitter, {a: self.places[a] for a in (rows, columns)})
+            condition = point.compared(rows, columns, (lambda i, j: i > j) if strict else (lambda i, j: i >= j))
+            if wide and not lanes and not any(p.lanes for p in self.places.values()):
+                condition = T.broadcast(condition, self.emitter.machine.lanes)
+        functions = self.emitter.vectors if wide else self.emitter.numbers
+        return Value(T.Select(condition, self._spread(inside) if wide else inside.it, functions.const(0.0)), wide)

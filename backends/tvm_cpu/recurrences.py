@@ -1,0 +1,159 @@
+"""Statements that go along the tokens, each from what the token before left.
+
+walk a[t] = cumprod(decay[c])            a[t] = a[t - 1] * decay[t]
+walk u[s, D1] = solve_lower(A, x)        u[t] = x[t] - sum over s < t of A[t, s] * u[s], four rows at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tvm.script.ir_builder import tirx as T
+
+from tttc.backends.tvm_common.lowering import LOCAL, Place, Places, Point
+from tttc.backends.tvm_common.statements import Statement
+from tttc.ir.expr import Axis, Expr
+from tttc.ir.ops import is_upper
+
+if TYPE_CHECKING:
+    from tttc.backends.tvm_cpu.codegen import Emitter
+
+ROWS = 4  # of a triangular system, solved together: what they all need is loaded once
+WIDE = 4  # vectors of these
+
+
+def _saved(e: Emitter, s: Statement, places: Places, value: Any) -> None:
+    e.stores[s.name].save([places[a] for a in s.target.axes], value)
+
+
+def _at(point: Point, e: Expr, wide: bool) -> Any:
+    value = point.value(e)
+    return point.wide(value) if wide else value.it
+
+
+def _previous(e: Emitter, s: Statement, along: Axis, places: Places, t: Any, first: Any) -> Any:
+    """What the token before left in the target; at the first token another value, and nothing is read before it."""
+    before = {**places, along: Place(T.max(t - 1, 0), ("before", id(t)))}
+    found = e.stores[s.name].load([before[a] for a in s.target.axes])
+    wide = any(p.lanes for p in places.values())
+    return T.Select(T.broadcast(t > 0, e.machine.lanes) if wide else t > 0, found.it, first)
+
+
+def _cumprod(e: Emitter, s: Statement) -> None:
+    axis = s.value.arg
+
+    def step(t: Any, wide: bool, places: Places) -> None:
+        x = _at(Point(e, places), s.value.src[0], wide)
+        _saved(e, s, places, _previous(e, s, axis, places, t, e.functions(wide).const(1.0)) * x)
+
+    e.token_by_token(s, axis, step)
+
+
+def _segprod(e: Emitter, s: Statement) -> None:
+    """P[t, s] = P[t - 1, s] * x[t] before the diagonal, 1 on it, 0 beyond."""
+    rows, columns = s.value.arg
+
+    def step(t: Any, wide: bool, places: Places) -> None:
+        point, functions = Point(e, places), e.functions(wide)
+        x = _at(point, s.value.src[0], wide)
+        grown = _previous(e, s, rows, places, t, functions.const(0.0)) * x
+        on, below = point.compared(rows, columns, T.EQ), point.compared(rows, columns, lambda i, j: i > j)
+        _saved(e, s, places, T.Select(on, functions.const(1.0), T.Select(below, grown, functions.const(0.0))))
+
+    e.token_by_token(s, rows, step)
+
+
+def _shift(e: Emitter, s: Statement) -> None:
+    axis, fill = s.value.arg
+    _moved(e, s, axis, lambda t: T.max(t - 1, 0), lambda t: t > 0, fill)
+
+
+def _shift_back(e: Emitter, s: Statement) -> None:
+    axis = s.value.arg
+    _moved(e, s, axis, lambda t: T.min(t + 1, e.tokens - 1), lambda t: t + 1 < e.tokens, 0.0)
+
+
+def _moved(
+    e: Emitter, s: Statement, axis: Axis, other: Callable[[Any], Any], inside: Callable[[Any], Any], fill: float
+) -> None:
+    def step(t: Any, wide: bool, places: Places) -> None:
+        x = _at(Point(e, {**places, axis: Place(other(t), ("other", id(t)))}), s.value.src[0], wide)
+        condition = T.broadcast(inside(t), e.machine.lanes) if wide else inside(t)
+        _saved(e, s, places, T.Select(condition, x, e.functions(wide).const(fill)))
+
+    e.token_by_token(s, axis, step)
+
+
+def _solve(e: Emitter, s: Statement) -> None:
+    """x[t] = right[t] - sum over s < t of matrix[t, s] * x[s], and from the last token back where it is upper.
+
+    Some rows at a time: first what all of them get from the rows before, then what each gets from those among them.
+    """
+    _, unknown = s.value.arg
+    upper = is_upper(s.value)
+    others = [a for a in s.target.axes if a != unknown]
+    with T.serial(T.truncdiv(e.tokens + (ROWS - 1), ROWS)) as i:
+        done = i * ROWS
+        order = [done + r for r in range(ROWS)]
+        inside = [t < e.tokens for t in order]
+        last = e.tokens - 1
+        rows = [e.held(T.max(last - t, 0) if upper else T.min(t, last)) for t in order]
+        before = (e.tokens - done, e.tokens) if upper else (0, done)
+
+        def block(places: Places, blocks: Sequence[Place | None]) -> None:
+            here = [{**places, **({others[-1]: b} if b is not None else {})} for b in blocks]
+            _solve_rows(e, s, here, rows, inside, before)
+
+        with e.loops(others[:-1], {}) as places:
+            if others:
+                e.each_blocks(others[-1], WIDE, lambda blocks: block(places, blocks))
+            else:
+                block(places, [None])
+
+
+def _solve_rows(
+    e: Emitter, s: Statement, columns: Sequence[Places], rows: list[Any], inside: list[Any], before: tuple[Any, Any]
+) -> None:
+    """Some rows of a triangular system, in registers."""
+    known, unknown = s.value.arg
+    matrix, right = s.value.src
+    wide = any(p.lanes for p in columns[0].values())
+    places = [Place(t, ("row", r)) for r, t in enumerate(rows)]
+    dtype = e.machine.vector if wide else e.machine.dtype
+    held = T.alloc_buffer((len(rows) * len(columns),), dtype, scope="local", annotations=LOCAL, layout=None)
+
+    def subtract(r: int, c: int, point: Point, x: Any) -> None:
+        factor = _at(point, matrix, wide)
+        T.buffer_store(held, held[r * len(columns) + c] - factor * x, [r * len(columns) + c])
+
+    memo: dict[Any, Any] = {}
+    for r, row in enumerate(places):
+        for c, at in enumerate(columns):
+            T.buffer_store(held, _at(Point(e, {**at, known: row}, memo=memo), right, wide), [r * len(columns) + c])
+    with T.serial(*before) as j:
+        memo = {}
+        there = Place(j, ("solved", id(j)))
+        for c, at in enumerate(columns):
+            x = e.held(e.stores[s.name].load([{**at, unknown: there}[a] for a in s.target.axes]).it)
+            for r, row in enumerate(places):
+                subtract(r, c, Point(e, {**at, known: row, unknown: there}, memo=memo), x)
+    memo = {}
+    for r, row in enumerate(places):
+        for q in range(r):
+            for c, at in enumerate(columns):
+                point = Point(e, {**at, known: row, unknown: places[q]}, memo=memo)
+                subtract(r, c, point, held[q * len(columns) + c])
+    for r, row in enumerate(places):
+        with e.only_if(inside[r] if r else None):
+            for c, at in enumerate(columns):
+                _saved(e, s, {**at, unknown: row}, held[r * len(columns) + c])
+
+
+WALKS: dict[str, Callable[[Emitter, Statement], None]] = {
+    "cumprod": _cumprod,
+    "segprod": _segprod,
+    "shift": _shift,
+    "shift_back": _shift_back,
+    "solve": _solve,
+}

@@ -1,0 +1,433 @@
+"""The command line: `tttc list | explain | check | verify | compile | tune | doctor | demo`.
+
+Each command is a few lines over a function that Python code can call as well. Errors of class `TTTCError` are
+the user's to mend: they are printed without a traceback, and the exit code is 2. A declaration that was
+checked or verified and found wanting gives 1, one that cannot be verified 3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import typer.core
+from rich.text import Text
+
+from tttc.cli.doctor import Diagnosis, diagnose, version
+from tttc.cli.loading import full_dims, library_variants, load_variant
+from tttc.compiler.aot import compile_for
+from tttc.compiler.driver import DTYPES
+from tttc.compiler.driver import compile as compile_layer
+from tttc.declare.lower import check as check_declaration
+from tttc.declare.variant import Variant, read_declaration
+from tttc.errors import TTTCError, TuningError
+from tttc.runtime.layer import Layer
+from tttc.terminal import console, error_table, print_program, table
+from tttc.tuning.database import database_path, export_to, import_from
+from tttc.tuning.measured import tune as tune_variant
+from tttc.verification.comparison import verify as verify_variant
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, with errors of `tttc` as messages instead of tracebacks."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TTTCError as error:
+            if os.environ.get("TTTC_DEBUG", "0") not in ("", "0"):
+                raise
+            console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="A compiler for Test-Time-Training layers: declare the inner-loop learner, get its kernels.",
+    epilog="A VARIANT is a ready one (see `tttc list`), file.py:Class, or a file.py with one declaration. "
+    "TTTC_DEBUG=1 shows tracebacks.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+VariantArgument = Annotated[
+    str,
+    typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
+]
+DimOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        "--dims",
+        metavar="NAME=SIZE",
+        help="Size of a dim, may be repeated; or D=64,F=256. Otherwise D=64, F=4*D, the rest D.",
+    ),
+]
+
+
+UNTOLD = 3  # the exit code of a verification in which nothing differs, but not everything could be compared
+VERIFIED_WIDTH = 8  # the definition runs token by token: wide enough to be wrong, narrow enough to be quick
+
+
+def main() -> None:
+    """The entry point of the command `tttc`."""
+    app(prog_name="tttc")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tttc {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_variants() -> None:
+    """Show the ready declarations.
+
+    Their source, tttc/library.py, is the best place to begin a declaration of one's own.
+    """
+    found = table("name", "what it is", "mini-batch", "read", "states", numbers=["mini-batch"])
+    for name, variant in library_variants().items():
+        declared, _ = read_declaration(variant)
+        states = ", ".join(f"{state}[{', '.join(spec.dims)}]" for state, spec in declared.states.items())
+        found.add_row(name, _first_line(variant), str(declared.mini_batch), declared.read, states)
+    console().print(found)
+
+
+def _first_line(variant: type[Variant]) -> str:
+    return (variant.__doc__ or "").strip().partition("\n")[0]
+
+
+@app.command()
+def explain(
+    variant: VariantArgument,
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Print this stage alone.")] = None,
+    dim: DimOption = None,
+    latex: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the mathematics as LaTeX; - for stdout.")
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="STAGE STAGE", help="Print what changes from one stage to another."),
+    ] = None,
+) -> None:
+    """Print the mathematics of a variant, stage by stage, its costs, and what each backend says.
+
+    The stages are declare, differentiate, simplify, primal, dualize, schedule, adjoint and emit.
+
+        tttc explain ttt_mlp
+        tttc explain ttt_mlp --stage dualize
+        tttc explain mine.py:Mine --diff primal dualize
+        tttc explain mine.py:Mine --dim D=128 --latex mine.tex
+    """
+    layer = _compiled(variant, dim)
+    if latex is not None:
+        _write(layer.explain(latex=True), latex)
+    elif diff is not None:
+        print_program(layer.stages.diff(*(_stage(layer, name) for name in diff)))
+    elif stage is not None:
+        print_program(str(layer.stages[_stage(layer, stage)]))
+    else:
+        print_program(layer.explain())
+
+
+def _compiled(name: str, dim: list[str] | None, **settings: Any) -> Layer:
+    variant = load_variant(name)
+    return compile_layer(variant, full_dims(variant, _sizes(dim)), **settings)
+
+
+def _sizes(dim: list[str] | None) -> dict[str, int]:
+    """["D=64"], or ["D=64,F=256"], as {"D": 64}."""
+    sizes = {}
+    for text in (part for given in dim or [] for part in given.split(",")):
+        name, _, size = text.partition("=")
+        if not (name.isidentifier() and size.isdecimal() and int(size) > 0):
+            raise typer.BadParameter(f"{text!r} is not a dim and its size, such as D=64.", param_hint="--dim")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _stage(layer: Layer, name: str) -> str:
+    """The name, if it is that of a stage."""
+    names = [entry.name for entry in layer.stages]
+    if name not in names:
+        raise TTTCError(f"there is no stage `{name}`.\n  The stages are {', '.join(names)}.")
+    return name
+
+
+def _write(text: str, target: str) -> None:
+    """To a file, or to stdout for `-`."""
+    text = text.rstrip("\n")
+    if target == "-":
+        print(text)
+    else:
+        try:
+            Path(target).write_text(f"{text}\n", encoding="utf-8")
+        except OSError as error:
+            raise TTTCError(f"cannot write {target}: {error.strerror}.") from error
+        console(stderr=True).print(f"wrote {target}", soft_wrap=True)
+
+
+@app.command()
+def check(variant: VariantArgument) -> None:
+    """List everything that is wrong with a declaration, without compiling it.
+
+    The exit code is 1 if anything is.
+
+        tttc check mine.py:Mine
+    """
+    found = load_variant(variant)
+    problems = check_declaration(found)
+    for number, problem in enumerate(problems, 1):
+        console().print(Text(f"{number}. {problem}\n"), soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    console().print(f"{found.__name__}: nothing is wrong with the declaration.")
+
+
+@app.command()
+def verify(
+    variant: VariantArgument,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dim",
+            metavar="NAME=SIZE",
+            help="Size of a dim, may be repeated. Otherwise D=8, F=4*D, the rest D.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence.", min=0)] = 37,
+    heads: Annotated[int, typer.Option(help="Number of heads.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="What computes the layer: torch at once, tvm after its kernels are compiled.")
+    ] = "auto",
+) -> None:
+    """Compare the compiled layer with the declaration, run token by token in float64, gradients included.
+
+    One line per tensor: the error relative to its norm. More than the usual is allowed where the declaration itself
+    multiplies rounding: that is measured, and said. The exit code is 1 if a tensor differs, and 3 if none does but some
+    cannot be compared: the declaration is not finite on these inputs, or makes more of a rounding than 1e-5.
+
+        tttc verify ttt_mlp
+        tttc verify mine.py:Mine --dim D=8 --tokens 50
+    """
+    found = load_variant(variant)
+    dims = full_dims(found, {"D": VERIFIED_WIDTH} | _sizes(dim))
+    result = verify_variant(found, dims, tokens=tokens, heads=heads, seed=seed, backend=backend)
+    console().print(error_table(result.rows))
+    console().print(Text("\n".join(["", result.headline, *result.notes])), soft_wrap=True)
+    if not result.ok:
+        raise typer.Exit(1 if result.differs else UNTOLD)
+
+
+@app.command("compile")
+def compile_variant(
+    variant: VariantArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="PATH", help="The file to write, else stdout; a folder with --target."),
+    ] = None,
+    dim: DimOption = None,
+    backend: Annotated[
+        str, typer.Option(help="Which backend writes it; auto takes the best that can run here.")
+    ] = "auto",
+    target: Annotated[
+        str | None, typer.Option(metavar="sm_90|gfx942|...", help="Compile for this GPU, which need not be there.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of q, k, v and z, with --target: bfloat16 and float16 use tensor cores.")
+    ] = "float32",
+) -> None:
+    """Write the source that is generated for a variant, or compile it for a GPU and say what each kernel takes.
+
+    With --target, -o is a folder for the source, the PTX, the machine code and how to launch it.
+
+        tttc compile ttt_mlp
+        tttc compile mine.py:Mine --dim D=128 --backend torch -o mine_layer.py
+        tttc compile ttt_mlp --target sm_90 --dtype bfloat16 -o kernels
+    """
+    if target is not None:
+        _compile_for(load_variant(variant), dim, target, dtype, "triton" if backend == "auto" else backend, output)
+        return
+    source = _compiled(variant, dim, backend=backend).source
+    if output is None:
+        print_program(source)
+    else:
+        _write(source, str(output))
+
+
+def _compile_for(
+    variant: type[Variant], dim: list[str] | None, target: str, dtype: str, backend: str, folder: Path | None
+) -> None:
+    outside = ("bytes outside per head",) if backend == "tvm" else ()
+    numbers = ("registers", "spilled bytes", "shared bytes", *outside)
+    found = table("kernel", "target", *numbers, numbers=numbers)
+    with console(stderr=True).status(f"compiling for {target} ..."):
+        for built in compile_for(variant, full_dims(variant, _sizes(dim)), target, dtype, backend):
+            r = built.resources
+            shown = (r.registers, r.spilled, r.shared, built.outside)[: len(numbers)]
+            found.add_row(r.kernel, r.target, *("" if n is None else str(n) for n in shown))
+            if folder is not None:
+                try:
+                    built.write(folder)
+                except OSError as error:
+                    raise TTTCError(f"cannot write {folder}: {error.strerror}.") from error
+    console().print(found)
+    if folder is not None:
+        console(stderr=True).print(f"wrote {folder}", soft_wrap=True)
+
+
+@app.command()
+def tune(
+    variant: Annotated[
+        str | None,
+        typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="What to tune for: cpu, or a GPU that need not be there, sm_80, sm_90, sm_100 or gfx942."),
+    ] = "cpu",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="How long it may take: 60s, 2m, 1h.")] = "60s",
+    dim: DimOption = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    backend: Annotated[
+        str, typer.Option(help="Whose kernels: tvm, torch, triton for a GPU, or auto, native ones if they run.")
+    ] = "auto",
+    forward_only: Annotated[
+        bool, typer.Option("--forward-only", help="Time the forward alone, not forward and backward.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence that is timed or estimated.", min=1)] = 2048,
+    batch: Annotated[int | None, typer.Option(help="Its batch, 1 on a CPU and 16 on a GPU.", min=1)] = None,
+    heads: Annotated[int, typer.Option(help="Its heads.", min=1)] = 12,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Write everything tuned so far to a file.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="Merge such a file; the faster result stays.")
+    ] = None,
+) -> None:
+    """Find the fastest chunk, checkpoints and kernels for this machine, and keep them for every later compilation.
+
+    Each candidate is compared with the declaration in float64 before it is timed. What is kept holds for any batch and
+    any number of tokens. Ctrl-C ends it with the best so far. TTTC_TUNING=0 ignores all results.
+
+    For a GPU nothing runs: each candidate is compiled for it, and an estimate from what the compiler says and from the
+    program's cost ranks those that fit. What was measured on a device is taken before what was estimated for it.
+
+        tttc tune ttt_linear --budget 60s
+        tttc tune ttt_linear --device sm_90 --dtype bfloat16 --budget 2m
+        tttc tune mine.py:Mine --dims D=128 --dtype bfloat16 --forward-only
+        tttc tune --export tuned.json
+    """
+    if variant is None and export is None and source is None:
+        raise TuningError("there is nothing to tune.\n  Give a variant, or a file with --import or --export.")
+    if source is not None:
+        _say(f"merged {_results(import_from(source))} of {source} into {database_path()}")
+    if variant is not None:
+        found = load_variant(variant)
+        result = tune_variant(
+            found,
+            full_dims(found, _sizes(dim)),
+            _dtype(dtype),
+            device,
+            budget,
+            backend=backend,
+            batch=batch,
+            tokens=tokens,
+            heads=heads,
+            forward_only=forward_only,
+        )
+        console().print(result.table())
+        console().print(Text(f"\n{result.summary()}"), soft_wrap=True)
+    if export is not None:
+        _say(f"wrote {_results(export_to(export))} to {export}")
+
+
+def _say(text: str) -> None:
+    console(stderr=True).print(text, soft_wrap=True)
+
+
+def _results(count: int) -> str:
+    return f"{count} result{'' if count == 1 else 's'}"
+
+
+def _dtype(name: str) -> torch.dtype:
+    """float32 or torch.float32 as the dtype."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    found = known.get(name.removeprefix("torch."))
+    if found is None:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}.", param_hint="--dtype")
+    return found
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show what this machine can run, what it cannot, and what would change that.
+
+    The exit code is 1 if anything is wrong; a package that is merely absent is not.
+
+        tttc doctor
+        tttc doctor --json
+    """
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        _print_diagnosis(diagnosis)
+    if diagnosis.problems:
+        raise typer.Exit(1)
+
+
+def _print_diagnosis(diagnosis: Diagnosis) -> None:
+    styles = {"ok": "green", "absent": "yellow", "problem": "bold red"}
+    found = table("", "status", "what was found → what to do")
+    for group, findings in diagnosis.groups().items():
+        found.add_row(Text(group, "bold"))
+        for finding in findings:
+            text = f"{finding.found} → {finding.remedy}" if finding.remedy else finding.found
+            found.add_row(f"  {finding.name}", Text(finding.status, styles[finding.status]), text)
+    console().print(found)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the report.")] = Path("tttc-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes and shorter training: under a minute.")] = False,
+) -> None:
+    """Declare a layer that nobody has written a kernel for, compile it, prove it, time it, train with it.
+
+    Takes under five minutes on two cores and writes an HTML report. The exit code is 1 if the layer differs
+    from its definition, or if a language model learns less than byte pairs tell.
+
+        tttc demo
+        tttc demo --quick --out my-report
+    """
+    from tttc.examples.demo.main import (
+        DemoFailed,
+        run_demo,
+    )  # brings matplotlib, which takes a second and no other command needs
+
+    try:
+        run_demo(out, quick)
+    except DemoFailed as failure:
+        console(stderr=True).print(Text(f"demo failed: {failure}", style="red"), soft_wrap=True)
+        raise typer.Exit(1) from failure

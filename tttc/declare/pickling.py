@@ -1,0 +1,77 @@
+"""Declarations in files and in other processes: `pickle`, `torch.save`, and copies of what holds one.
+
+A class is written by its name, as pickle writes every class; one that `Variant.replace` made, by that of its base and
+its settings. A class that has no name to be imported by is refused by pickle itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tttc.declare.update_rules import ROLES, SGD
+from tttc.declare.variant import ParamSpec, Variant
+
+_known: dict[type, Declared] = {}
+
+
+class Declared:
+    """A declaration, to be written to a file: `Declared.of(variant)`, whose `variant` is what is read again."""
+
+    def __init__(self, variant: type[Variant]) -> None:
+        self.variant = variant
+
+    @staticmethod
+    def of(variant: type[Variant]) -> Declared:
+        """The same for the same class, so that a file holds it once."""
+        return _known.setdefault(variant, Declared(variant))
+
+    def __deepcopy__(self, memo: Any) -> Declared:
+        return self  # a class
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = vars(self.variant).get("__replaced__")
+        if settings is None:
+            return Declared.of, (self.variant,)
+        base = self.variant.__mro__[1]
+        return _replaced, (Declared.of(base), _with_rates(settings, lambda rate: _named(base, rate)))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A param of the declaration, used as a rate: it is the attribute of its class, and no copy of it."""
+
+    attribute: str
+
+
+def _named(base: type[Variant], rate: Any) -> Any:
+    if not isinstance(rate, ParamSpec):
+        return rate
+    names = [n for kind in base.__mro__ for n, spec in vars(kind).items() if spec is rate]
+    return _Named(names[0]) if names else rate
+
+
+def _replaced(base: Declared, settings: Mapping[str, Any]) -> Declared:
+    found = _with_rates(settings, lambda rate: getattr(base.variant, rate.attribute) if type(rate) is _Named else rate)
+    made = Variant.replace.__func__(base.variant, **found)  # type: ignore[attr-defined]  # `replace` may be a state
+    return Declared.of(made)
+
+
+def _with_rates(settings: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The settings with each rate of an update changed."""
+    update = settings.get("update")
+    if not isinstance(update, SGD):
+        return dict(settings)
+    rates: dict[str, Any] = {}
+    for role in ROLES:
+        value = getattr(update, role)
+        rates[role] = {n: change(r) for n, r in value.items()} if isinstance(value, Mapping) else change(value)
+    return {**settings, "update": replace(update, **rates)}
+
+
+def compiled_again(declared: Declared, settings: Mapping[str, Any]) -> Any:
+    """The layer of a declaration and of the settings of `tttc.compile`."""
+    from tttc.compiler.driver import compile  # which makes what is written here
+
+    return compile(declared.variant, **settings)

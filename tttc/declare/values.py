@@ -1,0 +1,248 @@
+"""Values that a declaration is given, looked at before they are used: all that is wrong is reported at once."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tttc.declare.number import number, whole
+from tttc.declare.suggest import near
+from tttc.declare.update_rules import ROLES, SGD, AtEnd, NoChunkForm
+from tttc.errors import DeclarationError, Problem, ShapeError
+
+if TYPE_CHECKING:
+    from tttc.declare.variant import GateSpec, Signature, Variant
+
+SETTINGS = ("mini_batch", "read", "anchor", "steps", "update", "qk_norm")
+METHODS = ("learner", "loss", "output")
+_INIT = "An init is a number, or a function init(shape, generator) that returns a tensor of that shape"
+
+
+def declaration_class(variant: Any) -> None:
+    """Raise where something else stands in the place of a declaration: an instance, a name."""
+    from tttc import library
+    from tttc.declare.variant import Variant
+
+    if isinstance(variant, type) and issubclass(variant, Variant):
+        return
+    if isinstance(variant, Variant):
+        name = type(variant).__name__
+        raise DeclarationError(f"an instance of `{name}` stands where the class belongs.\n  Pass {name}, not {name}().")
+    remedy = "Pass a subclass of tttc.Variant."
+    if isinstance(variant, str):
+        plain = {n.lower(): n for n in library.__all__}
+        found = near(variant.replace("_", "").replace("-", "").lower(), plain, 0.6)
+        remedy = f"Is it tttc.library.{plain[found]}? {remedy}" if found else remedy
+    raise DeclarationError(f"{short(variant)} is no declaration.\n  {remedy}")
+
+
+def short(value: Any) -> str:
+    """A value in a message: on one line, and not at any length; of an object its class alone."""
+    from tttc.declare.declared import Declared
+
+    if isinstance(value, Declared):
+        return f"a {value.kind}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of shape {list(value.shape)}"
+    if callable(value):
+        return f"the function {getattr(value, '__name__', type(value).__name__)}"
+    text = repr(value)
+    if " at 0x" in text or "\n" in text:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def value_problems(declared: Signature) -> list[Problem]:
+    """Of the class's own attributes, the rates, the initial values and the gates."""
+    return [
+        *_misspelt(declared.variant),
+        *_rate_problems(declared.update),
+        *(p for n, s in declared.states.items() for p in _init_problems("state", n, s)),
+        *(p for n, s in declared.params.items() for p in _init_problems("param", n, s)),
+        *(p for g in declared.gates.values() for p in _gate_problems(g, declared)),
+    ]
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def _misspelt(variant: type[Variant]) -> list[Problem]:
+    """Attributes that nothing reads and that are one slip from those that are read."""
+    from tttc.declare.declared import Declared
+    from tttc.declare.variant import Variant, class_line
+
+    problems = []
+    for c in variant.__mro__:
+        if not (issubclass(c, Variant) and c is not Variant):
+            continue
+        for name, value in vars(c).items():
+            if name.startswith("__") or isinstance(value, Declared):
+                continue
+            if name in (*SETTINGS, *METHODS):
+                continue
+            found = [m for m in (*SETTINGS, *METHODS) if m not in vars(c) and _one_slip(name, m) and _fits(m, value)]
+            if found:
+                what = f"`{name}` is no setting, and nothing reads it."
+                problems.append(Problem(what, f"Is it `{found[0]}`? Otherwise call it something else.", class_line(c)))
+    return problems
+
+
+def _fits(setting: str, value: Any) -> bool:
+    """Whether a value is of the kind that a setting takes: `head = 3` is no `read`."""
+    from tttc.declare.variant import ANCHORS, READS
+
+    if setting in METHODS:
+        return inspect.isroutine(value)
+    if setting == "update":
+        return isinstance(value, SGD | AtEnd | NoChunkForm)
+    if setting in ("read", "anchor"):
+        return isinstance(value, str) and near(value, READS if setting == "read" else ANCHORS) is not None
+    return whole(value) is not None or (setting == "mini_batch" and isinstance(value, str))
+
+
+def _one_slip(name: str, known: str) -> bool:
+    """Whether a name is another but for capitals, underscores and one letter too many, too few, changed or swapped."""
+    a, b = (x.lower().replace("_", "") for x in (name, known))
+    if a == b:
+        return True
+    if len(a) == len(b):
+        differ = [i for i in range(len(a)) if a[i] != b[i]]
+        swapped = len(differ) == 2 and differ[1] == differ[0] + 1 and a[differ[0]] == b[differ[1]]
+        return len(differ) == 1 or (swapped and a[differ[1]] == b[differ[0]])
+    longer, shorter = sorted((a, b), key=len, reverse=True)
+    return len(longer) == len(shorter) + 1 and any(longer[:i] + longer[i + 1 :] == shorter for i in range(len(longer)))
+
+
+# -- rates -------------------------------------------------------------------------------------------------------------
+
+
+def _rate_problems(update: Any) -> list[Problem]:
+    if not isinstance(update, SGD):
+        return []
+    problems = []
+    for role in (*ROLES, "clip"):
+        given = getattr(update, role)
+        rates = list(given.values()) if isinstance(given, Mapping) else [given]
+        if role == "lr" and any(r is None for r in rates):
+            problems.append(Problem("lr is None.", "It is a gate, a number or a param without axes.", update.where))
+        for rate in rates:
+            n = number(rate)
+            if n is not None and not math.isfinite(n):
+                problems.append(Problem(f"{role} is {n}.", "A rate is a finite number.", update.where))
+    return problems
+
+
+# -- initial values ----------------------------------------------------------------------------------------------------
+
+
+def _init_problems(role: str, name: str, spec: Any) -> list[Problem]:
+    init, said = spec.init, f"{role} `{name}` has the init"
+    n = number(init)
+    if n is not None:
+        if math.isfinite(n):
+            return []
+        return [Problem(f"{said} {n}.", "It is a finite number.", spec.where)]
+    if isinstance(init, type) or not callable(init):
+        example = "lambda shape, generator: torch.eye(*shape)"
+        return [Problem(f"{said} {short(init)}.", f"{_INIT}: {example}.", spec.where)]
+    if not _takes_two(init):
+        return [Problem(f"{said} {short(init)}, which does not take (shape, generator).", f"{_INIT}.", spec.where)]
+    return []
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind((), None)
+    except TypeError:
+        return False
+    except ValueError:  # a function without a signature
+        return True
+    return True
+
+
+def initial_value(variant: str, name: str, init: Any, shape: tuple[int, ...], generator: Any) -> Any:
+    """The tensor that a state or param begins with; raises where its function returns something else."""
+    import torch
+
+    if not callable(init):
+        return torch.full(shape, float(init), dtype=torch.float64)
+    said = f"variant `{variant}`: the init of `{name}` returned"
+    try:
+        found = init(shape, generator)
+    except Exception as error:  # the user's own function may raise anything
+        what = f"variant `{variant}`: the init of `{name}` raised {type(error).__name__}: {error}"
+        raise DeclarationError(f"{what}\n  {_INIT}.") from error
+    if not isinstance(found, torch.Tensor):
+        raise DeclarationError(f"{said} {short(found)}.\n  {_INIT}.")
+    if tuple(found.shape) != tuple(shape):
+        raise ShapeError(f"{said} the shape {list(found.shape)}, expected {list(shape)}.\n  {_INIT}.")
+    return found
+
+
+# -- gates -------------------------------------------------------------------------------------------------------------
+
+
+def _gate_problems(gate: GateSpec, declared: Signature) -> list[Problem]:
+    from tttc.nn.layer import _ACTIVATIONS
+
+    def problem(what: str, remedy: str) -> Problem:
+        return Problem(f"gate `{gate.name}` {what}.", remedy, gate.where)
+
+    problems = []
+    if gate.per not in ("token", "channel"):
+        problems.append(problem(f"is per {short(gate.per)}", 'Use per="token" or "channel".'))
+    if gate.by not in ("hidden", "position"):
+        problems.append(problem(f"is made by {short(gate.by)}", 'Use by="hidden" or by="position".'))
+    if gate.activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        problems.append(problem(f"has the activation {short(gate.activation)}", f"Use one of {known}."))
+    begins = [("init", gate.init)] if gate.init is not None else []
+    for name, value in (*begins, ("low", gate.low)):
+        n = number(value)
+        if n is None or not math.isfinite(n):
+            problems.append(problem(f"has the {name} {short(value)}", "It is a finite number."))
+        elif gate.by == "position" and (begins or n):
+            remedy = "It begins at 1 / i for the i-th token of a mini-batch: leave it out."
+            problems.append(problem(f'is by="position" and has the {name} {n:g}', remedy))
+    dims = [*dict.fromkeys(["D", *declared.dims])]
+    why = scale_refused(gate.scale, dims)
+    if why:
+        shown = ", ".join(map(str, dims))
+        problems.append(
+            problem(
+                f"has the scale {short(gate.scale)}: {why}",
+                f'It is a number or an expression of {shown}, such as "1/D".',
+            )
+        )
+    return problems
+
+
+def scale_refused(scale: Any, dims: list[str]) -> str:
+    """Why a scale is neither a number nor an expression of these dims; empty where it is."""
+    if not isinstance(scale, str):
+        n = number(scale)
+        return "" if n is not None and math.isfinite(n) else "it is no finite number"
+    try:
+        tree = ast.parse(scale, mode="eval")
+    except (SyntaxError, ValueError):
+        return "it is no expression"
+    unknown = sorted({x.id for x in ast.walk(tree) if isinstance(x, ast.Name)} - {*dims, "sqrt"})
+    if unknown:
+        return f"there is no dim {', '.join(unknown)}"
+    try:
+        value = evaluated_scale(scale, dict.fromkeys(dims, 64))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "" if number(value) is not None else "it is no number"
+
+
+def evaluated_scale(scale: str, dims: Mapping[str, int]) -> Any:
+    return eval(scale, {"__builtins__": {}, "sqrt": math.sqrt}, dict(dims))
+
+
+__all__ = ["declaration_class", "initial_value", "scale_refused", "short", "value_problems"]

@@ -1,0 +1,1 @@
+"""What was compiled, and why: the rule in formulas, every stage as text, the costs."""

@@ -1,0 +1,1 @@
+"""A compiled layer at work on tensors: arguments, state, packing, autograd, operators of PyTorch."""

@@ -1,0 +1,427 @@
+"""`tttc.tune`: find the fastest chunk, checkpoints and kernels for a program on this device, and remember them.
+
+A candidate is compiled, compared with the torch backend in float64 (outputs, final weights, gradients), and only then
+timed, call by call in turn with the best one so far.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from tttc.backends.target import GPUS, architecture_of
+from tttc.compiler.driver import BACKENDS, DTYPES, compile
+from tttc.declare.lower import checked_signature
+from tttc.declare.variant import Variant
+from tttc.errors import TuningError
+from tttc.ir.expr import TOKENS
+from tttc.ir.program import Plan, Program
+from tttc.ir.schedule import choose_plan, schedule
+from tttc.runtime.layer import Layer
+from tttc.terminal import budget_bar, plain, table
+from tttc.tuning import database
+from tttc.tuning.accuracy import Accuracy, in_dtype
+from tttc.tuning.records import Choice, Entry, Key, found_for, key_of, untuned
+from tttc.tuning.search import Call, Candidate, Search, Trial, Value, search
+from tttc.verification.comparison import Inputs, random_inputs
+
+if TYPE_CHECKING:
+    from tttc.tuning.static import StaticTuning
+
+CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
+SMALLEST_TILE = 16  # of a mini-batch: smaller ones read and write its weights too often
+CHECKPOINTS = (4, 2, 1, 8, 16)  # chunks between two carries that are kept
+KEPT = 2  # times the tensors of the call that carries kept for the backward may take
+BATCH = 16  # sequences of a call on a GPU: enough heads for every multiprocessor
+SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What tuning found; printed, it is a table of all candidates and what was taken."""
+
+    variant: str
+    settings: str
+    """What was timed, in words."""
+    key: Key
+    choice: Choice
+    search: Search
+    defaults: Candidate
+    path: Path | None = None
+    """The database, where the result was to be kept."""
+    note: str = ""
+    """How far rounding alone moves the results, where candidates had to be compared within that."""
+    earlier: Entry | None = None
+    """What the database keeps instead: the result of an earlier run that this one had no time to try again."""
+
+    @property
+    def speedup(self) -> float:
+        """Of the choice against the default; 1 where that is the default."""
+        return self.search.speedup
+
+    def table(self) -> Table:
+        """One line per candidate, in the order in which they were tried."""
+        made = table("candidate", "ms", "by the best before", "", numbers=("ms", "by the best before"))
+        styles = {"faster": "green", "confirmed": "green", "wrong": "bold red", "failed": "red"}
+        for t in self.search.trials:
+            verdict = Text(f"{t.verdict}: {t.reason}" if t.reason else t.verdict, style=styles.get(t.verdict, ""))
+            seconds = "" if t.seconds is None else f"{t.seconds * 1e3:.3g}"
+            made.add_row(self._shown(t), seconds, "" if t.ratio is None else f"{t.ratio:.2f}", verdict)
+        return made
+
+    def _shown(self, trial: Trial) -> str:
+        """What a candidate changes."""
+        if trial.candidate == self.defaults:
+            said = ", ".join(f"{n}={'auto' if v is None else v}" for n, v in self.defaults.items())
+            return f"default ({said})" if said else "default"
+        return str(_choice(trial.candidate, self.defaults))
+
+    def summary(self) -> str:
+        """What was taken, and where it is."""
+        found = self.search
+        ends = {
+            "budget": "no time was left for another candidate",
+            "exhausted": "nothing near the best is left to try",
+            "interrupted": "interrupted",
+        }
+        wrong = f", {len(found.rejected)} rejected" if found.rejected else ""
+        tried = len({str(t.candidate) for t in found.trials})
+        lines = [
+            f"{self.variant} on {self.key.device}, backend {self.key.backend}, {self.settings}",
+            f"taken: {self.choice}" + (f", {self.speedup:.2f} times as fast as the default" if self._better else ""),
+            f"{tried} candidate{'' if tried == 1 else 's'} in {found.elapsed:.0f} s of {found.budget:g}{wrong}: "
+            f"{ends[found.stopped]}",
+        ]
+        if self.note:
+            lines.append(self.note)
+        if self.path is not None:
+            lines.append(self._kept())
+        return "\n".join(lines)
+
+    def _kept(self) -> str:
+        if self.earlier is not None:
+            return f"in {self.path} an earlier result stays, which was not tried again: {self.earlier.choice}"
+        return f'kept in {self.path}; tttc.compile takes it from now on (backend="{self.key.backend}")'
+
+    @property
+    def _better(self) -> bool:
+        return self.search.default is not None and self.search.best is not self.search.default
+
+    def __str__(self) -> str:
+        return plain(self.table(), "", self.summary())
+
+
+def tune(
+    variant: type[Variant],
+    dims: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    budget: str | float = "60s",
+    *,
+    backend: str = "auto",
+    batch: int | None = None,
+    tokens: int = 2048,
+    heads: int = 12,
+    forward_only: bool = False,
+    save: bool = True,
+    progress: bool = True,
+) -> TuningResult | StaticTuning:
+    """Find what is fastest, and keep it where `tttc.compile` looks for it.
+
+    Args:
+        variant, dims, dtype: as for `tttc.compile`.
+        device: "cpu", or the architecture of a GPU, which need not be there: "sm_80", "sm_90", "sm_100" or "gfx942".
+            For one of these nothing is timed: candidates are compiled, and an estimate
+            (backends/triton/cost_model.py) ranks them.
+        budget: seconds, or a text such as "60s" or "2m", everything included. The default is compiled and timed
+            whatever that takes, and a candidate that was begun is finished.
+        backend: whose kernels; "auto" takes native ones where they can run the program.
+        batch, tokens, heads: the call that is timed, by default of one sequence, or estimated, by default of sixteen.
+            What is found is taken for calls of any size.
+        forward_only: time the forward alone; otherwise forward and backward.
+        save: write the result to the database (`tttc doctor` shows where it is).
+        progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        TuningError: for a device or a budget that cannot be; or where no candidate is right.
+        DeclarationError, ShapeError, BackendRefusal: as `tttc.compile`.
+    """
+    seconds = _budget_seconds(budget)
+    _refuse_other_devices(device)
+    if dtype not in DTYPES:
+        raise TuningError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    target = str(device) if str(device) in GPUS else None
+    batch = (1 if target is None else BATCH) if batch is None else batch
+    counts = {"batch": batch, "tokens": tokens, "heads": heads}
+    bad = [f"{n}={v!r}" for n, v in counts.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
+    if bad:
+        raise TuningError(f"{', '.join(bad)}: what is timed has at least one of each.\n  Give positive ints.")
+    if target is not None:
+        from tttc.tuning.static import tune_statically  # which has its chunks from here
+
+        size, settings = (batch, tokens, heads), dict(forward_only=forward_only, save=save, progress=progress)
+        return tune_statically(variant, dims, dtype, target, seconds, backend=backend, size=size, **settings)
+    began = perf_counter()
+    subject = _Subject(variant, dims, dtype, backend, (batch, tokens, heads), forward_only)
+    choices = subject.choices()
+    defaults = {n: values[0] for n, values in choices.items()}
+    mine = next((e for e in database.own_entries() if e.key == subject.key), None)
+    before = mine or found_for(subject.key, *database.entries()).entry
+    again = None if before is None else _candidate(before.choice, choices)
+    first = [] if again is None else [again]
+    with budget_bar(seconds) if progress else nullcontext() as bar:
+
+        def report(found: Search) -> None:
+            if bar is not None:
+                bar.update(bar.task_ids[0], description=_progress_text(found))
+
+        left = max(seconds - (perf_counter() - began), 0.0)
+        found = search(subject, choices, left, ordered=("chunk", "checkpoint"), first=first, report=report)
+    found.budget, found.elapsed = seconds, found.elapsed + seconds - left
+    if found.best is None:
+        said = "; ".join(f"{t.verdict}: {t.reason}" for t in found.trials[:3])
+        raise TuningError(f"variant `{subject.signature.name}`: no candidate could be taken: {said}")
+    choice = _choice(found.best.candidate, defaults)
+    stays = mine is not None and again not in [t.candidate for t in found.trials if t.seconds is not None]
+    if save and not stays:
+        database.add([subject.entry(found, choice)], replace=True)
+    path, left_alone = database.database_path() if save else None, mine if stays else None
+    named = subject.signature.name, subject.settings
+    note = subject.accuracy.note
+    return TuningResult(*named, subject.key, choice, found, defaults, path, note=note, earlier=left_alone)
+
+
+def _refuse_other_devices(device: str | torch.device) -> None:
+    """Only this CPU can be timed; for a GPU there are estimates, where it is known what its multiprocessors hold."""
+    name = str(device)
+    if name.split(":")[0] == "cpu" or name in GPUS:
+        return
+    known = f"times candidates on the CPU that it runs on, and estimates them for {', '.join(GPUS)}"
+    present = architecture_of(torch.device("cuda")) if name.startswith("cuda") else ""
+    way = f'Use device="{present}".' if present in GPUS else 'Use device="cpu", or one of these.'
+    raise TuningError(f'cannot tune for device "{name}": this version {known}.\n  {way}')
+
+
+def _budget_seconds(budget: str | float) -> float:
+    """60, "60s", "1.5m" or "1h" as seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(budget).casefold())
+    if isinstance(budget, bool) or found is None or found[2] not in SECONDS or not float(found[1]):
+        raise TuningError(
+            f"budget is {budget!r}; it must be a time.\n"
+            '  Give seconds, such as "60s" or 60, or minutes or hours, such as "2m" or "1h".'
+        )
+    return float(found[1]) * SECONDS[found[2]]
+
+
+def _progress_text(found: Search) -> str:
+    best = "" if found.best is None or found.best.seconds is None else f"best {found.best.seconds * 1e3:.3g} ms"
+    faster = f" ({found.speedup:.2f}x)" if found.speedup > 1 else ""
+    return ", ".join(x for x in (f"{best}{faster}", f"now {found.now}" if found.now else "") if x)
+
+
+def _choice(candidate: Candidate, defaults: Candidate) -> Choice:
+    """A candidate without what is the default."""
+    left: dict[str, Any] = {n: v for n, v in candidate.items() if v != defaults[n]}
+    return Choice(left.pop("chunk", None), left.pop("checkpoint", None), left)
+
+
+def _candidate(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[str, Value] | None:
+    """A choice of an earlier run; None where this one does not have it."""
+    wanted: dict[str, Value] = {"chunk": choice.chunk, "checkpoint": choice.checkpoint, **choice.config}
+    wanted = {n: v for n, v in wanted.items() if v is not None}
+    if any(v not in choices.get(n, ()) for n, v in wanted.items()):
+        return None
+    return {n: wanted.get(n, values[0]) for n, values in choices.items()}
+
+
+def chunk_choices(program: Program, tokens: int, preferred: int | None = None) -> tuple[int, ...]:
+    """Chunks that differ, for a program that is not scheduled yet; the default first, which is what the backend
+    prefers where it does, then what is near it.
+
+    Empty where the mini-batch leaves no choice.
+    """
+    default = choose_plan(program, preferred)
+    if isinstance(default.chunk, str):
+        return ()
+    found = {_layout(default): default.chunk}
+    for chunk in CHUNKS:
+        plan = choose_plan(program, chunk)
+        if isinstance(plan.chunk, str) or (not plan.free and plan.chunk < SMALLEST_TILE):
+            continue
+        if plan.chunk <= max(tokens, default.chunk):
+            found.setdefault(_layout(plan), plan.chunk)
+    nearest = sorted(found.values(), key=lambda c: abs(math.log2(c / int(default.chunk))))
+    return tuple(nearest) if len(nearest) > 1 else ()
+
+
+def _layout(plan: Plan) -> tuple[Any, ...]:
+    return plan.chunk, plan.mini_batch, plan.rows, plan.substitution
+
+
+class _Subject:
+    """A declaration on a device: its candidates compiled, checked and called."""
+
+    def __init__(
+        self,
+        variant: type[Variant],
+        dims: Mapping[str, int],
+        dtype: torch.dtype,
+        backend: str,
+        size: tuple[int, int, int],
+        forward_only: bool,
+    ) -> None:
+        self.signature = checked_signature(variant)
+        self.variant, self.dtype, self.forward_only = variant, dtype, forward_only
+        self.batch, self.tokens, self.heads = size
+        with untuned():
+            self.exact = compile(variant, dims, torch.float64, backend="torch")
+        self.dims = self.exact.dims
+        dualized, scheduled = (self.exact.stages[n].program for n in ("dualize", "schedule"))
+        assert dualized is not None
+        assert scheduled is not None
+        self.dualized, self.scheduled = dualized, scheduled
+        if backend not in ("auto", *BACKENDS):
+            raise TuningError(f"there is no backend {backend!r} to tune; there are auto, {', '.join(BACKENDS)}.")
+        with untuned():  # what is refused, or not taken, is said as compile says it
+            self.name = compile(variant, dims, dtype, backend=backend).backend
+        self.backend = BACKENDS[self.name]
+        work = "forward" if forward_only else "training"
+        self.key = key_of(dualized, self.name, self.backend, torch.device("cpu"), dtype, work)
+        self._layers: dict[Hashable, Layer] = {}
+        self._programs: dict[Value, Program] = {}
+        self.accuracy = Accuracy(self.exact, dtype, self._checked_tokens(), self._by_torch, forward_only=forward_only)
+        self._timed: Inputs | None = None
+
+    @property
+    def settings(self) -> str:
+        """What is timed, in words."""
+        dims = ", ".join(f"{d}={n}" for d, n in self.dims.items())
+        work = "forward" if self.forward_only else "forward and backward"
+        size = f"B={self.batch}, T={self.tokens}, H={self.heads}"
+        return f"{dims}, {self.key.dtype}; {work} at {size} on {torch.get_num_threads()} threads"
+
+    def entry(self, found: Search, choice: Choice) -> Entry:
+        """What is kept."""
+        assert found.best is not None
+        assert found.best.seconds is not None
+        threads, now = torch.get_num_threads(), datetime.now(UTC).isoformat(timespec="seconds")
+        times = found.best.seconds, found.best.seconds * found.speedup
+        size = self.batch, self.tokens, self.heads
+        return Entry(self.key, choice, *times, *size, threads, self.signature.name, now)
+
+    # -- candidates
+
+    def choices(self) -> dict[str, tuple[Value, ...]]:
+        """Every coordinate with its values; those that need nothing compiled come first."""
+        chunks = self._chunks
+        config = {n: tuple(values) for n, values in self.backend.choices(self.exact.stages.program).items()}
+        found: dict[str, tuple[Value, ...]] = {"checkpoint": (None, *self._checkpoints())}
+        found |= {"chunk": chunks} if chunks else {}
+        return {n: values for n, values in {**found, **config}.items() if len(values) > 1}
+
+    @cached_property
+    def _chunks(self) -> tuple[int, ...]:
+        """Chunks of programs that the backend can run."""
+        plan = self.scheduled.plan
+        assert plan is not None
+        preferred = self.backend.chunk(self.scheduled) if plan.free else None
+        found = chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
+        if self.backend.refusals(self.scheduled):  # at the chunk of the torch backend
+            found = tuple(n for n in found if not self.backend.refusals(self._program(n)))
+        return found if len(found) > 1 else ()
+
+    def _checkpoints(self) -> tuple[int, ...]:
+        """Distances at which the carries that are kept take about as much memory as the call itself."""
+        plan = self.scheduled.plan
+        assert plan is not None
+        if self.forward_only or isinstance(plan.chunk, str):
+            return ()
+        dims = {**self.dims, TOKENS: plan.chunk}
+        carry = sum(math.prod(dims[a.size] for a in p.axes) for p in self.scheduled.scans[0].carry)
+        declared = self.signature
+        widths = [s.dims for s in declared.tokens.values()] + [s.dims for s in declared.gates.values()]
+        row = sum(math.prod(self.dims[d] for d in w) for w in widths)
+        chunks = -(-self.tokens // plan.chunk)
+        automatic = max(1, math.isqrt(chunks))
+        fit = (n for n in CHECKPOINTS if n < chunks and chunks / n * carry <= KEPT * row * self.tokens)
+        return tuple(n for n in fit if n != automatic)
+
+    def identity(self, candidate: Candidate) -> tuple[Hashable, Hashable]:
+        chunk = candidate.get("chunk")
+        kernels = self.backend.identity(self._program(chunk), self._config(candidate))
+        return (chunk, kernels), candidate.get("checkpoint")
+
+    def _program(self, chunk: Value) -> Program:
+        """Scheduled with a chunk."""
+        if chunk not in self._programs:
+            self._programs[chunk] = schedule(self.dualized, chunk)
+        return self._programs[chunk]
+
+    def _config(self, candidate: Candidate) -> dict[str, int]:
+        return {n: v for n, v in candidate.items() if n not in ("chunk", "checkpoint") and v is not None}
+
+    def layer(self, candidate: Candidate) -> Layer:
+        """Compiled as if nothing had ever been tuned; those that differ in their checkpoints share kernels."""
+        config, chunk, checkpoint = self._config(candidate), candidate.get("chunk"), candidate.get("checkpoint")
+        key = (chunk, tuple(config.items()))
+        if key not in self._layers:
+            with untuned():
+                settings: dict[str, Any] = {"backend": self.name, "chunk": chunk, "config": config}
+                self._layers[key] = compile(self.variant, self.dims, self.dtype, **settings)
+        layer = copy(self._layers[key])
+        layer.checkpoint = "auto" if checkpoint is None else checkpoint
+        return layer
+
+    def prepare(self, candidate: Candidate) -> Call:
+        layer = self.layer(candidate)
+        self.accuracy.check(layer)
+        return self._call(layer)
+
+    # -- checked
+
+    def _by_torch(self) -> Layer:
+        with untuned():
+            return compile(self.variant, self.dims, self.dtype, backend="torch")
+
+    def _checked_tokens(self) -> int:
+        """Three chunks and, where that takes no further kernels, a tail; at most what is timed."""
+        plan = self.scheduled.plan
+        assert plan is not None
+        if plan.free:
+            return min(self.tokens, 3 * max(self._chunks or (64,)) + 5)
+        if isinstance(plan.mini_batch, int):
+            return min(self.tokens, plan.mini_batch * -(-48 // plan.mini_batch))
+        return min(self.tokens, 300)
+
+    # -- timed
+
+    def _call(self, layer: Layer) -> Call:
+        """One forward, with its backward unless only the forward is tuned."""
+        if self._timed is None:
+            raw = random_inputs(self.signature, self.dims, self.batch, self.tokens, self.heads)
+            self._timed = in_dtype(raw, self.dtype, grad=not self.forward_only)
+        inputs = self._timed
+        leaves = list(inputs.named().values())
+
+        def forward() -> None:
+            with torch.no_grad():
+                layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())
+
+        def training() -> None:
+            z, _ = layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())
+            torch.autograd.grad(z, leaves, torch.ones_like(z), allow_unused=True)
+
+        return forward if self.forward_only else training

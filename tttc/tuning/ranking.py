@@ -1,0 +1,188 @@
+"""The search of static tuning: candidates compiled, several at a time, in a budget of time, and ranked by estimates.
+
+It goes along one coordinate after the other, with all values of one at once, until nothing near the best has a lower
+estimate. It knows no declarations.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from tttc.backends.target import GPU
+from tttc.backends.triton.compile_process import Compilers
+from tttc.backends.triton.cost_model import Kernel, estimate
+from tttc.tuning.search import Candidate, Value
+
+LONGEST = 120.0  # seconds for what is compiled whatever the budget is
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate: its kernels, forward and backward by turns, and its estimate, or the reason why it has none."""
+
+    candidate: Candidate
+    kernels: Sequence[Kernel] = ()
+    seconds: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Ranking:
+    """What was compiled; `stopped` is "budget", "exhausted" or "interrupted"."""
+
+    budget: float
+    rows: list[Row] = field(default_factory=list)
+    elapsed: float = 0.0
+    stopped: str = ""
+    now: str = ""
+
+    @property
+    def best(self) -> Row | None:
+        """The lowest estimate; of equal ones the one that was compiled first, which changes least."""
+        return min((r for r in self.rows if r.seconds is not None), key=lambda r: r.seconds or 0.0, default=None)
+
+    @property
+    def default(self) -> Row | None:
+        return next((r for r in self.rows if r.seconds is not None and r is self.rows[0]), None)
+
+
+def ranked(candidate: Candidate, kernels: Sequence[Kernel], gpu: GPU, programs: int, dtype: torch.dtype) -> Row:
+    """A candidate with its estimate, or what it takes more of than there is."""
+    for k in kernels:
+        taken = k.made.resources
+        if taken.shared > gpu.shared_of_program:
+            most = f"{taken.shared} bytes of shared memory, {gpu.shared_of_program} at most"
+            return Row(candidate, kernels, reason=f"does not fit: {taken.kernel} takes {most}")
+        if not k.resident(gpu):
+            return Row(candidate, kernels, reason=f"does not fit: {taken.kernel} takes more registers than there are")
+    return Row(candidate, kernels, estimate(kernels, gpu, programs, dtype))
+
+
+class Subject(Protocol):
+    """What is tuned."""
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[Value]]:
+        """The values of each coordinate, the default first."""
+        ...
+
+    def identity(self, candidate: Candidate) -> Hashable:
+        """Equal for candidates whose kernels are the same."""
+        ...
+
+    def row(self, candidate: Candidate, compilers: Compilers, seconds: float, best: float) -> Row:
+        """A candidate compiled, kernel by kernel, in at most so many seconds, and for as long as its estimate is below
+        the best.
+        """
+        ...
+
+
+def rank(
+    subject: Subject,
+    budget: float,
+    known: Sequence[Candidate] = (),
+    *,
+    began: float | None = None,
+    workers: int | None = None,
+    report: Callable[[Ranking], None] = lambda found: None,
+) -> Ranking:
+    """Compile the default and what is `known` from earlier, whatever the budget is, and then what is near the best."""
+    found = Ranking(budget)
+    _Descent(subject, found, time.perf_counter() if began is None else began, workers, report).run(known)
+    return found
+
+
+class _Descent:
+    def __init__(
+        self,
+        subject: Subject,
+        found: Ranking,
+        began: float,
+        workers: int | None,
+        report: Callable[[Ranking], None],
+    ) -> None:
+        self.subject, self.found, self.began, self.report = subject, found, began, report
+        self.pool, self.compilers = ThreadPoolExecutor(workers or _cores()), Compilers()
+        self.seen: set[Hashable] = set()
+
+    def run(self, known: Sequence[Candidate]) -> None:
+        choices, found = self.subject.choices, self.found
+        default = {n: values[0] for n, values in choices.items()}
+        try:
+            self._compile([default, *known], always=True)
+            found.stopped = "exhausted"
+            while self._round(choices, default):
+                pass
+        except KeyboardInterrupt:
+            if found.best is None:
+                raise
+            found.stopped = "interrupted"
+        finally:
+            self.compilers.end()
+            self.pool.shutdown(cancel_futures=True)
+            found.elapsed = time.perf_counter() - self.began
+
+    def _round(self, choices: Mapping[str, Sequence[Value]], default: Candidate) -> bool:
+        """Whether another round may find something: the best has changed, and there is time."""
+        before = self.found.best
+        for name, values in choices.items():
+            best = self.found.best.candidate if self.found.best else default
+            if not self._compile([{**best, name: v} for v in values]):
+                self.found.stopped = "budget"
+                return False
+        return self.found.best is not before
+
+    def _compile(self, candidates: Iterable[Candidate], always: bool = False) -> bool:
+        """Compile what is new; whether there was time for all of it."""
+        waiting = {}
+        for candidate in candidates:
+            identity = self.subject.identity(candidate)
+            if identity not in self.seen:
+                self.seen.add(identity)
+                waiting[self.pool.submit(self._row, candidate, always)] = candidate
+        before, order, late = self.found.rows, list(waiting), False
+        while waiting:
+            self._news(waiting.values())
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                del waiting[done]
+            finished = [f.result() for f in order if f not in waiting]
+            late = None in finished
+            self.found.rows = [*before, *(row for row in finished if row is not None)]
+        self._news(())
+        return not late
+
+    def _row(self, candidate: Candidate, always: bool) -> Row | None:
+        """A candidate compiled; None where no time is left to begin."""
+        left = self.found.budget - (time.perf_counter() - self.began)
+        if left <= 0 and not always:
+            return None
+        known = self.found.best
+        best = float("inf") if known is None or known.seconds is None else known.seconds
+        try:
+            return self.subject.row(candidate, self.compilers, max(left, LONGEST) if always else left, best)
+        except Exception as error:
+            return Row(candidate, reason=f"failed: {' '.join(str(error).split()) or type(error).__name__}")
+
+    def _news(self, waiting: Iterable[Candidate]) -> None:
+        self.found.now = "; ".join(shown(c) or "the default" for c in list(waiting)[:2])
+        self.report(self.found)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shown(candidate: Candidate) -> str:
+    """What a candidate sets."""
+    return ", ".join(f"{n}={v}" for n, v in candidate.items() if v is not None)
+
+
+__all__ = ["LONGEST", "Ranking", "Row", "Subject", "rank", "ranked", "shown"]

@@ -1,0 +1,345 @@
+"""Tuning for a GPU that is not there: every candidate is compiled for it, and the cost model ranks what fits.
+
+    candidate                registers  spilled bytes  shared bytes   programs per multiprocessor  estimate, ms
+    default (chunk=64)       255 / 255  8 / 2316       40960 / 49152  2 / 2                                1.94
+    chunk=16                 128 / 255  0 / 68         14336 / 18944  4 / 2                               0.867
+    chunk=16, num_stages=3   153 / 255  0 / 60         20480 / 27136  3 / 2                               0.846  taken
+
+Nothing runs. Kernels compile in processes of their own (backends/triton/compile_process.py); what the estimate is, says
+backends/triton/cost_model.py. What is taken is kept as an entry that says it was not measured, and is taken where there
+is none that was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from tttc.backends.target import GPU, GPUS
+from tttc.backends.triton.aot import order_of
+from tttc.backends.triton.compile_process import Compilers, NotCompiled, TooLate
+from tttc.backends.triton.cost_model import Kernel, Turn, turn_of
+from tttc.backends.triton.emit import emit
+from tttc.backends.triton.kernel_spec import Form, form_of, unfused
+from tttc.backends.triton.load import Module
+from tttc.backends.triton.tune import Config, bounded, default_config
+from tttc.compiler.aot import missing_for
+from tttc.compiler.driver import BACKENDS, compile, program_for
+from tttc.declare.lower import checked_signature
+from tttc.declare.variant import Variant
+from tttc.errors import BackendRefusal, TuningError
+from tttc.explain.costs import plan_lengths, shares
+from tttc.ir import cost
+from tttc.ir.names import own
+from tttc.ir.program import Program, Scan
+from tttc.terminal import budget_bar, plain, table
+from tttc.tuning import database
+from tttc.tuning.measured import chunk_choices
+from tttc.tuning.ranking import Ranking, Row, rank, ranked, shown
+from tttc.tuning.records import Choice, Entry, Key, architecture_name, key_of, untuned
+from tttc.tuning.search import Candidate, Value
+
+CHUNKS = (16, 32, 64)  # beside the default: a product of matrices has at least 16 rows, and long chunks take long
+
+
+@dataclass(frozen=True)
+class StaticTuning:
+    """What was chosen for a GPU without one; printed, it is a table of all candidates and what was taken."""
+
+    variant: str
+    settings: str
+    """What the estimate is for, in words."""
+    gpu: GPU
+    key: Key
+    choice: Choice
+    ranking: Ranking
+    notes: Sequence[str] = ()
+    path: Path | None = None
+    """The database, where the result was to be kept."""
+
+    @property
+    def speedup(self) -> float:
+        """Of the choice against the default, by the estimates."""
+        best, default = self.ranking.best, self.ranking.default
+        return default.seconds / best.seconds if best and default and best.seconds and default.seconds else 1.0
+
+    def table(self) -> Table:
+        """One line per candidate, in the order in which they were compiled; forward / backward."""
+        columns = ("registers", "spilled bytes", "shared bytes", "programs per multiprocessor", "estimate, ms")
+        made = table("candidate", *columns, "", numbers=("estimate, ms",))
+        for r in self.ranking.rows:
+            resources = [k.made.resources for k in r.kernels]
+            figures = (
+                [x.registers for x in resources],
+                [x.spilled for x in resources],
+                [x.shared for x in resources],
+                [k.resident(self.gpu) for k in r.kernels],
+            )
+            shown = (" / ".join("?" if n is None else str(n) for n in numbers) for numbers in figures)
+            seconds = "" if r.seconds is None else f"{r.seconds * 1e3:.3g}"
+            made.add_row(self._shown(r), *shown, seconds, self._verdict(r))
+        return made
+
+    def _shown(self, row: Row) -> str:
+        said = shown(row.candidate)
+        return (f"default ({said})" if said else "default") if row is self.ranking.rows[0] else said
+
+    def _verdict(self, row: Row) -> Text:
+        if row.seconds is None:
+            return Text(row.reason, style="red" if row.reason.startswith(("failed", "does not fit")) else "")
+        return Text("taken", style="green") if row is self.ranking.best else Text("")
+
+    def summary(self) -> str:
+        """What was taken, what the estimate is, and where the result is."""
+        found = self.ranking
+        ends = {
+            "budget": "no time was left for another candidate",
+            "exhausted": "nothing near the best is left to compile",
+            "interrupted": "interrupted",
+        }
+        faster = "" if self.speedup <= 1 else f", by the estimate {self.speedup:.2f} times as fast as the default"
+        count = len(found.rows)
+        lines = [
+            f"{self.variant} for {self.gpu.target}, backend triton, {self.settings}",
+            f"taken: {self.choice}{faster}",
+            f"{count} candidate{'' if count == 1 else 's'} in {found.elapsed:.0f} s of {found.budget:g}: "
+            f"{ends[found.stopped]}",
+            f"Nothing was measured: the estimate ranks kernels, by what their compiler says they take of "
+            f"{self.gpu.multiprocessors} multiprocessors ({self.gpu.product}) and by what the program costs.",
+            *self.notes,
+        ]
+        if self.path is not None:
+            lines.append(f"kept in {self.path}; tttc.compile takes it on such a GPU, unless one was measured there")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return plain(self.table(), "", self.summary())
+
+
+def tune_statically(
+    variant: type[Variant],
+    dims: Mapping[str, int],
+    dtype: torch.dtype,
+    target: str,
+    budget: float,
+    *,
+    backend: str = "auto",
+    size: tuple[int, int, int],
+    forward_only: bool = False,
+    save: bool = True,
+    progress: bool = True,
+    workers: int | None = None,
+) -> StaticTuning:
+    """Compile candidates for a GPU of `backends/target.py`, rank them, and keep the best where `tttc.compile` looks.
+
+    `size` is the batch, tokens and heads of the call that is estimated; `workers` kernels compile at a time. All else
+    is as for `tttc.tune`.
+    """
+    if backend not in ("auto", "triton"):
+        raise TuningError(
+            f"backend {backend!r} has nothing to tune for {target}: only the kernels of triton have.\n"
+            '  Use backend="triton".'
+        )
+    began = time.perf_counter()
+    subject = _Target(variant, dims, dtype, GPUS[target], size, forward_only)
+    mine = next((e for e in database.own_entries() if e.key == subject.key and e.static), None)
+    earlier = None if mine is None else _again(mine.choice, subject.choices)
+    with budget_bar(budget) if progress else nullcontext() as bar:
+
+        def report(found: Ranking) -> None:
+            if bar is not None:
+                bar.update(bar.task_ids[0], description=_progress_text(found))
+
+        found = rank(subject, budget, [earlier] if earlier else [], began=began, workers=workers, report=report)
+    if found.best is None:
+        said = "; ".join(f"{shown(r.candidate) or 'the default'} {r.reason}" for r in found.rows[:3])
+        raise TuningError(f"variant `{subject.name}`: no candidate for {target} could be taken: {said}")
+    choice = subject.choice(found.best.candidate)
+    if save:
+        database.add([subject.entry(found, choice)], replace=True)
+    path = database.database_path() if save else None
+    return StaticTuning(subject.name, subject.settings, GPUS[target], subject.key, choice, found, subject.notes, path)
+
+
+def _progress_text(found: Ranking) -> str:
+    best = found.best
+    said = "" if best is None or best.seconds is None else f"best {best.seconds * 1e3:.3g} ms (estimate)"
+    return ", ".join(x for x in (said, f"now {found.now}" if found.now else "") if x)
+
+
+def _again(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[str, Value] | None:
+    """A choice of an earlier run; None where this one does not have it."""
+    wanted: dict[str, Value] = {"chunk": choice.chunk, **choice.config}
+    wanted = {n: v for n, v in wanted.items() if v is not None}
+    if any(v not in choices.get(n, ()) for n, v in wanted.items()):
+        return None
+    return {n: wanted.get(n, values[0]) for n, values in choices.items()}
+
+
+class _Target:
+    """A declaration for a GPU: its candidates, as kernels to be compiled and as what they cost."""
+
+    def __init__(
+        self,
+        variant: type[Variant],
+        dims: Mapping[str, int],
+        dtype: torch.dtype,
+        gpu: GPU,
+        size: tuple[int, int, int],
+        forward_only: bool,
+    ) -> None:
+        self.name, self.variant, self.dims = checked_signature(variant).name, variant, dims
+        self.dtype, self.gpu, self.forward_only = dtype, gpu, forward_only
+        self.batch, self.tokens, self.heads = size
+        with untuned():
+            stages = compile(variant, dims, dtype, backend="torch").stages
+        dualized, program = stages["dualize"].program, program_for(variant, dims, "triton")
+        assert program.plan is not None
+        assert dualized is not None
+        if reasons := missing_for("triton", gpu.target, stages.program):
+            listed = "\n".join(f"  - {r}" for r in reasons)
+            raise BackendRefusal(f"cannot compile for {gpu.target} here:\n{listed}")
+        work = "forward" if forward_only else "training"
+        here = key_of(dualized, "triton", BACKENDS["triton"], torch.device("cpu"), dtype, work)
+        self.key = replace(here, device=architecture_name(gpu.target))
+        found = chunk_choices(dualized, self.tokens, int(program.plan.chunk) if program.plan.free else None)
+        chunks: tuple[Value, ...] = tuple(c for c in found if c == found[0] or c in CHUNKS)
+        chunks = chunks if len(chunks) > 1 else (None,)
+        self._parts: dict[Value, _Parts] = {}
+        first = [self._of(c) for c in chunks]
+        if all(p.refused for p in first):
+            raise TuningError(
+                f"variant `{self.name}`: there is nothing to tune for {gpu.target}: its loop is no kernel but batched "
+                f"operations of PyTorch, because {first[0].refused}."
+            )
+        self.notes = [f"Not in the estimate: {n}." for n in first[0].left_out]
+        settings = BACKENDS["triton"].choices(program)
+        choices = {"chunk": chunks} if len(chunks) > 1 else {}
+        self.choices: Mapping[str, Sequence[Value]] = choices | {n: (None, *values) for n, values in settings.items()}
+
+    @property
+    def settings(self) -> str:
+        """What is estimated, in words."""
+        dims = ", ".join(f"{d}={n}" for d, n in self.key.dims.items())
+        work = "forward" if self.forward_only else "forward and backward"
+        return f"{dims}, {self.key.dtype}; {work} at B={self.batch}, T={self.tokens}, H={self.heads}"
+
+    def choice(self, candidate: Candidate) -> Choice:
+        """What is kept of a candidate. A chunk that was chosen is named even if it is the default, with which the
+        settings beside it were compiled.
+        """
+        config = {n: v for n, v in candidate.items() if n != "chunk" and v is not None}
+        return Choice(candidate.get("chunk"), None, config)
+
+    def entry(self, found: Ranking, choice: Choice) -> Entry:
+        best, default = found.best, found.default or found.best
+        assert best is not None
+        assert default is not None
+        assert best.seconds is not None
+        assert default.seconds is not None
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        size = self.batch, self.tokens, self.heads
+        return Entry(self.key, choice, best.seconds, default.seconds, *size, 0, self.name, now, static=True)
+
+    def identity(self, candidate: Candidate) -> Hashable:
+        parts = self._of(candidate.get("chunk"))
+        return candidate.get("chunk"), *(_config(p, candidate) for p in parts.kernels)
+
+    def row(self, candidate: Candidate, compilers: Compilers, seconds: float, best: float) -> Row:
+        parts, kernels = self._of(candidate.get("chunk")), list[Kernel]()
+        if parts.refused:
+            return Row(candidate, reason=f"no kernel: {parts.refused}")
+        began = time.perf_counter()
+        for part in parts.kernels:
+            config = _config(part, candidate)
+            order = {**part.order, "options": bounded(config.options, part.order["target"])}
+            try:
+                made = compilers.compiled(order, max(seconds - (time.perf_counter() - began), 0.0))
+            except TooLate:
+                return Row(candidate, kernels, reason=f"no time was left to compile {order['kernel']}")
+            except NotCompiled as error:
+                return Row(candidate, kernels, reason=f"failed: {order['kernel']}: {error}")
+            kernels.append(Kernel(part.turn, part.turns, made, config.num_warps, part.form.strips))
+            row = ranked(candidate, kernels, self.gpu, self.batch * self.heads, self.dtype)
+            if row.seconds is None:
+                break
+            if row.seconds > best and part is not parts.kernels[-1]:
+                return Row(candidate, kernels, reason="slower than the best before all of it was compiled")
+        return row
+
+    def _of(self, chunk: Value) -> _Parts:
+        """The program with a chunk; made before threads ask for it, by whoever asks for the identity first."""
+        if chunk not in self._parts:
+            if chunk is None:
+                program = program_for(self.variant, self.dims, "triton")
+            else:
+                with untuned():
+                    program = compile(self.variant, self.dims, self.dtype, backend="torch", chunk=chunk).stages.program
+            self._parts[chunk] = _parts(program, self.dtype, self.gpu.target, self.tokens, self.forward_only)
+        return self._parts[chunk]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One kernel of a program, and how often a call runs its loop."""
+
+    form: Form
+    backward: bool
+    turns: int
+    turn: Turn
+    order: Mapping[str, Any]
+    """What has to be known to compile it, with its own settings."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The kernels that a sequence of whole mini-batches runs, `refused` where its loop is none."""
+
+    program: Program
+    kernels: Sequence[_Part]
+    refused: str
+    left_out: Sequence[str]
+
+
+def _parts(program: Program, dtype: torch.dtype, target: str, tokens: int, forward_only: bool) -> _Parts:
+    module = Module(emit(program), program.name)
+    refused = unfused(program.scans[0], program)
+    found = [] if refused else list(_regular(program, tokens))
+    fused = [(s, turns) for s, turns in found if not unfused(s, program)]
+    left_out = [f"{s.name}, which is batched operations ({w})" for s, _ in found if (w := unfused(s, program))]
+    kernels = []
+    for scan, turns in fused:
+        form = form_of(scan, program)
+        for backward in (False, True) if scan.differentiated and not forward_only else (False,):
+            order = order_of(module, form, backward, dtype, target, default_config(form, backward))
+            kernels.append(_Part(form, backward, turns, turn_of(form, backward, dtype), order))
+    return _Parts(program, kernels, refused, left_out)
+
+
+def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
+    """The scans that every mini-batch runs, each with its turns in a call; not what only the beginning of one does."""
+    sizes = {**program.dims, own("T"): tokens}
+    for name, share in shares(program).items():
+        if name != f"{program.name}_begin":
+            scan = next(s for s in program.scans if s.name == name)
+            turns = cost.evaluate(share * cost.TOKENS, {}, plan_lengths(program))  # of which one may be "T"
+            yield scan, math.ceil(float(cost.evaluate(turns, sizes)))
+
+
+def _config(part: _Part, candidate: Candidate) -> Config:
+    """The settings of a kernel: those of the candidate, otherwise its own."""
+    given = {n: v for n, v in candidate.items() if n != "chunk" and v is not None}
+    return replace(default_config(part.form, part.backward), **given)
+
+
+__all__ = ["StaticTuning", "tune_statically"]

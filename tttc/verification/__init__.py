@@ -1,0 +1,1 @@
+"""A compiled variant against its definition, tensor by tensor."""

@@ -157,7 +157,7 @@ class TTT(nn.Module):
     ) -> None:
         super().__init__()
         if not (isinstance(variant, type) and issubclass(variant, Variant)):
-            raise DeclarationError(f"tttc.nn.layer.TTT needs a subclass of tttc.Variant, got {variant!r}.")
+            raise DeclarationError(f"tttc.nn.TTT needs a subclass of tttc.Variant, got {variant!r}.")
         declared = signature(variant)
         hidden_size, num_heads = (x if (n := whole(x)) is None else n for x in (hidden_size, num_heads))
         dims = {d: size if (n := whole(size)) is None else n for d, size in (dims or {}).items()}
@@ -279,7 +279,7 @@ class TTT(nn.Module):
     def _check(self, x: Tensor, state: Cache | None) -> None:
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
             raise ShapeError(
-                f"tttc.nn.layer.TTT({self.variant.__name__}): x has the shape {list(x.shape)}, "
+                f"tttc.nn.TTT({self.variant.__name__}): x has the shape {list(x.shape)}, "
                 f"expected [B, T, {self.hidden_size}].\n"
                 f"  The last axis is the hidden_size that the layer was made with."
             )
@@ -287,7 +287,7 @@ class TTT(nn.Module):
         cast = autocast(x.device.type) and x.is_floating_point()
         if x.device != weight.device or (x.dtype != weight.dtype and not cast):
             raise ShapeError(
-                f"tttc.nn.layer.TTT({self.variant.__name__}): x is {x.dtype} on {x.device}, "
+                f"tttc.nn.TTT({self.variant.__name__}): x is {x.dtype} on {x.device}, "
                 f"the parameters are {weight.dtype} on {weight.device}.\n"
                 f"  Move one of them: x.to({weight.dtype}), or layer.to(...); or run under torch.autocast."
             )
@@ -295,7 +295,7 @@ class TTT(nn.Module):
             return
         if not isinstance(state, Cache):
             raise StateMismatch(
-                f"tttc.nn.layer.TTT({self.variant.__name__}): state is a {type(state).__name__}, "
+                f"tttc.nn.TTT({self.variant.__name__}): state is a {type(state).__name__}, "
                 f"expected a tttc.nn.Cache.\n"
                 f"  It is the second result of a call with return_state=True."
             )
@@ -303,7 +303,7 @@ class TTT(nn.Module):
         found = list(state.state[name].shape)
         if found != [x.shape[0], *start.shape]:
             raise StateMismatch(
-                f"tttc.nn.layer.TTT({self.variant.__name__}): the state's {name} has the shape {found}, "
+                f"tttc.nn.TTT({self.variant.__name__}): the state's {name} has the shape {found}, "
                 f"expected {[x.shape[0], *start.shape]}.\n"
                 f"  Pass the state that this layer returned for a batch of {x.shape[0]}."
             )
@@ -312,7 +312,7 @@ class TTT(nn.Module):
         ):
             kernel = None if state.taps is None else state.taps.shape[1] + 1
             raise StateMismatch(
-                f"tttc.nn.layer.TTT({self.variant.__name__}): the state is of a layer with conv_kernel={kernel}, "
+                f"tttc.nn.TTT({self.variant.__name__}): the state is of a layer with conv_kernel={kernel}, "
                 f"this one has conv_kernel={self.conv_kernel}.\n"
                 f"  Pass the state that this layer returned."
             )

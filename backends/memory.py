@@ -14,7 +14,7 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 def laid_out(of: Sequence[Expr], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors [B, H, ...], or of a sequence [B, H, T, ...], dense from there on; copied only where they are not."""
-    leading = [2 if p.arg[0].at is None else 3 for p in of]
+    leading = [2 if p.at is None else 3 for p in of]
     return [dense_from(n, x) for n, x in zip(leading, tensors, strict=True)]
 
 
@@ -34,7 +34,7 @@ def dense_from(axis: int, x: torch.Tensor) -> torch.Tensor:
 
 def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a value [B, H, ...]; a sequence lies as its users have it, [B, T, H, ...]."""
-    if target.arg[0].at is None:
+    if target.at is None:
         return x.new_empty(shape, dtype=dtype)
     batch, heads, tokens, *own = shape
     return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)

@@ -76,21 +76,21 @@ def _cut(
     """Split at the forward values that the backward chunk reads: those are saved."""
     roots = [a.value for a in forward]
     computed = {core(e) for e in depends_on(roots, leaves(roots)) if e.op != "leaf"}
-    carried = {p.arg[0].name for p in scan.carry} if scan.loops else set()
+    carried = {p.name for p in scan.carry} if scan.loops else set()
     roots = [a.value for a in backward]
-    found = [e for e in leaves(roots) if e.arg[0].name in carried]  # the carry as the chunk found it
-    starts = [p for p in scan.carry if scan.loops and any(e.arg[0] == p.arg[0] for e in found)]
+    found = [e for e in leaves(roots) if e.name in carried]  # the carry as the chunk found it
+    starts = [p for p in scan.carry if scan.loops and any(e.variable == p.variable for e in found)]
     needed = [*starts, *_frontier(roots, computed)]
-    known = {str(p.arg[0].name) for p in scan.params} | {a.leaf.name for a in forward}
+    known = {p.name for p in scan.params} | {a.leaf.name for a in forward}
     known |= set(map(differential, known))
     taken = {*map(spelled, (*known, *program.dims)), "T", "c"}
-    hints = {e: spelled(suffixed(e.arg[0].name, "in")) for e in starts}
+    hints = {e: spelled(suffixed(e.name, "in")) for e in starts}
     namer = Namer(taken, {**names, **hints})
     residuals = tuple((e, leaf(namer(e), "saved", e.axes)) for e in needed)
     stand_in = dict(residuals)
     for e in found:  # the same variable, perhaps under other axis names
-        (kept,) = (variable for p, variable in residuals if p.op == "leaf" and p.arg[0] == e.arg[0])
-        stand_in[e] = leaf(kept.arg[0].name, "saved", e.axes)
+        (kept,) = (variable for p, variable in residuals if p.op == "leaf" and p.variable == e.variable)
+        stand_in[e] = leaf(kept.name, "saved", e.axes)
     values = substitute([a.value for a in backward], stand_in)
     carry = [a for a in forward if a.leaf.at is None]
     saved = [Assign(variable, e) for e, variable in residuals]
@@ -126,8 +126,8 @@ def backward_block(a: ScanAdjoint) -> list[Assign]:
     kept = {x.leaf.name: x for x in a.forward.assigns if x.target in a.residuals}
     stand_in = {}
     for e in leaves(x.value for x in a.backward.assigns):
-        if e.arg[0].role == "saved":
-            found = kept[e.arg[0].name]
+        if e.role == "saved":
+            found = kept[e.name]
             stand_in[e] = b.rename(found.value, dict(zip(found.target.axes, e.axes, strict=True)))
     replaced = substitute([x.value for x in a.backward.assigns], stand_in)
     return [Assign(x.target, v) for x, v in zip(a.backward.assigns, replaced, strict=True)]

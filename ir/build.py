@@ -179,7 +179,7 @@ def rename(a: Expr, to: Mapping[Axis, Axis]) -> Expr:
     if not moved:
         return a
     if a.op == "leaf":
-        return Expr("leaf", (), (a.arg[0], tuple(moved.get(x, x) for x in a.axes)))
+        return Expr("leaf", (), (a.variable, tuple(moved.get(x, x) for x in a.axes)))
     if a.op == "rename":
         back = {new: old for old, new in a.arg}
         composed = {back.get(x, x): moved.get(x, x) for x in a.axes}

@@ -195,17 +195,17 @@ def chunk_cost(block: Block, carry: Iterable[Expr], accumulated: Iterable[Expr] 
     `accumulated` are handed on as well, but only ever added to: no chunk waits for them.
     """
     carry, accumulated = tuple(carry), tuple(accumulated)
-    names = {_name(e) for e in (*carry, *accumulated)}
+    names = {e.name for e in (*carry, *accumulated)}
     values = _lowered(a.value for a in block.assigns)
     by_name = dict(zip((a.leaf.name for a in block.assigns), values, strict=True))
-    handed_on = {_name(e): by_name[_name(e)] for e in carry}
-    starts = [e for e in leaves(handed_on.values()) if _name(e) in handed_on]
+    handed_on = {e.name: by_name[e.name] for e in carry}
+    starts = [e for e in leaves(handed_on.values()) if e.name in handed_on]
     moving = depends_on(handed_on.values(), starts)
-    read = {_name(e): e for e in leaves(values)}
-    fixed = [e for n, e in read.items() if e.arg[0].at is None and n not in names and e.arg[0].role != "saved"]
+    read = {e.name: e for e in leaves(values)}
+    fixed = [e for n, e in read.items() if e.at is None and n not in names and e.role != "saved"]
     return ChunkCost(
         work=_summed(postorder(values)),
-        read=total_elements(e for e in read.values() if e.arg[0].at is not None),
+        read=total_elements(e for e in read.values() if e.at is not None),
         written=total_elements(a.target for a in block.assigns if a.leaf.at is not None),
         carry=total_elements((*carry, *accumulated)),
         fixed=total_elements(fixed),
@@ -213,10 +213,6 @@ def chunk_cost(block: Block, carry: Iterable[Expr], accumulated: Iterable[Expr] 
         depth=chain_growth(handed_on),
         sequential=_summed(e for e in postorder(handed_on.values()) if e in moving),
     )
-
-
-def _name(e: Expr) -> str:
-    return str(e.arg[0].name)
 
 
 def total_elements(values: Iterable[Expr]) -> Formula:
@@ -276,7 +272,7 @@ def _depths_from(name: str, handed_on: Mapping[str, Expr]) -> dict[str, int]:
     depths: dict[Expr, int] = {}
     for node in postorder(handed_on.values()):
         below = [depths[s] for s in node.src if s in depths]
-        if node.op == "leaf" and _name(node) == name:
+        if node.op == "leaf" and node.name == name:
             depths[node] = 0
         elif below:
             depths[node] = max(below) + is_contraction(node)
@@ -317,7 +313,7 @@ def pieces_depth(piece: Scan, end: Scan) -> tuple[Formula, Formula]:
     mini-batch, or the tokens of a chunk.
     """
     made, ended = ({a.leaf.name: a.value for a in b.assigns} for b in (piece.block, end.block))
-    ended = {n: e for n, e in ended.items() if n in {x.arg[0].name for x in end.carry}}
+    ended = {n: e for n, e in ended.items() if n in {x.name for x in end.carry}}
     passing = [a.leaf.name for a in piece.block.assigns if a.leaf.role == "sum" or a.leaf.at is not None]
     first = turn_of(made, [n for n in ended if n not in made])
     then = turn_of(ended, [n for n in made if n not in ended and n not in passing], passing)

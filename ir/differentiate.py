@@ -33,17 +33,17 @@ def differentiate(program: Program) -> Program:
     states = program.update.states
     (block,) = blocks(program["loss"].body)
     (loss,) = lower_composites([block.assigns[0].value], states)
-    read = [e for e in leaves([loss]) if e.arg[0].role == "state"]
+    read = [e for e in leaves([loss]) if e.role == "state"]
     found, named = vjp([(loss, const(1))], read, program.names, prefix="g_")
     if all(g is None for g in found):
-        raise NoGradient(", ".join(w.arg[0].name for w in states))
+        raise NoGradient(", ".join(w.name for w in states))
     assigns = []
     for w in states:
         total = collected(w, zip(read, found, strict=True))
         value = b.broadcast(const(0) if total is None else total, w.axes)
-        assigns.append(Assign(leaf(differential(w.arg[0].name), "gradient", w.axes), value))
-    used = {e.arg[0].name for e in leaves(a.value for a in assigns)}
-    params = tuple(p for p in program["loss"].params if p.arg[0].name in used)
+        assigns.append(Assign(leaf(differential(w.name), "gradient", w.axes), value))
+    used = {e.name for e in leaves(a.value for a in assigns)}
+    params = tuple(p for p in program["loss"].params if p.name in used)
     gradient = Function("gradient", params, (Block(tuple(assigns)),), tuple(a.target for a in assigns))
     names = {**program.names, **named}
     functions = (gradient, program["output"])
@@ -55,7 +55,7 @@ def collected(variable: Expr, found: Iterable[tuple[Expr, Expr | None]]) -> Expr
     """The cotangent of a variable: leaves that read it under other axis names are added up."""
     total: Expr | None = None
     for e, g in found:
-        if e.arg[0] == variable.arg[0] and g is not None:
+        if e.variable == variable.variable and g is not None:
             aligned = b.rename(g, dict(zip(e.axes, variable.axes, strict=True)))
             total = aligned if total is None else b.add(total, aligned)
     return total

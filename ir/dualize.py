@@ -45,7 +45,6 @@ from tttc.ir.update import (
     momentum_leaf,
     observed,
     scale_leaf,
-    state_name,
 )
 
 DEFAULT_CHUNK = 64  # assumed length of a chunk where the mini-batch is the whole sequence
@@ -195,7 +194,7 @@ class _Chunk:
         self.moved: dict[Expr, Expr] = {}
         self.update = rates_over_chunk(program.update)
         self.algebra = ChunkAlgebra()
-        self.starts: dict[str, Moving | Expr] = {state_name(w): w for w in self.declared.states}
+        self.starts: dict[str, Moving | Expr] = {w.name: w for w in self.declared.states}
         gradients, self.reading = per_token(program)
         self.raw = {n: terms_of(gradients[n], w.axes) for n, w in self._states()}
         if self.declared.anchor == "token":
@@ -204,7 +203,7 @@ class _Chunk:
         self.rows: dict[str, tuple[Term, ...]] | None = None
 
     def _states(self) -> list[tuple[str, Expr]]:
-        return [(state_name(w), w) for w in self.declared.states]
+        return [(w.name, w) for w in self.declared.states]
 
     def _advanced(self, w: Expr) -> Advanced:
         """The rule of one state over the chunk, as responses."""
@@ -218,7 +217,7 @@ class _Chunk:
             momentum=None if momentum is None else held(momentum),
             average=None if average is None else held(average),
         )
-        return advance(self.update, state_name(w), carried, GRADIENT, self.algebra)
+        return advance(self.update, w.name, carried, GRADIENT, self.algebra)
 
     # -- gradients
 
@@ -267,7 +266,7 @@ class _Chunk:
         """The weights that a chunk of one token finds, `decayed` by its own decay where that comes first; else what it
         reads there, so that its tau scales what the mini-batch has added.
         """
-        n = state_name(w)
+        n = w.name
         start: Expr = w
         if self.opened:
             scale, tau, added = scale_leaf(self.declared, w), self.update.tau.get(n), added_leaf(w)
@@ -329,7 +328,7 @@ class _Chunk:
             terms.append(Term(p.sign, (*coefficient, *p.held)))
         for sign, factors in coefficients(response):
             kernel = Term(sign, factors, (S_AXIS,))
-            terms += [kernel.times(t) for t in gradients[state_name(w)]]
+            terms += [kernel.times(t) for t in gradients[w.name]]
         return Moving(w.axes, tuple(terms))
 
     def _scaled_by_tau(self, added: Response, name: str, *, last: bool = False) -> Response:

@@ -75,6 +75,30 @@ class Expr:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"an Expr is immutable; cannot set {name}")
 
+    @property
+    def variable(self) -> Leaf:
+        """What a leaf stands for; its `name`, `role` and `at` are those of the node."""
+        found: Leaf = self.arg[0]
+        return found
+
+    @property
+    def name(self) -> str:
+        return self.variable.name
+
+    @property
+    def role(self) -> str:
+        return self.variable.role
+
+    @property
+    def at(self) -> str | None:
+        return self.variable.at
+
+    @property
+    def axis(self) -> Axis:
+        """The axis along which an operation works; of two token axes, that of the rows."""
+        found: Axis = self.arg if isinstance(self.arg, Axis) else self.arg[0]
+        return found
+
     def __repr__(self) -> str:
         from tttc.ir.text import expression_text
 

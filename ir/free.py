@@ -100,11 +100,11 @@ def free_axis(scan: Scan) -> FreeAxis | None:
 def _class_of(scan: Scan, position: int, classes: _Classes) -> FreeAxis | None:
     """The class of an axis of the first result, if it can be cut."""
     first = scan.results[0]
-    members = classes.of(Slot(first.arg[0].name, position))
+    members = classes.of(Slot(first.name, position))
     slots = [x for x in members if isinstance(x, Slot)]
     where = dict(sorted(slots))
     once = len(where) == len(slots)  # a matrix of entries with entries is no strip of either
-    if classes.coupled & members or not once or any(p.arg[0].name not in where for p in scan.results):
+    if classes.coupled & members or not once or any(p.name not in where for p in scan.results):
         return None
     places = [x for x in members if not isinstance(x, Slot)]
     nodes = {e for e, _ in places}
@@ -126,7 +126,7 @@ def _through(e: Expr, classes: _Classes) -> None:
     classes.coupled |= {(e, axis) for axis in along}
     if e.op == "leaf":
         for i, axis in enumerate(e.axes):
-            classes.join((e, axis), Slot(e.arg[0].name, i))
+            classes.join((e, axis), Slot(e.name, i))
 
 
 def _axes_in(x: Any) -> Iterator[Axis]:

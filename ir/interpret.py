@@ -21,12 +21,12 @@ def interpret(program: Program, function: str, arguments: Mapping[str, Array]) -
     """Call a function of `program` on arrays for one batch element and head; what it returns, in order."""
     called = program[function]
     machine = _Machine(program.dims, dict(arguments))
-    sequences = [p.arg[0].name for p in called.params if p.arg[0].at]
+    sequences = [p.name for p in called.params if p.at]
     machine.tokens = len(arguments[sequences[0]]) if sequences else 0
     for p in called.params:
-        machine.measure(p, np.shape(arguments[p.arg[0].name]))
+        machine.measure(p, np.shape(arguments[p.name]))
     machine.run(called.body)
-    return tuple(machine.variables[r.arg[0].name] for r in called.returns)
+    return tuple(machine.variables[r.name] for r in called.returns)
 
 
 def evaluate_function(function: Function, dims: Mapping[str, int], arguments: Mapping[str, Array]) -> tuple[Array, ...]:
@@ -46,7 +46,7 @@ class _Machine:
 
     def measure(self, p: Expr, shape: tuple[int, ...]) -> None:
         """The sizes that no dim gives: the tokens of a chunk, and those seen from one of them."""
-        if p.arg[0].at:
+        if p.at:
             shape, axes = shape[1:], tuple(a for a in p.axes if a not in (T_AXIS, S_AXIS))
         else:
             axes = p.axes
@@ -76,11 +76,11 @@ class _Machine:
         self.variables[leaf.name] = np.full((self.tokens, *shape), np.nan)
 
     def _save(self, statement: Save) -> None:
-        self.saved.append([self.variables[e.arg[0].name] for e in statement.values])
+        self.saved.append([self.variables[e.name] for e in statement.values])
 
     def _restore(self, statement: Restore) -> None:
         for target, value in zip(statement.targets, self.saved.pop(), strict=True):
-            self.variables[target.arg[0].name] = value
+            self.variables[target.name] = value
 
     def _block(self, block: Block) -> None:
         self.values = {}
@@ -100,7 +100,7 @@ class _Machine:
                 self.variables[a.leaf.name][self.places[a.leaf.at]] = value
 
     def _read(self, node: Expr) -> Array:
-        leaf = node.arg[0]
+        leaf = node.variable
         value = self.variables[leaf.name]
         return np.asarray(value[self.places[leaf.at]] if leaf.at else value, dtype=np.float64)
 

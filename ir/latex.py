@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from tttc.ir.contraction import layout
-from tttc.ir.expr import OPS, Axes, Axis, Expr, Leaf, leaves
+from tttc.ir.expr import OPS, Axes, Axis, Expr, leaves
 from tttc.ir.names import spelled
 from tttc.ir.ops import TOKEN_AXES, is_upper
 from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement, blocks, values
@@ -154,7 +154,7 @@ class LatexPrinter:
     # -- leaves
 
     def _leaf(self, e: Expr) -> Text:
-        leaf: Leaf = e.arg[0]
+        leaf = e.variable
         return Text(name_latex(leaf.name, leaf.at), ATOM)
 
     def _const(self, e: Expr) -> Text:
@@ -302,7 +302,7 @@ class LatexPrinter:
 
     def _along_tokens(self, e: Expr) -> Text:
         """An operation along the tokens of an axis: those are the rows of its operand."""
-        axis = e.arg[0] if e.op in ("segprod", "shift") else e.arg
+        axis = e.axis
         rest = next((a for a in e.src[0].axes if a != axis), None)
         return _call(_token_operation(e), [self.matrix(e.src[0], (axis, rest)).text])
 
@@ -420,7 +420,7 @@ def function_latex(function: Function, program: Program) -> str:
 
 def _listed(values: Iterable[Expr]) -> str:
     """Names in a line of text, which may break between them."""
-    return ", ".join(f"${name_latex(e.arg[0].name)}$" for e in values)
+    return ", ".join(f"${name_latex(e.name)}$" for e in values)
 
 
 def _body(body: tuple[Statement, ...], program: Program, namer: Namer) -> list[str]:
@@ -456,7 +456,7 @@ def _block(block: Block, program: Program, namer: Namer) -> list[str]:
     r"""The lines of a block; \leftarrow where a variable takes a new value from its old one."""
     printer = LatexPrinter()
     targets = {a.leaf: a.target for a in block.assigns}
-    read = {e.arg[0].name for e in leaves(values(block)) if e.arg[0].at is None}
+    read = {e.name for e in leaves(values(block)) if e.at is None}
     lines = []
     for step in steps(block, Namer(namer.taken, program.names)):
         axes = targets[step.target].axes if step.target else step.value.axes

@@ -31,11 +31,11 @@ class Finding(NamedTuple):
 
 def dependence(root: Expr, on: Iterable[Expr]) -> Finding:
     """How `root` depends on the leaves `on`, taken together."""
-    on = {e.arg[0].name for e in on}
+    names = {e.name for e in on}
     found: dict[Expr, Finding] = {}
     for node in postorder([root]):
         if node.op == "leaf":
-            found[node] = Finding(Dependence.LINEAR if node.arg[0].name in on else Dependence.CONSTANT)
+            found[node] = Finding(Dependence.LINEAR if node.name in names else Dependence.CONSTANT)
         else:
             found[node] = _combine(node, [found[s] for s in node.src])
     return found[root]

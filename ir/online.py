@@ -53,7 +53,7 @@ def taken_apart(gradients: Gradients, states: Sequence[Expr]) -> dict[str, tuple
     """Numbers as factors of their own: 2 * e in the gradient of a bias is the e in that of its matrix. Where several
     unknown values are left, so is all that does not depend on the weights: weight * e holds the same e.
     """
-    names = {w.arg[0].name for w in states}
+    names = {w.name for w in states}
     numbers = {n: _apart(terms, lambda e: e.op == "const") for n, terms in gradients.items()}
     constants = {n: _apart(terms, lambda e: not _reads(e, names)) for n, terms in gradients.items()}
     return constants if len(_unknowns(constants, names)) == 1 < len(_unknowns(numbers, names)) else numbers
@@ -78,7 +78,7 @@ def _unknowns(gradients: Gradients, states: set[str]) -> set[Expr]:
 
 
 def _reads(e: Expr, states: set[str]) -> bool:
-    return any(x.arg[0].name in states for x in leaves([e]))
+    return any(x.name in states for x in leaves([e]))
 
 
 def unnamed(f: Expr) -> Expr:
@@ -105,7 +105,7 @@ def solved(u: Expr, weights: Mapping[str, Moving], sizes: Mapping[str, int], mov
     rows = unknown_rows(u)
     known, matrix = [], None
     for term in _Affine(weights, moved).of(u):
-        unknown = [f for f in term.factors if f.op == "leaf" and f.arg[0] == rows.arg[0]]
+        unknown = [f for f in term.factors if f.op == "leaf" and f.variable == rows.variable]
         if not unknown:
             known.append(term)
             continue
@@ -144,7 +144,7 @@ def gain(
     own = b.rename(rows, {S_AXIS: T_AXIS})
     weights = {}
     for w in states:
-        name = w.arg[0].name
+        name = w.name
         (rate,) = over_chunk([rates[name]], T_AXIS, {})
         terms = []
         for t in gradients[name]:
@@ -153,7 +153,7 @@ def gain(
         weights[name] = Moving(w.axes, tuple(terms))
     total: Expr | None = None
     for term in _Affine(weights, {}).of(u):
-        unknown = [f for f in term.factors if f.op == "leaf" and f.arg[0] == rows.arg[0]]
+        unknown = [f for f in term.factors if f.op == "leaf" and f.variable == rows.variable]
         if not unknown:
             continue
         if set(unknown[0].axes) != set(own.axes):
@@ -174,11 +174,11 @@ class _Affine:
         self.weights, self.moved, self.hidden = weights, moved, 0
 
     def of(self, e: Expr) -> tuple[Term, ...]:
-        declared = [x for x in leaves([e]) if x.arg[0].name in self.weights]
+        declared = [x for x in leaves([e]) if x.name in self.weights]
         if e not in depends_on([e], declared):
             return (Term(1, tuple(over_chunk([e], T_AXIS, self.moved))),)
         if e.op == "leaf":
-            moving = self.weights[e.arg[0].name]
+            moving = self.weights[e.name]
             to = dict(zip(moving.axes, e.axes, strict=True))
             return tuple(t.renamed(to) for t in moving.terms)
         return tuple(getattr(self, f"_{e.op}")(e))

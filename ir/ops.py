@@ -150,7 +150,7 @@ def _put_last_numpy(node: Expr, sizes: Values, value: Any) -> Any:
 
 
 def _segprod_numpy(node: Expr, sizes: Values, value: Any) -> Any:
-    return numerics.segprod(np.moveaxis(value, node.src[0].axes.index(node.arg[0]), 0))
+    return numerics.segprod(np.moveaxis(value, node.src[0].axes.index(node.axis), 0))
 
 
 def _cumprod_numpy(node: Expr, sizes: Values, value: Any) -> Any:
@@ -389,7 +389,7 @@ _row(
         "shift",
         lambda src, arg: _token_first(src, arg[0]),
         _shift_numpy,
-        lambda g, y, x: (b.shift_back(b.broadcast(g, y.axes), y.arg[0]),),
+        lambda g, y, x: (b.shift_back(b.broadcast(g, y.axes), y.axis),),
         hint="before",
         make=lambda src, arg: b.shift(src[0], *arg),
     )

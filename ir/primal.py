@@ -36,7 +36,6 @@ from tttc.ir.update import (
     momentum_leaf,
     openings,
     scale_leaf,
-    state_name,
 )
 
 
@@ -56,7 +55,7 @@ class _Loop:
         self.program, self.update = program, _update(program)
         self.gradients, self.z = per_token(program)
         self.moved: dict[Expr, Expr] = {}
-        self.states = {state_name(w): w for w in self.update.states}
+        self.states = {w.name: w for w in self.update.states}
         self.start = {n: leaf(suffixed(n, "start"), "state", w.axes) for n, w in self.states.items()}
         self.before = {n: self._carried(w) for n, w in self.states.items()}
         self.after = self._advanced()
@@ -64,7 +63,7 @@ class _Loop:
     def _carried(self, w: Expr) -> Carried:
         update = self.update
         momentum = momentum_leaf(update, w) if update.per == "token" else None
-        start = self.start[state_name(w)]
+        start = self.start[w.name]
         return Carried(start, added_leaf(w), scale_leaf(update, w), momentum, average_leaf(update, w))
 
     def _advanced(self) -> dict[str, Advanced]:
@@ -161,7 +160,7 @@ class _Loop:
         step = "T" if update.mini_batch == "all" else update.mini_batch
         beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
         body = (Allocate(target), *((beginning,) if kept else ()), For("m", "T", step, tuple(inner)))
-        params = tuple(_at(p, "t") if p.arg[0].role in ("token", "gate") else p for p in loop_params(program))
+        params = tuple(_at(p, "t") if p.role in ("token", "gate") else p for p in loop_params(program))
         return Function(program.name, params, body, (self.z.target, *update.states))
 
     def _plain(self) -> dict[str, Expr]:
@@ -176,7 +175,7 @@ class _Loop:
             c, base = self.before[n], accumulated(update, w)
             start = base if base is not w else self.start[n]
             tau = update.tau.get(n)
-            if tau is not None and tau.op == "leaf" and tau.arg[0].role == "gate":
+            if tau is not None and tau.op == "leaf" and tau.role == "gate":
                 found, axes = tau.arg
                 tau = b.last(Expr("leaf", (), (Leaf(found.name, found.role, "m"), (T_AXIS, *axes))), T_AXIS)
             ends[n] = Ending(start if c.scale is None else b.mul(c.scale, start), c.added, tau)
@@ -189,7 +188,7 @@ def token_block(program: Program) -> tuple[Assign, ...]:
     loop = _Loop(program)
     assigns = loop.token()
     values = [a.value for a in assigns]
-    begins = {start.arg[0]: loop.states[n].arg[0] for n, start in loop.start.items()}
+    begins = {start.variable: loop.states[n].variable for n, start in loop.start.items()}
 
     def alone(e: Expr) -> Expr:
         found, axes = e.arg
@@ -216,26 +215,26 @@ def rates_at_token(update: Update) -> Update:
 
 def loop_params(program: Program) -> tuple[Expr, ...]:
     """States, params, then tokens and gates of the per-token functions, each once; at least one that has tokens."""
-    found: dict[str, Expr] = {_name(w): w for w in _update(program).states}
+    found: dict[str, Expr] = {w.name: w for w in _update(program).states}
     for role in ("param", "token", "gate"):
         for function in program.per_token:
             for p in function.params:
-                if p.arg[0].role == role:
-                    found.setdefault(p.arg[0].name, p)
+                if p.role == role:
+                    found.setdefault(p.name, p)
         for rate in leaves(_update(program).rates):
-            if rate.arg[0].role == role:
-                found.setdefault(rate.arg[0].name, rate)
-    if all(p.arg[0].role in ("state", "param") for p in found.values()):
-        found[_name(EACH)] = EACH
+            if rate.role == role:
+                found.setdefault(rate.name, rate)
+    if all(p.role in ("state", "param") for p in found.values()):
+        found[EACH.name] = EACH
     tokens = [n for n in ("q", "k", "v") if n in found]
-    order = [n for n in found if found[n].arg[0].role in ("state", "param")]
+    order = [n for n in found if found[n].role in ("state", "param")]
     order += tokens + [n for n in found if n not in order and n not in tokens]
     return tuple(found[n] for n in order)
 
 
 def per_token(program: Program) -> tuple[dict[str, Expr], Assign]:
     """The gradient of each state, and the output, of one token."""
-    states = {differential(_name(w)): _name(w) for w in _update(program).states}
+    states = {differential(w.name): w.name for w in _update(program).states}
     functions = {f.name: f for f in program.per_token}
     (gradient,) = blocks(functions["gradient"].body)
     (output,) = blocks(functions["output"].body)
@@ -244,12 +243,12 @@ def per_token(program: Program) -> tuple[dict[str, Expr], Assign]:
 
 def at_token(e: Expr, weights: Mapping[Expr, Expr], moved: dict[Expr, Expr]) -> Expr:
     """A per-token expression inside the token loop: k -> k[t]; the states stand for what is given."""
-    by_name = {_name(w): (w, value) for w, value in weights.items()}
+    by_name = {w.name: (w, value) for w, value in weights.items()}
 
     def visit(node: Expr, src: tuple[Expr, ...]) -> Expr:
         if node.op != "leaf":
             return rebuild(node, src)
-        name, role, _ = node.arg[0]
+        name, role, _ = node.variable
         if role in ("token", "gate"):
             return _at(node, "t")
         if name in by_name:
@@ -263,10 +262,6 @@ def at_token(e: Expr, weights: Mapping[Expr, Expr], moved: dict[Expr, Expr]) -> 
 def _at(e: Expr, at: str) -> Expr:
     found, axes = e.arg
     return Expr("leaf", (), (Leaf(found.name, found.role, at), axes))
-
-
-def _name(e: Expr) -> str:
-    return e.arg[0].name
 
 
 def _update(program: Program) -> Update:

@@ -31,7 +31,7 @@ class Assign:
 
     @property
     def leaf(self) -> Leaf:
-        return self.target.arg[0]
+        return self.target.variable
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Update:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(w.arg[0].name for w in self.states)
+        return tuple(w.name for w in self.states)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def at_chunk(e: Expr, axis: Axis) -> Expr:
 
 
 def is_sequence(e: Expr) -> bool:
-    return e.op == "leaf" and e.arg[0].role in ("token", "gate", "output")
+    return e.op == "leaf" and e.role in ("token", "gate", "output")
 
 
 # -- gradients as products ---------------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def read_through(
     done: dict[Expr, Moving | Expr] = {}
     for node in postorder([output]):
         src = tuple(done[s] for s in node.src)
-        if node.op == "leaf" and node.arg[0].name in weights:
-            declared = weights[node.arg[0].name]
+        if node.op == "leaf" and node.name in weights:
+            declared = weights[node.name]
             to = dict(zip(declared.axes, node.axes, strict=True))
             done[node] = _renamed(declared, to)
         elif any(isinstance(s, Moving) for s in src):
@@ -156,7 +156,7 @@ def nonlinear_use(output: Expr, states: Sequence[Expr], sizes: Mapping[str, int]
     """The value that uses a matrix of weights nonlinearly: weights of every token then have to be multiplied out."""
     weights = {}
     for w in states:
-        found = w.arg[0]
+        found = w.variable
         of_token = Expr("leaf", (), (Leaf(found.name, found.role, "c"), (T_AXIS, *w.axes)))
         weights[found.name] = Moving(w.axes, (Term(1, (of_token,)),))
     (over,) = over_chunk([output], T_AXIS, {})

@@ -42,7 +42,6 @@ from tttc.ir.update import (
     observed,
     openings,
     scale_leaf,
-    state_name,
 )
 
 LONGEST_CHUNK = 128  # a longer mini-batch is tiled: the Gram matrices of a chunk grow with its square
@@ -161,14 +160,14 @@ class _Layout:
         stored = assigns[: len(stores)]
         kept = {a.target: a for a in assigns[len(stores) :]}
         updates = tuple(kept[c] for c in carry)
-        read = {e.arg[0].name for e in leaves(a.value for a in assigns)}
+        read = {e.name for e in leaves(a.value for a in assigns)}
         params = (*loop_params(self.program), *self.memory)
         if self.plan.substitution:  # the rows come as sequences, and what made them is not read again
-            rows = {e.arg[0]: e for e in leaves(a.value for a in assigns) if is_row(e)}
+            rows = {e.variable: e for e in leaves(a.value for a in assigns) if is_row(e)}
             params = (*params, *(leaf(found.name, found.role, e.axes[1:]) for found, e in rows.items()))
-        params = tuple(p for p in params if p.arg[0].name in read or p.arg[0].role in ("token", "gate"))
-        sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.arg[0].role in ("token", "gate"))
-        fixed = tuple(p for p in params if p.arg[0].role not in ("token", "gate") and p not in carry)
+        params = tuple(p for p in params if p.name in read or p.role in ("token", "gate"))
+        sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.role in ("token", "gate"))
+        fixed = tuple(p for p in params if p.role not in ("token", "gate") and p not in carry)
         return Scan(name, fixed, carry, sequence, stored, updates, self.plan.chunk, doc=doc)
 
     def substitution(self) -> list[Scan]:
@@ -182,15 +181,15 @@ class _Layout:
         coefficients, loop = parts
         rows, past = loop[: len(found.rows)], loop[len(found.rows) :]
         carry = tuple(a.target for a in past)
-        read = {e.arg[0].name: e for e in leaves(a.value for a in loop)}
-        known = {p.arg[0].name: p for p in (*loop_params(self.program), *self.memory)}
-        sequence = tuple(e for e in dict.fromkeys(read.values()) if e.arg[0].at is not None)
+        read = {e.name: e for e in leaves(a.value for a in loop)}
+        known = {p.name: p for p in (*loop_params(self.program), *self.memory)}
+        sequence = tuple(e for e in dict.fromkeys(read.values()) if e.at is not None)
         made = {a.leaf.name for a in coefficients}
-        fixed = tuple(p for n, p in known.items() if n in read and read[n].arg[0].at is None)
-        fixed += tuple(e for n, e in read.items() if n in made and e.arg[0].at is None)
+        fixed = tuple(p for n, p in known.items() if n in read and read[n].at is None)
+        fixed += tuple(e for n, e in read.items() if n in made and e.at is None)
         gates = tuple(dict.fromkeys(e for e in leaves(a.value for a in coefficients)))
         if not any(T_AXIS.size == a.size for e in gates for a in e.axes):
-            gates = (*gates, leaf(EACH.arg[0].name, EACH.arg[0].role, (T_AXIS,)))
+            gates = (*gates, leaf(EACH.name, EACH.role, (T_AXIS,)))
         name = self.program.name
         doc = "The coefficients of a chunk, from its gates."
         first = Scan(f"{name}_coefficients", gates, (), (), (), coefficients, 1, loops=False, doc=doc)
@@ -212,15 +211,15 @@ class _Layout:
         update, ends = self.update, {}
         for w in update.states:
             base, scale = accumulated(update, w), scale_leaf(update, w)
-            tau = update.tau.get(state_name(w))
-            ends[state_name(w)] = Ending(base if scale is None else b.mul(scale, base), added_leaf(w), tau)
+            tau = update.tau.get(w.name)
+            ends[w.name] = Ending(base if scale is None else b.mul(scale, base), added_leaf(w), tau)
         means = {g: b.div(s, COUNT) for g, s in averaged_gates(update).items()}
         done, named, _ = finished(ended(update, ends, means), {})
         self.names.update(named)
         carry = tuple(a.target for a in done)
-        read = {e.arg[0].name: e for e in leaves(a.value for a in done)}
+        read = {e.name: e for e in leaves(a.value for a in done)}
         given = [*(o.variable for o in openings(update)), *self.memory, *loop_params(self.program)]
-        fixed = tuple(p for p in given if p.arg[0].name in read and p not in carry)
+        fixed = tuple(p for p in given if p.name in read and p not in carry)
         doc = "The weights that a mini-batch hands on; gates are those of its last token."
         return Scan(f"{self.program.name}_close", fixed, carry, (), (), done, 1, loops=False, doc=doc)
 
@@ -244,11 +243,11 @@ class _Layout:
             block = tuple(a for a in block if a.target not in carried)
         done, named, _ = finished([*block, *closing], program.names)
         self.names.update(named)
-        read = {e.arg[0].name for e in leaves(a.value for a in done)}
+        read = {e.name for e in leaves(a.value for a in done)}
         made = {a.target for a in done}
         given = [*loop_params(program), *carried, *self.memory]
         carry = tuple(p for p in given if p in made)
-        fixed = tuple(p for p in given if p.arg[0].name in read and p not in made)
+        fixed = tuple(p for p in given if p.name in read and p not in made)
         doc = "One token alone."
         return Scan(f"{program.name}_token", fixed, carry, (), (), done, 1, False, doc, differentiated=False)
 
@@ -277,7 +276,7 @@ class _Layout:
         tile, close = scans[:2]
         opened = openings(self.update)
         opening = Block(tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in opened))
-        at_end = {p: _last_of_mini_batch(p) for p in close.fixed if p.arg[0].role == "gate"}
+        at_end = {p: _last_of_mini_batch(p) for p in close.fixed if p.role == "gate"}
         closing = Block(tuple(Assign(a.target, *substitute([a.value], at_end)) for a in close.updates))
         inner = For("c", "m", self.plan.chunk, (tile.block,))
         step = self.plan.mini_batch

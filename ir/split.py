@@ -45,9 +45,9 @@ def split(scan: Scan) -> Split | None:
 
 def _reading(scan: Scan) -> Scan:
     """Without the variables that its block does not read."""
-    read = {e.arg[0].name for e in leaves(a.value for a in scan.block.assigns)}
+    read = {e.name for e in leaves(a.value for a in scan.block.assigns)}
     fixed, carry, sequence = (
-        tuple(p for p in group if p.arg[0].name in read) for group in (scan.fixed, scan.carry, scan.sequence)
+        tuple(p for p in group if p.name in read) for group in (scan.fixed, scan.carry, scan.sequence)
     )
     return replace(scan, fixed=fixed, carry=carry, sequence=sequence)
 

@@ -50,7 +50,7 @@ def row(i: int, f: Expr, axis: Axis) -> Expr:
 
 def is_row(e: Expr) -> bool:
     """Whether a leaf is a factor at the tokens of the chunk."""
-    return str(e.arg[0].name).startswith(prefixed("row", own("")))
+    return e.name.startswith(prefixed("row", own("")))
 
 
 def rows_given(gradients: Mapping[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
@@ -91,12 +91,12 @@ def substitution(
             kernel = Term(k.sign, (A,), (PAST,))
             terms += [kernel.times(t.mapped(past.__getitem__)) for t in gradients[n]]
         weights[n] = Moving(w.axes, tuple(terms))
-    at_once = {e: Expr("leaf", (), (Leaf(e.arg[0].name, e.arg[0].role), e.axes)) for e in leaves(a.value for a in made)}
+    at_once = {e: Expr("leaf", (), (Leaf(e.name, e.role), e.axes)) for e in leaves(a.value for a in made)}
     made = [Assign(a.target, *substitute([a.value], at_once)) for a in made]
     rows, grown = [], []
     for i, f in enumerate(factors):
         (over,) = over_chunk([f], T_AXIS, {})
-        reads = any(e.arg[0].name in weights for e in leaves([f]))
+        reads = any(e.name in weights for e in leaves([f]))
         value = b.broadcast(read_through(over, weights, sizes, {}) if reads else over, (T_AXIS, *f.axes))
         rows.append(Assign(row(i, f, T_AXIS), value))
         grown.append(Assign(past[f], b.add(past[f], b.contract((NOW, value), (T_AXIS,)))))

@@ -88,7 +88,7 @@ def steps(block: Block, namer: Namer) -> list[Step]:
     roots = [a.value for a in block.assigns]
     named = _to_be_named(roots, namer.hints)
     carried = [a for a in block.assigns if a.leaf.at is None]
-    read = {e.arg[0].name for e in postorder(roots) if e.op == "leaf"}
+    read = {e.name for e in postorder(roots) if e.op == "leaf"}
     fresh = {a.value: a for a in carried if a.leaf.name not in read and a.target.axes == a.value.axes}
     lines: list[Step] = []
     for node in postorder(roots):
@@ -122,8 +122,8 @@ def _reads(e: Expr, names: Mapping[Expr, str]) -> set[str]:
         if node in seen or node in names:
             continue
         seen.add(node)
-        if node.op == "leaf" and node.arg[0].at is None:
-            found.add(node.arg[0].name)
+        if node.op == "leaf" and node.at is None:
+            found.add(node.name)
         stack.extend(node.src)
     return found
 
@@ -237,7 +237,7 @@ class Printer:
         return Text(f"{text.at_least(5)}[{', '.join(index)}]") if index else text
 
     def _leaf(self, e: Expr) -> Text:
-        leaf: Leaf = e.arg[0]
+        leaf = e.variable
         return Text(f"{self.word(leaf.name)}[{self.word(own(leaf.at))}]" if leaf.at else self.word(leaf.name))
 
     def _const(self, e: Expr) -> Text:
@@ -337,7 +337,7 @@ class Printer:
         return self.ordered(e, (axis, *(a for a in e.axes if a != axis))).text
 
     def _segprod(self, e: Expr) -> Text:
-        return Text(f"segprod({self._token_first(e.src[0], e.arg[0])})")
+        return Text(f"segprod({self._token_first(e.src[0], e.axis)})")
 
     def _cumprod(self, e: Expr) -> Text:
         return Text(f"cumprod({self._token_first(e.src[0], e.arg)}, axis=0)")
@@ -393,7 +393,7 @@ def type_text(axes: Axes, dtype: str) -> str:
 
 def said(function: Function, program: Program) -> set[str]:
     """What parameters, targets, loop variables and sizes are called in a function, as they read."""
-    names = {p.arg[0].name for p in function.params} | {r.arg[0].name for r in function.returns}
+    names = {p.name for p in function.params} | {r.name for r in function.returns}
 
     def visit(statements: tuple[Statement, ...]) -> None:
         for s in statements:
@@ -403,7 +403,7 @@ def said(function: Function, program: Program) -> set[str]:
             elif isinstance(s, Block):
                 names.update(a.leaf.name for a in s.assigns)
             elif isinstance(s, Allocate):
-                names.add(s.target.arg[0].name)
+                names.add(s.target.name)
 
     visit(function.body)
     return {*map(spelled, (*names, *program.dims)), "T"}
@@ -416,10 +416,10 @@ def formulas(roots: Iterable[Expr]) -> list[Formula]:
 
 def function_text(of: Function, program: Program) -> str:
     """One function of a program, its names marked."""
-    sequence = any(p.arg[0].role in ("token", "gate") and p.arg[0].at for p in of.params)
+    sequence = any(p.role in ("token", "gate") and p.at for p in of.params)
     arguments = []
     for p in of.params:
-        leaf = p.arg[0]
+        leaf = p.variable
         own_axes = tuple(a for a in p.axes if a.size != TOKENS) if leaf.at else p.axes
         shape = type_text(((ALL_TOKENS, *own_axes) if leaf.at else own_axes), program.dtype)
         arguments.append(f"{marked(leaf.name)}: {shape}")
@@ -427,14 +427,14 @@ def function_text(of: Function, program: Program) -> str:
     if of.doc:
         lines.append(f'    """{of.doc}"""')
     if sequence:
-        first = next(p for p in of.params if p.arg[0].at)
-        lines.append(f"    {_loop_name('T')} = len({marked(first.arg[0].name)})")
+        first = next(p for p in of.params if p.at)
+        lines.append(f"    {_loop_name('T')} = len({marked(first.name)})")
     lines += [f"    {marked(size_of(size))} = {length}" for size, length in _measured(of, program).items()]
     if any(isinstance(s, For) and any(isinstance(x, Save) for x in s.body) for s in of.body):
         lines.append("    saved = []")
     namer = Namer(said(of, program), program.names)
     lines += _statements_text(of.body, program, namer, "    ", {})
-    lines.append("    return " + (", ".join(marked(r.arg[0].name) for r in of.returns) or "()"))
+    lines.append("    return " + (", ".join(marked(r.name) for r in of.returns) or "()"))
     return "\n".join(lines)
 
 
@@ -486,10 +486,10 @@ def _statements_text(
             sizes = [marked(size_of(a.size)) for a in axes if a.size != TOKENS]
             lines.append(f"{indent}{marked(leaf.name)} = empty({', '.join([_loop_name('T'), *sizes])})")
         elif isinstance(statement, Save):
-            names = [marked(e.arg[0].name) for e in statement.values]
+            names = [marked(e.name) for e in statement.values]
             lines += _wrapped(f"{indent}saved.append((", names, ",))" if names else "))")
         elif isinstance(statement, Restore):
-            names = [marked(r.arg[0].name) for r in statement.targets]
+            names = [marked(r.name) for r in statement.targets]
             lines += _wrapped(f"{indent}(", names, ",) = saved.pop()" if names else ") = saved.pop()")
         else:
             lines += _block_text(statement, program, namer, indent, lengths)

@@ -113,46 +113,38 @@ class Memory(NamedTuple):
     begins: Expr  # from the weights that the sequence begins with
 
 
-def state_name(w: Expr) -> str:
-    return str(w.arg[0].name)
-
-
 def added_leaf(w: Expr) -> Expr:
     """U: what the open mini-batch has added."""
-    return leaf(prefixed("S", state_name(w)), "sum", w.axes)
+    return leaf(prefixed("S", w.name), "sum", w.axes)
 
 
 def scale_leaf(update: Update, w: Expr) -> Expr | None:
     """a: the product of the decays of the open mini-batch, with the axis of a channel decay; None without decay."""
-    decay = update.decay.get(state_name(w))
+    decay = update.decay.get(w.name)
     if decay is None or update.per == "mini_batch":
         return None
-    return leaf(prefixed("a", state_name(w)), "sum", decay.axes)
+    return leaf(prefixed("a", w.name), "sum", decay.axes)
 
 
 def momentum_leaf(update: Update, w: Expr) -> Expr | None:
-    return (
-        leaf(prefixed("M", state_name(w)), "memory", w.axes) if update.momentum.get(state_name(w)) is not None else None
-    )
+    return leaf(prefixed("M", w.name), "memory", w.axes) if update.momentum.get(w.name) is not None else None
 
 
 def average_leaf(update: Update, w: Expr) -> Expr | None:
-    return (
-        leaf(prefixed("V", state_name(w)), "memory", w.axes) if update.average.get(state_name(w)) is not None else None
-    )
+    return leaf(prefixed("V", w.name), "memory", w.axes) if update.average.get(w.name) is not None else None
 
 
 def accumulated(update: Update, w: Expr) -> Expr:
     """What the rule adds to: the weights, or the accumulator `A_W` of which they are a view."""
-    viewed = any(state_name(w) in s.values for s in update.at_end if s.on == "view")
-    return leaf(prefixed("A", state_name(w)), "memory", w.axes) if viewed else w
+    viewed = any(w.name in s.values for s in update.at_end if s.on == "view")
+    return leaf(prefixed("A", w.name), "memory", w.axes) if viewed else w
 
 
 def memories(update: Update) -> tuple[Memory, ...]:
     """Everything that a sequence carries from mini-batch to mini-batch beside its weights."""
     found: list[Memory] = []
     for w in update.states:
-        n = state_name(w)
+        n = w.name
         momentum, average, base = momentum_leaf(update, w), average_leaf(update, w), accumulated(update, w)
         if momentum is not None:
             found.append(Memory(momentum, b.broadcast(const(0), w.axes)))
@@ -182,8 +174,8 @@ def averaged_gates(update: Update) -> dict[Expr, Expr]:
     if update.per != "mini_batch":
         return {}
     rates = [r for g in (update.momentum, update.decay) for r in g.values() if r is not None]
-    gates = dict.fromkeys(r for r in rates if r.op == "leaf" and r.arg[0].role == "gate")
-    return {r: leaf(prefixed("m", state_name(r)), "sum", r.axes) for r in gates}
+    gates = dict.fromkeys(r for r in rates if r.op == "leaf" and r.role == "gate")
+    return {r: leaf(prefixed("m", r.name), "sum", r.axes) for r in gates}
 
 
 def openings(update: Update) -> tuple[Opened, ...]:
@@ -211,7 +203,7 @@ def ended(update: Update, ends: Mapping[str, Ending], means: Mapping[Expr, Expr]
 
     `means` gives, with per="mini_batch", the mean of each momentum and decay gate.
     """
-    names = [state_name(w) for w in update.states]
+    names = [w.name for w in update.states]
     steps, bases, made = {}, {}, []
     for w, n in zip(update.states, names, strict=True):
         base, step, tau = ends[n]
@@ -233,7 +225,7 @@ def ended(update: Update, ends: Mapping[str, Ending], means: Mapping[Expr, Expr]
 
 def _once(update: Update, w: Expr, base: Expr, step: Expr, means: Mapping[Expr, Expr]) -> tuple[Expr, Expr, Expr]:
     """Momentum and decay that act once, with the mean of their gates."""
-    n = state_name(w)
+    n = w.name
     mu, decay, momentum = update.momentum.get(n), update.decay.get(n), step
     if mu is not None:
         mu = means.get(mu, mu)
@@ -247,18 +239,18 @@ def _once(update: Update, w: Expr, base: Expr, step: Expr, means: Mapping[Expr, 
 
 
 def _acted(stage: EndStage, update: Update) -> list[tuple[Expr, str]]:
-    return [(w, state_name(w)) for w in update.states if state_name(w) in stage.values]
+    return [(w, w.name) for w in update.states if w.name in stage.values]
 
 
 def _staged(stage: EndStage, values: Mapping[str, Expr], update: Update) -> dict[str, Expr]:
     """A stage applied: its expressions, with the values in place of the leaves that stand for them."""
-    given = {end_leaf(w).arg[0]: (w, values[n]) for w, n in _acted(stage, update)}
+    given = {end_leaf(w).variable: (w, values[n]) for w, n in _acted(stage, update)}
     acted = _acted(stage, update)
     roots = [stage.values[n] for _, n in acted]
     replaced = {}
     for e in leaves(roots):
-        if e.arg[0] in given:
-            w, value = given[e.arg[0]]
+        if e.variable in given:
+            w, value = given[e.variable]
             value = b.broadcast(value, w.axes)
             replaced[e] = b.rename(value, dict(zip(w.axes, e.axes, strict=True)))
     done = substitute(roots, replaced)

@@ -21,9 +21,9 @@ def verify(program: Program, forbidden: Iterable[str] = ()) -> None:
     """Raise `MalformedProgram` naming the stage, the function and the expression at fault."""
     forbidden = frozenset(forbidden)
     for function in program.functions:
-        scope = {p.arg[0].name for p in function.params}
+        scope = {p.name for p in function.params}
         _statements(function.body, scope, f"stage {program.stage!r}, function {function.name!r}", forbidden)
-        missing = [r.arg[0].name for r in function.returns if r.arg[0].name not in scope]
+        missing = [r.name for r in function.returns if r.name not in scope]
         if missing:
             raise MalformedProgram(f"stage {program.stage!r}: {function.name!r} returns undefined {', '.join(missing)}")
     for scan in program.scans:
@@ -47,9 +47,9 @@ def _statements(body: tuple[Statement, ...], scope: set[str], where: str, forbid
             scope.add(own(statement.var))
             _statements(statement.body, scope, where, forbidden)
         elif isinstance(statement, Allocate):
-            scope.add(statement.target.arg[0].name)
+            scope.add(statement.target.name)
         elif isinstance(statement, Restore):
-            scope.update(t.arg[0].name for t in statement.targets)
+            scope.update(t.name for t in statement.targets)
         elif isinstance(statement, Block):
             _block(statement, scope, where, forbidden)
         else:
@@ -80,7 +80,7 @@ def _block(block: Block, scope: set[str], where: str, forbidden: frozenset[str])
 def _leaf(e: Expr, scope: set[str], where: str) -> None:
     if e.op != "leaf":
         return
-    leaf = e.arg[0]
+    leaf = e.variable
     if leaf.role not in DECLARED and is_declared(leaf.name):
         raise MalformedProgram(f"{where}: {leaf.name}, a {leaf.role}, is called as a user may call a variable")
     for name in (leaf.name, leaf.at and own(leaf.at)):

@@ -176,7 +176,7 @@ SIZES = {TOKENS: 3, "D": 2, "E": 4}
 
 def value_of(e: Expr, variables: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray:
     """By the meaning that the table of operations gives."""
-    known = {x: variables[x.arg[0].name] for x in leaves([e])}
+    known = {x: variables[x.name] for x in leaves([e])}
     for x, value in known.items():
         assert value.shape == tuple(sizes[a.size] for a in x.axes), f"{x!r} has shape {value.shape}"
     by_axis = {a.name: sizes[a.size] for x in postorder([e]) for a in (*x.axes, *([x.arg] if x.op == "size" else []))}
@@ -186,7 +186,7 @@ def value_of(e: Expr, variables: dict[str, np.ndarray], sizes: dict[str, int]) -
 def assert_statements_are(assigns: Sequence[Assign], program: Program, sizes: dict[str, int]) -> None:
     """Every statement in NumPy, in the order of the groups, each value as it was stored; and none gathers."""
     draw = np.random.default_rng(0)
-    given = {e.arg[0].name: draw.uniform(0.2, 0.9, [sizes[a.size] for a in e.axes]) for e in leaves(values(assigns))}
+    given = {e.name: draw.uniform(0.2, 0.9, [sizes[a.size] for a in e.axes]) for e in leaves(values(assigns))}
     stored = dict(given)
     made = [s for group in grouped(statements(assigns, program)) for s in group.statements]
     assert len({s.name for s in made}) == len(made)

@@ -142,7 +142,7 @@ def test_contractions_of_a_call_agree_with_running_the_printed_text(variant: typ
     arguments = []
     for p in function.params:
         shape = [dims[a.size] for a in p.axes if a.size != TOKENS]
-        arguments.append(np.ones([32, *shape] if p.arg[0].at else shape).view(Counting))
+        arguments.append(np.ones([32, *shape] if p.at else shape).view(Counting))
     Counting.flops = 0
     scope[function.name](*arguments)
     formula = cost.function_work(function).contraction

@@ -288,8 +288,8 @@ def _with_a_name_that_is_declared(program):
     from tttc.ir.program import Assign, Block, Function
 
     function = program["compared_close"]
-    sums = [p for p in function.params if p.arg[0].role == "sum"]
-    to = {p: Expr("leaf", (), (Leaf(spelled(p.arg[0].name), "sum"), p.axes)) for p in sums}
+    sums = [p for p in function.params if p.role == "sum"]
+    to = {p: Expr("leaf", (), (Leaf(spelled(p.name), "sum"), p.axes)) for p in sums}
     (block,) = function.body
     values = substitute([a.value for a in block.assigns], to)
     assert set(to) <= set(leaves(a.value for a in block.assigns))

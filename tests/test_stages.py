@@ -55,10 +55,10 @@ def one_head(inputs):
 
 def called(scope, function, arguments):
     """A printed function on arrays by name; its results by name, as it is printed."""
-    given = {n: arguments[n] for p in function.params for n in [spelled(p.arg[0].name)]}
+    given = {n: arguments[n] for p in function.params for n in [spelled(p.name)]}
     results = scope[function.name](**given)
     results = results if isinstance(results, tuple) else (results,)
-    return {spelled(r.arg[0].name): x for r, x in zip(function.returns, results, strict=True)}
+    return {spelled(r.name): x for r, x in zip(function.returns, results, strict=True)}
 
 
 def error(found, wanted):
@@ -170,7 +170,7 @@ def swept_back(layer, arguments, cotangents):
     forward, backward = executed(layer, "schedule"), executed(layer, "adjoint")
     scans = {s.name.removeprefix(program.name): s for s in program.scans}
     order = [part for part in ("_begin", "", *(() if "" in scans else ("_open", "_close"))) if part in scans]
-    values = arguments | {spelled(o.variable.arg[0].name): opened(o, program) for o in openings(program.update)}
+    values = arguments | {spelled(o.variable.name): opened(o, program) for o in openings(program.update)}
     gates = layer.signature.gates
     met = []
     for part in order:
@@ -180,7 +180,7 @@ def swept_back(layer, arguments, cotangents):
         if part != order[-1]:
             values = values | called(forward, schedule[scans[part].name], values)
     found = {
-        spelled(cotangent(a.target).arg[0].name): np.zeros_like(values[spelled(a.leaf.name)])
+        spelled(cotangent(a.target).name): np.zeros_like(values[spelled(a.leaf.name)])
         for s in scans.values()
         if s.differentiated
         for a in s.updates
@@ -188,7 +188,7 @@ def swept_back(layer, arguments, cotangents):
     for part, values in zip(reversed(order), reversed(met), strict=True):
         scan = scans[part]
         pulled = called(backward, program[f"{scan.name}_adjoint"], values | found)
-        made = {spelled(cotangent(a.target).arg[0].name) for a in scan.updates}
+        made = {spelled(cotangent(a.target).name) for a in scan.updates}
         for n, g in pulled.items():
             if part == "_close" and n[1:] in gates:
                 g = np.append(np.zeros((TOKENS - 1, *np.shape(g))), [g], 0)

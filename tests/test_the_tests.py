@@ -324,7 +324,7 @@ def unstaged(scan):
     """The end of a mini-batch without its stages: W - S."""
     if not scan.name.endswith("_close"):
         return scan
-    sums = {p.arg[0].name: p for p in scan.fixed}
+    sums = {p.name: p for p in scan.fixed}
     plain = [
         b.sub(a.target, sums[prefixed("S", a.leaf.name)]) if a.leaf.role == "state" else a.value for a in scan.updates
     ]
@@ -343,7 +343,7 @@ def test_tau_of_the_wrong_token_where_a_mini_batch_ends_early(monkeypatch):
     right = Call.value
 
     def early(self, p, values, now, stop):
-        before = is_tau(p) and not p.arg[0].at
+        before = is_tau(p) and not p.at
         return right(self, p, values, now - before, stop - before)
 
     monkeypatch.setattr(Call, "value", early)
@@ -353,7 +353,7 @@ def test_tau_of_the_wrong_token_where_a_mini_batch_ends_early(monkeypatch):
 
 
 def is_tau(e):
-    return e.op == "leaf" and e.arg[0].name == "tau"
+    return e.op == "leaf" and e.name == "tau"
 
 
 # -- rates --------------------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ def both_orders(variant, backward):
     assigns = tuple(backward_block(program.adjoint_of(scan)) if backward else scan.block.assigns)
     passing = {*scan.sequence, *(map(cotangent, [a.target for a in scan.outputs]) if backward else ())}
     passing |= set(scan.carry) if backward else set()
-    names = {p.arg[0].name for p in passing}
+    names = {p.name for p in passing}
 
     def namer():
-        return Namer({spelled(p.arg[0].name) for p in (*scan.results, *scan.params)}, program.names)
+        return Namer({spelled(p.name) for p in (*scan.results, *scan.params)}, program.names)
 
     lines = steps(Block(assigns), namer())
     form = Form(scan, program)
@@ -50,7 +50,7 @@ def most_alive(lines, passing, form):
     """The largest number of numbers that are alive after a line."""
     values = {x.value for x in lines if x.target is None}
     last = {e: i for i, x in enumerate(lines) for e in mentioned(x, values)}
-    born = {e: -1 for e in last if e.op == "leaf" and e.arg[0].name in passing}
+    born = {e: -1 for e in last if e.op == "leaf" and e.name in passing}
     born |= {x.value: i for i, x in enumerate(lines) if x.target is None}
     sizes = {e: prod(map(form.block, e.axes)) for e in born}
     return max(sum(sizes[e] for e in born if born[e] <= i < last.get(e, i)) for i in range(-1, len(lines)))
@@ -67,7 +67,7 @@ def test_lines_in_an_order_of_short_lives(name, backward):
     for line in after:
         read = mentioned(line, values)
         assert {e for e in read if e in values} <= made
-        assert not {e.arg[0].name for e in read if e.op == "leaf"} & renewed
+        assert not {e.name for e in read if e.op == "leaf"} & renewed
         made.add(line.value)
         if line.target is not None and line.target.at is None:
             renewed.add(line.target.name)

@@ -96,10 +96,8 @@ def test_what_the_chunks_wait_for(golden):
     forms = halves_of(form_of(program.scans[0], program))
     assert forms is not None
     states, outputs = forms
-    assert [str(p.arg[0].name) for p in outputs.scan.sequence] == [
-        str(p.arg[0].name) for p in program.scans[0].sequence
-    ]
-    assert "q" not in {p.arg[0].name for p in states.scan.sequence}
+    assert [p.name for p in outputs.scan.sequence] == [p.name for p in program.scans[0].sequence]
+    assert "q" not in {p.name for p in states.scan.sequence}
     golden("triton/ttt_linear_split", worded(module_text("ttt_linear", forms)).text)
 
 

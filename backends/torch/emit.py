@@ -410,7 +410,7 @@ def _names(of: Sequence[Expr]) -> list[str]:
 
 
 def _name(e: Expr) -> str:
-    return marked(e.arg[0].name)
+    return marked(e.name)
 
 
 def _wrap(head: str, items: Sequence[str], tail: str) -> list[str]:

@@ -75,7 +75,7 @@ def order_of(
     scan, words = form.scan, module.variables(form.scan, backward)
     short = rounded(form) if backward and scan.loops else set()
     for t in form.tensors(backward):
-        work = t.name.endswith(suffixed("", "work")) and str(t.of.arg[0].name) in short
+        work = t.name.endswith(suffixed("", "work")) and t.of.name in short
         full = torch.float32 if t.parts else stored(t.of, scan, dtype)  # what is still to be added up is not rounded
         signature[words[t.pointer]] = f"*{TYPES[dtype if work else full]}"
         signature |= dict.fromkeys((words[n] for n in t.strides), "i32")
@@ -96,9 +96,9 @@ def order_of(
 
 def stored(of: Expr, scan: Scan, dtype: torch.dtype) -> torch.dtype:
     """Tokens and outputs are of the dtype of the layer, and so are their cotangents; all else is float32."""
-    tokens = [p for p in scan.params if p.arg[0].role == "token"] + [a.target for a in scan.outputs]
-    found = {str(p.arg[0].name) for p in (*tokens, *map(cotangent, tokens))}
-    return dtype if str(of.arg[0].name) in found else torch.float32
+    tokens = [p for p in scan.params if p.role == "token"] + [a.target for a in scan.outputs]
+    found = {p.name for p in (*tokens, *map(cotangent, tokens))}
+    return dtype if of.name in found else torch.float32
 
 
 __all__ = ["Compiled", "compiled", "compiled_scans", "order_of", "stored"]

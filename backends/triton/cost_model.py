@@ -118,7 +118,7 @@ def turn_of(form: Form, backward: bool, dtype: torch.dtype) -> Turn:
         solves = sum(e.op == "solve" for e in postorder(values))
         chain += longest_chain(values) + solves * _products_of_solve(chunk)
         steps += solves * (min(chunk, SMALLEST) - 1)
-        found = [p for p in _touched(assigns) if p.arg[0].at is not None or not scan.loops]
+        found = [p for p in _touched(assigns) if p.at is not None or not scan.loops]
         moved += sum(stored(p, scan, dtype).itemsize * _number(cost.elements(p.axes), dims, chunk) for p in found)
     matrix, elementwise = (_number(f, blocks, block_size(chunk)) for f in (work.contraction, work.elementwise))
     return Turn(matrix, elementwise, moved, chain, steps, len(sweeps))
@@ -133,7 +133,7 @@ def _kept(form: Form, dims: Mapping[str, int], dtype: torch.dtype) -> float:
     """Bytes of the carry that a backward writes before each chunk and reads again."""
     short = rounded(form)
     items = {True: dtype.itemsize, False: torch.float32.itemsize}
-    sizes = ((items[str(p.arg[0].name) in short], cost.elements(p.axes)) for p in form.scan.carry)
+    sizes = ((items[p.name in short], cost.elements(p.axes)) for p in form.scan.carry)
     return sum(2 * item * _number(size, dims, 1) for item, size in sizes)
 
 

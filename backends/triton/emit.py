@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from tttc.backends.interface import Source
-from tttc.backends.triton.kernel_spec import Form, Tensor, form_of, name_of, unfused
+from tttc.backends.triton.kernel_spec import Form, Tensor, form_of, unfused
 from tttc.backends.triton.line_schedule import shortened
 from tttc.backends.triton.ops import HELPERS, formula
 from tttc.backends.triton.padding import Padding
@@ -115,8 +115,8 @@ def rounded(form: Form) -> set[str]:
     """
     scan, kernel = form.scan, _Kernel(form, True)
     kernel.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
-    kernel.body(_backward(form), {name_of(cotangent(p)): Tensor(p, name_of(p)) for p in scan.sequence})
-    return {name_of(p) for p in scan.carry if p.axes and kernel.found(p) not in kernel.printer.widened}
+    kernel.body(_backward(form), {cotangent(p).name: Tensor(p, p.name) for p in scan.sequence})
+    return {p.name for p in scan.carry if p.axes and kernel.found(p) not in kernel.printer.widened}
 
 
 def _d_outputs(scan: Scan) -> list[Expr]:
@@ -140,16 +140,16 @@ class _Kernel:
         inner = [a.size for e in postorder(a.value for a in self.scan.block.assigns) for a in e.axes]
         self.used = [d for d in dict.fromkeys([*dims, *inner]) if d != TOKENS or self.scan.loops]
         self.indices = {d: "t" if d == TOKENS else marked(places_of(d)) for d in (TOKENS, *self.used)}
-        given = [name_of(t.of) for t in self.form.tensors(self.backwards)]
-        self.taken = {*map(spelled, (*given, *map(name_of, self.scan.results), *map(places_of, self.used)))}
+        given = [t.of.name for t in self.form.tensors(self.backwards)]
+        self.taken = {*map(spelled, (*given, *(p.name for p in self.scan.results), *map(places_of, self.used)))}
 
     def variable(self, p: Expr) -> str:
         """What a variable of the program is called."""
-        return marked(name_of(p))
+        return marked(p.name)
 
     def found(self, p: Expr) -> str:
         """What a carry is called as a chunk of the backward finds it."""
-        return marked(suffixed(name_of(p), "found"))
+        return marked(suffixed(p.name, "found"))
 
     # -- text
 
@@ -314,11 +314,11 @@ class _Kernel:
 
     def begin(self, loaded: Sequence[Expr], carry: Sequence[Expr] = ()) -> None:
         """What is loaded in the dtype of its tensor: blocks of tokens, and a carry as a backward chunk finds it."""
-        self.loaded = [self.variable(p) for p in loaded if self.scan.loops and len(p.axes) > 1 and p.arg[0].at]
+        self.loaded = [self.variable(p) for p in loaded if self.scan.loops and len(p.axes) > 1 and p.at]
         self.loaded += [self.found(p) for p in carry if p.axes]
-        self.passing = {name_of(p) for p in (*loaded, *carry) if p not in self.scan.fixed}
+        self.passing = {p.name for p in (*loaded, *carry) if p not in self.scan.fixed}
         self.printer = TritonPrinter(self.form, self.indices, self.padding, self.loaded)
-        self.printer.called = {name_of(p): self.found(p) for p in carry}
+        self.printer.called = {p.name: self.found(p) for p in carry}
 
     def forward(self) -> str:
         scan = self.scan
@@ -326,13 +326,13 @@ class _Kernel:
         self.begin([*scan.fixed, *scan.sequence])
         named = {t.name: t for t in self.form.tensors(False)}
         for p in (*scan.fixed, *(() if self.form.alone else scan.carry)):
-            self.load(named[name_of(p)], self.variable(p))
+            self.load(named[p.name], self.variable(p))
         if self.form.alone:
             self.chunk_begins(f"chunk * {self.chunk}")
             for p in scan.carry:
-                self.load(named[suffixed(name_of(p), "kept")], self.variable(p), ("groups", "chunk"))
+                self.load(named[suffixed(p.name, "kept")], self.variable(p), ("groups", "chunk"))
             for p in scan.sequence:
-                self.load(named[name_of(p)], self.variable(p))
+                self.load(named[p.name], self.variable(p))
         elif scan.loops:
             self.line(f"for chunk in range(0, tl.cdiv(T, {self.chunk})):")
             self.depth += 1
@@ -340,10 +340,10 @@ class _Kernel:
             self.line("if chunk % every == 0 and groups > 0:")
             self.depth += 1
             for p in scan.carry:
-                self.store(named[suffixed(name_of(p), "kept")], self.variable(p), ("groups", "chunk // every"))
+                self.store(named[suffixed(p.name, "kept")], self.variable(p), ("groups", "chunk // every"))
             self.depth -= 1
             for p in scan.sequence:
-                self.load(named[name_of(p)], self.variable(p))
+                self.load(named[p.name], self.variable(p))
         self.body(_forward(self.form), named)
         self.depth = 1
         for a in scan.updates:
@@ -358,22 +358,22 @@ class _Kernel:
         d_made = [cotangent(a.target) for a in scan.updates]
         block = _backward(self.form)
         for p in scan.fixed:
-            self.load(named[name_of(p)], self.variable(p))
+            self.load(named[p.name], self.variable(p))
         for d in d_made:
-            self.load(named[name_of(d)], self.variable(d))
+            self.load(named[d.name], self.variable(d))
         for d in map(cotangent, scan.fixed):
             self.line(f"{self.variable(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
-        stores = {name_of(cotangent(p)): named[suffixed(name_of(cotangent(p)), "out")] for p in scan.sequence}
+        stores = {cotangent(p).name: named[suffixed(cotangent(p).name, "out")] for p in scan.sequence}
         if scan.loops:
             self._sweeps(block, named, stores)
         else:
             for p in scan.carry:
-                self.load(named[suffixed(name_of(p), "kept")], self.variable(p))
+                self.load(named[suffixed(p.name, "kept")], self.variable(p))
             self.body(block, stores)
         self.depth = 1
         for p in (*scan.carry, *scan.fixed):
             d = cotangent(p)
-            self.store(named[suffixed(name_of(d), "out")], self.variable(d))
+            self.store(named[suffixed(d.name, "out")], self.variable(d))
         return "\n".join(self.lines) + "\n"
 
     def _sweeps(self, block: Sequence[Assign], named: dict[str, Tensor], stores: dict[str, Tensor]) -> None:
@@ -383,17 +383,17 @@ class _Kernel:
         self.line("group = groups - 1 - back")
         self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
         for p in scan.carry:
-            self.load(named[suffixed(name_of(p), "kept")], self.variable(p), ("groups", "group"))
+            self.load(named[suffixed(p.name, "kept")], self.variable(p), ("groups", "group"))
         self.line("for j in range(0, count):  # the carry before every chunk of the group")
         self.depth += 1
         for p in scan.carry:
-            self.store(named[suffixed(name_of(p), "work")], self.variable(p), ("every", "j"))
+            self.store(named[suffixed(p.name, "work")], self.variable(p), ("every", "j"))
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         updates = [a for a in _forward(self.form) if a.leaf.at is None]
-        read = {e.arg[0].name for e in leaves(a.value for a in updates)}
+        read = {e.name for e in leaves(a.value for a in updates)}
         for p in scan.sequence:
-            if name_of(p) in read:
-                self.load(named[name_of(p)], self.variable(p))
+            if p.name in read:
+                self.load(named[p.name], self.variable(p))
         self.body(updates, {})
         self.depth -= 1
         self.line("tl.debug_barrier()  # what one thread has stored, others load")
@@ -403,9 +403,9 @@ class _Kernel:
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
         for p in scan.carry:
-            self.load(named[suffixed(name_of(p), "work")], self.found(p), ("every", "j"))
+            self.load(named[suffixed(p.name, "work")], self.found(p), ("every", "j"))
         for p in (*scan.sequence, *_d_outputs(scan)):
-            self.load(named[name_of(p)], self.variable(p))
+            self.load(named[p.name], self.variable(p))
         self.body(block, stores)
         self.depth -= 1
         self.line("tl.debug_barrier()")

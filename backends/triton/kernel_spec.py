@@ -55,7 +55,7 @@ class Tensor:
         """The parameters that say how far its heads and tokens, and its parts, lie apart; what is dense needs none."""
         if self.many:
             return []
-        letters = [*(["b", "h", "t"] if self.of.arg[0].at else ["b", "h"]), *(["s"] if self.parts else [])]
+        letters = [*(["b", "h", "t"] if self.of.at else ["b", "h"]), *(["s"] if self.parts else [])]
         return [suffixed(self.name, x) for x in letters]
 
     @property
@@ -113,21 +113,19 @@ class Form:
         """The tensors of a kernel, in the order of its parameters."""
         scan = self.scan
         if self.alone:
-            found = [Tensor(p, suffixed(name_of(p), "kept"), True) for p in scan.carry]
-            found += [Tensor(p, name_of(p)) for p in (*scan.fixed, *scan.sequence)]
-            return found + [Tensor(a.target, name_of(a.target)) for a in scan.outputs]
+            found = [Tensor(p, suffixed(p.name, "kept"), True) for p in scan.carry]
+            found += [Tensor(p, p.name) for p in (*scan.fixed, *scan.sequence)]
+            return found + [Tensor(a.target, a.target.name) for a in scan.outputs]
         if not backward:
-            found = [Tensor(p, name_of(p)) for p in scan.params]
-            found += [Tensor(a.target, name_of(a.target)) for a in scan.outputs]
-            found += [Tensor(a.target, suffixed(name_of(a.target), "out")) for a in scan.updates]
-            return found + [Tensor(p, suffixed(name_of(p), "kept"), True) for p in scan.carry if scan.loops]
-        found = [Tensor(p, suffixed(name_of(p), "kept"), scan.loops) for p in scan.carry]
-        found += [Tensor(p, name_of(p)) for p in (*scan.fixed, *scan.sequence)]
-        found += [Tensor(cotangent(a.target), name_of(cotangent(a.target))) for a in (*scan.outputs, *scan.updates)]
-        found += [
-            Tensor(cotangent(p), suffixed(name_of(cotangent(p)), "out"), parts=self.shared(p)) for p in scan.params
-        ]
-        return found + [Tensor(p, suffixed(name_of(p), "work"), True) for p in scan.carry if scan.loops]
+            found = [Tensor(p, p.name) for p in scan.params]
+            found += [Tensor(a.target, a.target.name) for a in scan.outputs]
+            found += [Tensor(a.target, suffixed(a.target.name, "out")) for a in scan.updates]
+            return found + [Tensor(p, suffixed(p.name, "kept"), True) for p in scan.carry if scan.loops]
+        found = [Tensor(p, suffixed(p.name, "kept"), scan.loops) for p in scan.carry]
+        found += [Tensor(p, p.name) for p in (*scan.fixed, *scan.sequence)]
+        found += [Tensor(cotangent(a.target), cotangent(a.target).name) for a in (*scan.outputs, *scan.updates)]
+        found += [Tensor(cotangent(p), suffixed(cotangent(p).name, "out"), parts=self.shared(p)) for p in scan.params]
+        return found + [Tensor(p, suffixed(p.name, "work"), True) for p in scan.carry if scan.loops]
 
     def shared(self, p: Expr) -> bool:
         """Whether all strips of a head read the whole of a variable."""
@@ -145,7 +143,7 @@ class Form:
         """Of a contraction that is a product of matrices, large enough for tensor cores: the axes that both share, one
         product for each place along them, and the rows and columns; None for any other.
         """
-        if len(e.src) != 2 or len(e.arg) != 1 or not all(e.arg[0] in s.axes for s in e.src):
+        if len(e.src) != 2 or len(e.arg) != 1 or not all(e.axis in s.axes for s in e.src):
             return None
         (over,) = e.arg
         shared = tuple(a for a in e.src[0].axes if a in e.src[1].axes and a != over)
@@ -230,8 +228,4 @@ def unfused(scan: Scan, program: Program) -> str:
     return form_of(scan, program).too_large()
 
 
-def name_of(p: Expr) -> str:
-    return str(p.arg[0].name)
-
-
-__all__ = ["Form", "Tensor", "block_size", "form_of", "half_of", "halves_of", "name_of", "unfused"]
+__all__ = ["Form", "Tensor", "block_size", "form_of", "half_of", "halves_of", "unfused"]

@@ -69,7 +69,7 @@ def _reads(lines: Sequence[Step]) -> list[Mapping[str, Expr]]:
             if e in names:
                 read[names[e]] = e
             if e.op == "leaf":
-                read[e.arg[0].name] = e
+                read[e.name] = e
             elif e not in names or e != core(e):  # under another name for its axes, a value may have a line as well
                 stack += e.src
         found.append(read)

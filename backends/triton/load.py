@@ -24,7 +24,7 @@ from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.target import architecture_of
 from tttc.backends.triton import llvm_flags as frugal
 from tttc.backends.triton.emit import emit_forms, rounded
-from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, halves_of, name_of, unfused
+from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, halves_of, unfused
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import function, suffixed
@@ -266,11 +266,11 @@ class TritonScan:
         carries = (
             kept if dense else [x.new_empty(*x.shape[:2], chunks, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
         )
-        tensors = dict(zip(map(name_of, scan.params), inputs, strict=True))
-        tensors |= {suffixed(name_of(p), "kept"): x for p, x in zip(scan.carry, carries, strict=True)}
-        tensors |= {name_of(a.target): x for a, x in zip(scan.outputs, outputs, strict=False)}
+        tensors = dict(zip((p.name for p in scan.params), inputs, strict=True))
+        tensors |= {suffixed(p.name, "kept"): x for p, x in zip(scan.carry, carries, strict=True)}
+        tensors |= {a.target.name: x for a, x in zip(scan.outputs, outputs, strict=False)}
         made = zip(scan.updates, outputs[len(scan.outputs) :], strict=True)
-        tensors |= {suffixed(name_of(a.target), "out"): x for a, x in made}
+        tensors |= {suffixed(a.target.name, "out"): x for a, x in made}
         for half in halves:
             given = [tensors[t.name] for t in half.form.tensors(False)]
             half.launch(False, given, tokens, 1, chunks, dtype)
@@ -309,7 +309,7 @@ class TritonScan:
             return tuple(results)
         dtype = self._operand(inputs)
         work = [
-            x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if name_of(p) in kernels.rounded else x.dtype)
+            x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if p.name in kernels.rounded else x.dtype)
             for p, x in zip(scan.carry, inputs[:carried], strict=True)
         ]
         groups = self._groups(inputs, every)
@@ -347,7 +347,7 @@ class TritonScan:
 
     def _operand(self, inputs: Tensors) -> torch.dtype:
         """The dtype of the factors of matrix products: that of the tokens."""
-        tokens = [x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if p.arg[0].role == "token"]
+        tokens = [x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if p.role == "token"]
         return tokens[0] if tokens and len(set(tokens)) == 1 else torch.float32
 
     def _tokens(self, inputs: Tensors) -> int:
@@ -374,7 +374,7 @@ def _add_up(parts: torch.Tensor, axis: int, whole: torch.Tensor) -> None:
 
 def _leading(p: Expr) -> int:
     """The axes of a tensor before those that a variable has: batch and heads, and tokens."""
-    return 2 if p.arg[0].at is None else 3
+    return 2 if p.at is None else 3
 
 
 __all__ = ["Module", "TritonScan", "interpreted", "kernel_name", "load", "missing", "unavailable"]

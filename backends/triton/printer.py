@@ -111,7 +111,7 @@ class TritonPrinter(Printer):
 
     def variable(self, e: Expr) -> str:
         """What a leaf is called in the kernel."""
-        name = str(e.arg[0].name)
+        name = e.name
         return self.called.get(name) or marked(name)
 
     def _size(self, e: Expr) -> Text:

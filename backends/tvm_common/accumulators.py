@@ -58,11 +58,11 @@ def _terms(e: Expr, sign: int) -> list[tuple[int, Expr]]:
 def zeros(e: Expr, known: Mapping[str, set[tuple[int, int]]]) -> set[tuple[Axis, Axis]]:
     """The pairs (rows, columns) of token axes with nothing where the column comes after the row."""
     if e.op == "leaf":
-        return {(e.axes[i], e.axes[j]) for i, j in known.get(str(e.arg[0].name), ())}
+        return {(e.axes[i], e.axes[j]) for i, j in known.get(e.name, ())}
     if e.op == "mask":
-        return {(e.arg[0], e.arg[1])} | zeros(e.src[0], known)
+        return {e.arg[:2]} | zeros(e.src[0], known)
     if e.op == "segprod":
-        return {(e.arg[0], e.arg[1])}
+        return {e.arg[:2]}
     if e.op == "mul":
         return zeros(e.src[0], known) | zeros(e.src[1], known)
     if e.op == "neg":

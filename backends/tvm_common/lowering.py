@@ -181,7 +181,7 @@ class Point:
     def _made(self, e: Expr) -> Value:
         emitter = self.emitter
         if e.op == "leaf":
-            return emitter.stores[str(e.arg[0].name)].load([self.places[a] for a in e.axes])
+            return emitter.stores[e.name].load([self.places[a] for a in e.axes])
         if e.op == "const":
             return Value(emitter.numbers.const(e.arg), False)
         if e.op == "size":

@@ -44,7 +44,7 @@ class Statement:
 
     @property
     def name(self) -> str:
-        return str(self.target.arg[0].name)
+        return self.target.name
 
     @property
     def kind(self) -> str:
@@ -60,10 +60,8 @@ class Statement:
     def along(self) -> Axis | None:
         """The token axis of the result along which a walk goes."""
         match self.value.op:
-            case "cumprod" | "shift_back":
-                return cast(Axis, self.value.arg)
-            case "segprod" | "shift":
-                return cast(Axis, self.value.arg[0])
+            case "cumprod" | "shift_back" | "segprod" | "shift":
+                return self.value.axis
             case "solve":
                 return cast(Axis, self.value.arg[1])
         return None
@@ -129,7 +127,7 @@ def statements(
     `taken` are names that no stored value may have. Without `turned` a value is read along any of its axes, and no copy
     is made of it.
     """
-    known = {str(e.arg[0].name) for a in assigns for e in leaves([a.value])} | {a.leaf.name for a in assigns}
+    known = {e.name for a in assigns for e in leaves([a.value])} | {a.leaf.name for a in assigns}
     name = Namer(map(spelled, (*known, *taken, *program.dims)), program.names)
     roots = [_plain(r) for r in lower_composites([a.value for a in assigns], leaves(a.value for a in assigns))]
     stored = _stored(roots)
@@ -244,10 +242,10 @@ def _new_values(assigns: Sequence[tuple[Expr, Expr]], name: Callable[[Expr], str
     late: list[Statement] = []
     overwritten: set[str] = set()
     for target, value in assigns:
-        variable = str(target.arg[0].name)
-        others = {str(e.arg[0].name) for e in leaves([value])} - {variable}
-        elsewhere = any(e.arg[0].name == variable and axes != target.axes for e, axes in read(value))
-        inside = any(e.arg[0].name == variable for c in postorder([value]) if c.op == "contract" for e in leaves([c]))
+        variable = target.name
+        others = {e.name for e in leaves([value])} - {variable}
+        elsewhere = any(e.name == variable and axes != target.axes for e, axes in read(value))
+        inside = any(e.name == variable for c in postorder([value]) if c.op == "contract" for e in leaves([c]))
         if others & overwritten or elsewhere or inside or value.op in (*REDUCTIONS, *WALKS):
             early.append(Statement(leaf(name(value), "scratch", target.axes), value))
             value = early[-1].target
@@ -265,7 +263,7 @@ def _transposed(made: Sequence[Statement]) -> list[Statement]:
         for e in gathered(s.value, s.lane) if s.lane is not None and s.kind != "turn" else ():
             at = e.axes.index(s.lane)
             order = [i for i in range(len(e.axes)) if i != at] + [at]
-            variable = str(e.arg[0].name)
+            variable = e.name
             axes = tuple(e.axes[i] for i in order)
             if (variable, at) not in copies:
                 copies[variable, at] = suffixed(variable, "T" if len(axes) == 2 else f"T{at}")
@@ -296,7 +294,7 @@ def grouped(made: Iterable[Statement], *, split: bool = True) -> list[Group]:
     Without `split` a loop goes on after a reduction.
     """
     waiting, groups = list(made), []
-    outside = [s.target for s in waiting if s.target.arg[0].role != "scratch"]
+    outside = [s.target for s in waiting if s.target.role != "scratch"]
     while waiting:
         taken = _ready(waiting)
         for s in taken:
@@ -304,8 +302,8 @@ def grouped(made: Iterable[Statement], *, split: bool = True) -> list[Group]:
         if not _in_rows(taken[0]):
             groups.append(Group(tuple(taken)))
             continue
-        kept = {str(e.arg[0].name) for e in outside}
-        kept |= {str(e.arg[0].name) for s in waiting for e in leaves([s.value])}
+        kept = {e.name for e in outside}
+        kept |= {e.name for s in waiting for e in leaves([s.value])}
         groups += _loops(taken, kept) if split else [Group(tuple(taken), True, frozenset(s.name for s in taken) - kept)]
     return groups
 
@@ -314,12 +312,12 @@ def _loops(taken: Sequence[Statement], kept: set[str]) -> list[Group]:
     """A loop ends with a reduction: no token waits for its own, it is read in the next loop."""
     level: dict[str, int] = {}
     for s in taken:
-        before = [t for t in taken if t.name in {str(e.arg[0].name) for e in leaves([s.value])} and t.name in level]
+        before = [t for t in taken if t.name in {e.name for e in leaves([s.value])} and t.name in level]
         level[s.name] = max((level[t.name] + (t.kind == "row") for t in before), default=0)
     parts = [tuple(s for s in taken if level[s.name] == n) for n in range(1 + max(level.values()))]
     groups = []
     for part in parts:
-        elsewhere = {str(e.arg[0].name) for s in taken if s not in part for e in leaves([s.value])}
+        elsewhere = {e.name for s in taken if s not in part for e in leaves([s.value])}
         groups.append(Group(part, True, frozenset(s.name for s in part) - kept - elsewhere))
     return groups
 
@@ -330,15 +328,14 @@ def read_last(groups: Sequence[Group]) -> list[list[str]]:
     for i, group in enumerate(groups):
         for s in group.statements:
             found = [s.target, *leaves([s.value])]
-            last |= {str(e.arg[0].name): i for e in found if e.arg[0].role == "scratch"}
+            last |= {e.name: i for e in found if e.role == "scratch"}
     return [[name for name, at in last.items() if at == i] for i in range(len(groups))]
 
 
 def read_often(name: str, group: Group) -> bool:
     """Whether a product reads it: every entry once for each row or column of the result."""
     return any(
-        s.products and any(e.arg[0].name == name and len(e.axes) > 1 for e, _ in read(s.value))
-        for s in group.statements
+        s.products and any(e.name == name and len(e.axes) > 1 for e, _ in read(s.value)) for s in group.statements
     )
 
 
@@ -350,7 +347,7 @@ def by_vectors(name: str, group: Group) -> bool:
         axes[-1] == s.lane and (s.kind == "tile" or s.lane not in s.value.arg or len(s.value.arg) == 1)
         for s in group.statements
         for e, axes in (*read(s.value), (s.target, s.target.axes))
-        if e.arg[0].name == name
+        if e.name == name
     )
 
 
@@ -362,8 +359,8 @@ def _ready(waiting: Sequence[Statement]) -> list[Statement]:
     taken = [first]
     missing: set[str] = set()
     for s in waiting[1:]:
-        names = {str(e.arg[0].name) for e in leaves([s.value])}
-        late = s.target.arg[0].role != "scratch" and s.target.arg[0].at is None
+        names = {e.name for e in leaves([s.value])}
+        late = s.target.role != "scratch" and s.target.at is None
         if _in_rows(s) and not names & missing and not late and _same_rows(s, {t.name for t in taken}):
             taken.append(s)
         else:
@@ -381,7 +378,7 @@ def _summed(s: Statement) -> Axes:
 
 def _same_rows(s: Statement, together: set[str]) -> bool:
     """Whether a statement reads of the others only the row that it makes."""
-    return all(axes[:1] == (s.row,) for e, axes in read(s.value) if e.arg[0].name in together)
+    return all(axes[:1] == (s.row,) for e, axes in read(s.value) if e.name in together)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class Emitter:
         outside = dict(self.stores)
         with T.attr(tirx.const(0, "int32"), "compute_scope", f"chunk_{spelled(group.statements[-1].name)}"):
             for e in leaves(x for s in group.statements for x in (s.value, s.target)):
-                self._declare_again(str(e.arg[0].name))
+                self._declare_again(e.name)
             self._reserve_rows(group)
             self._run(group)
         self.stores |= outside
@@ -227,7 +227,7 @@ class Emitter:
             with self.loops(s.value.axes, at) as places:
                 self._set(s, places)
             return
-        source, target = self.stores[str(s.value.arg[0].name)], self.stores[s.name]
+        source, target = self.stores[s.value.name], self.stores[s.name]
         last = self._int(self.extent(down)) - 1
         others = [a for a in s.value.axes if a not in (across, down)]
         with self.loops(others, at) as places, T.serial(self.blocks(down)) as i, T.serial(self.blocks(across)) as j:

@@ -59,9 +59,9 @@ def forward_kernel(scan: Scan, program: Program, machine: Machine, stored: Mappi
         for p in scan.params:
             b.take(p)
         for a in scan.outputs:
-            b.give(a.target, _name(a.target))
+            b.give(a.target, a.target.name)
         for p in made:
-            b.give(p, suffixed(_name(p), "out"))
+            b.give(p, suffixed(p.name, "out"))
         if scan.loops:
             for p in scan.carry:
                 b.keep(p)
@@ -79,7 +79,7 @@ def _head_by_head(b: _Builder, scan: Scan) -> None:
     with b.each_head():
         b.fixed_ready(scan.fixed)
         for p in scan.carry:
-            b.load_variable(p, b.buffers[_name(p)])
+            b.load_variable(p, b.buffers[p.name])
         with b.chunks(scan.loops) as chunk:
             if scan.loops:
                 b.save_kept(scan.carry, chunk)
@@ -87,10 +87,10 @@ def _head_by_head(b: _Builder, scan: Scan) -> None:
             b.sequences_done([a.target for a in scan.outputs])
             if not scan.loops:
                 for p in made:
-                    b.save_variable(p, b.buffers[suffixed(_name(p), "out")])
+                    b.save_variable(p, b.buffers[suffixed(p.name, "out")])
         if scan.loops:
             for p in made:
-                b.save_variable(p, b.buffers[suffixed(_name(p), "out")])
+                b.save_variable(p, b.buffers[suffixed(p.name, "out")])
 
 
 def _heads_together(b: _Builder, scan: Scan) -> None:
@@ -98,14 +98,14 @@ def _heads_together(b: _Builder, scan: Scan) -> None:
     the weights of a head stay in the first cache for as many chunks.
     """
     b.together = T.arg("together", T.int32())
-    outs = {p: b.buffers[suffixed(_name(p), "out")] for p in scan.carry}
+    outs = {p: b.buffers[suffixed(p.name, "out")] for p in scan.carry}
     with b.each_group():
         with b.heads():
             for p, out in outs.items():
-                b.copy(p, Slice(b.buffers[_name(p)], b.g), Slice(out, b.g))
+                b.copy(p, Slice(b.buffers[p.name], b.g), Slice(out, b.g))
         with b.turns() as turn, b.heads():
             b.fixed_ready(scan.fixed)
-            b.emitter.stores |= {_name(p): Store(out, b.machine, b.g) for p, out in outs.items()}
+            b.emitter.stores |= {p.name: Store(out, b.machine, b.g) for p, out in outs.items()}
             with b.chunks(True, *turn) as chunk:
                 b.save_kept(scan.carry, chunk)
                 b.run(scan.block.assigns, scan.sequence, b.first + b.chunk)
@@ -127,7 +127,7 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
         for d in (*d_outputs, *d_made):
             b.take(d)
         for p in (*scan.carry, *scan.fixed, *scan.sequence):
-            b.give(cotangent(p), suffixed(_name(cotangent(p)), "out"))
+            b.give(cotangent(p), suffixed(cotangent(p).name, "out"))
         if scan.loops:
             for p in scan.carry:
                 b.workspace(p)
@@ -135,7 +135,7 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
         with b.each_head():
             b.fixed_ready(scan.fixed)
             for d in d_made:
-                b.load_variable(d, b.buffers[_name(d)])
+                b.load_variable(d, b.buffers[d.name])
             for d in d_carry:
                 if d not in d_made:
                     b.load_variable(d, None)
@@ -147,19 +147,19 @@ def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: 
                     b.sequences_done([cotangent(p) for p in scan.sequence], "out")
             else:
                 for p in scan.carry:
-                    b.load_variable(p, b.buffers[_name(p)])
+                    b.load_variable(p, b.buffers[p.name])
                 with b.chunks(False):
                     b.run(backward_block(a), renamed=True)
                     b.sequences_done([cotangent(p) for p in scan.sequence], "out")
             for d in (*d_carry, *map(cotangent, scan.fixed)):
-                b.save_variable(d, b.buffers[suffixed(_name(d), "out")])
+                b.save_variable(d, b.buffers[suffixed(d.name, "out")])
     return Kernel(b.name, b.built, machine)
 
 
 def with_cotangents(scan: Scan, stored: Mapping[str, str]) -> dict[str, str]:
     """What has another dtype in the backward: cotangents have that of what they belong to, or one of their own."""
     of = (*scan.params, *(x.target for x in scan.outputs))
-    return {**{_name(cotangent(p)): stored[_name(p)] for p in of if _name(p) in stored}, **stored}
+    return {**{cotangent(p).name: stored[p.name] for p in of if p.name in stored}, **stored}
 
 
 class _Builder:
@@ -199,7 +199,7 @@ class _Builder:
 
     def take(self, p: Expr) -> None:
         """An input, [B, H, T, ...] or [B, H, ...]; batch, heads and tokens may lie at any distance."""
-        self._strided(p, _name(p))
+        self._strided(p, p.name)
 
     def give(self, p: Expr, name: str) -> None:
         """An output, likewise."""
@@ -207,18 +207,18 @@ class _Builder:
 
     def _strided(self, p: Expr, name: str) -> None:
         own = self._own(p)
-        shape = [self.B, self.H, *([self.T] if p.arg[0].at else []), *own]
+        shape = [self.B, self.H, *([self.T] if p.at else []), *own]
         inner = [prod(own[i + 1 :]) for i in range(len(own))]
         strides = [T.int32() for _ in range(len(shape) - len(inner))] + inner
-        self._buffer(name, shape, strides, self.stored.get(_name(p), ""))
+        self._buffer(name, shape, strides, self.stored.get(p.name, ""))
 
     def keep(self, p: Expr) -> None:
         """The carry where groups of chunks begin: [B, H, groups, ...]."""
-        self._buffer(suffixed(_name(p), "kept"), [self.B, self.H, self.K, *self._own(p)])
+        self._buffer(suffixed(p.name, "kept"), [self.B, self.H, self.K, *self._own(p)])
 
     def workspace(self, p: Expr) -> None:
         """The carry at each chunk of a group: [B, H, every, ...]."""
-        self._buffer(suffixed(_name(p), "work"), [self.B, self.H, self.E, *self._own(p)])
+        self._buffer(suffixed(p.name, "work"), [self.B, self.H, self.E, *self._own(p)])
 
     # -- loops
 
@@ -300,12 +300,12 @@ class _Builder:
             length = T.min(self.count - first, self.every)
             for p in scan.carry:
                 self.copy(
-                    p, Slice(self.buffers[suffixed(_name(p), "kept")], (*self.g, group)), self.emitter.stores[_name(p)]
+                    p, Slice(self.buffers[suffixed(p.name, "kept")], (*self.g, group)), self.emitter.stores[p.name]
                 )
             with T.serial(length) as j:
                 for p in scan.carry:
                     self.copy(
-                        p, self.emitter.stores[_name(p)], Slice(self.buffers[suffixed(_name(p), "work")], (*self.g, j))
+                        p, self.emitter.stores[p.name], Slice(self.buffers[suffixed(p.name, "work")], (*self.g, j))
                     )
                 with T.If(j + 1 < length), T.Then(), self._scope():
                     self._begin_chunk((first + j) * size, tirx.const(size, "int32") if isinstance(size, int) else size)
@@ -314,7 +314,7 @@ class _Builder:
                 j = length - 1 - back
                 for p in scan.carry:
                     self.copy(
-                        p, Slice(self.buffers[suffixed(_name(p), "work")], (*self.g, j)), self.emitter.stores[_name(p)]
+                        p, Slice(self.buffers[suffixed(p.name, "work")], (*self.g, j)), self.emitter.stores[p.name]
                     )
                 self._begin_chunk((first + j) * size, T.min(self.T - (first + j) * size, size))
                 yield
@@ -332,17 +332,17 @@ class _Builder:
     def fixed_ready(self, fixed: Sequence[Expr]) -> None:
         """What stays: read in place where it is whole vectors."""
         for p in fixed:
-            self._ready(p, self.buffers[_name(p)])
+            self._ready(p, self.buffers[p.name])
         if not self.scan.loops:
             for p in self.scan.sequence:
-                self._ready(p, self.buffers[_name(p)])
+                self._ready(p, self.buffers[p.name])
         if self.name != self.scan.name and self.scan.loops:  # backwards, chunks begin with carries that were kept
             for p in self.scan.carry:
-                self.emitter.reserve(_name(p), p.axes)
+                self.emitter.reserve(p.name, p.axes)
 
     def _ready(self, p: Expr, buffer: Any) -> None:
         if self._whole(p):
-            self.emitter.stores[_name(p)] = Store(buffer, self.machine, self.g)
+            self.emitter.stores[p.name] = Store(buffer, self.machine, self.g)
         else:
             self.load_variable(p, buffer)
 
@@ -353,11 +353,11 @@ class _Builder:
 
     def load_variable(self, p: Expr, buffer: Any) -> None:
         """A variable of the function, from a tensor or zero."""
-        store = self.emitter.reserve(_name(p), p.axes)
+        store = self.emitter.reserve(p.name, p.axes)
         self.copy(p, None if buffer is None else Slice(buffer, self.g), store)
 
     def save_variable(self, p: Expr, buffer: Any) -> None:
-        self.copy(p, self.emitter.stores[_name(p)], Slice(buffer, self.g))
+        self.copy(p, self.emitter.stores[p.name], Slice(buffer, self.g))
 
     def save_kept(self, carry: Sequence[Expr], chunk: Any) -> None:
         """The carry where a group begins; nothing, where there is no room for any."""
@@ -365,8 +365,8 @@ class _Builder:
             for p in carry:
                 self.copy(
                     p,
-                    self.emitter.stores[_name(p)],
-                    Slice(self.buffers[suffixed(_name(p), "kept")], (*self.g, T.truncdiv(chunk, self.every))),
+                    self.emitter.stores[p.name],
+                    Slice(self.buffers[suffixed(p.name, "kept")], (*self.g, T.truncdiv(chunk, self.every))),
                 )
 
     def copy(self, p: Expr, source: Any, target: Any, tokens: Any = None) -> None:
@@ -398,11 +398,11 @@ class _Builder:
     def sequences_ready(self, sequence: Sequence[Expr], copied: Collection[str]) -> None:
         """The tokens of this chunk: read in place where they are whole vectors, but for those that are to be copied."""
         for p in sequence:
-            buffer = self.buffers[_name(p)]
-            if self._whole(p) and _name(p) not in copied:
-                self.emitter.stores[_name(p)] = Store(buffer, self.machine, self.g, self.first, self.emitter.tokens)
+            buffer = self.buffers[p.name]
+            if self._whole(p) and p.name not in copied:
+                self.emitter.stores[p.name] = Store(buffer, self.machine, self.g, self.first, self.emitter.tokens)
             else:
-                store = self.emitter.reserve(_name(p), p.axes)
+                store = self.emitter.reserve(p.name, p.axes)
                 source = Slice(buffer, self.g)
                 self._copy_tokens(p, source, store, loading=True)
 
@@ -421,10 +421,10 @@ class _Builder:
             t = self.emitter.held(T.max(T.min(first + i, self.T - 1), 0))
             for p in sequence:
                 if not self._own(p):
-                    self._fetch(self.buffers[_name(p)], [t])
+                    self._fetch(self.buffers[p.name], [t])
                 elif len(self._own(p)) == 1:
                     for at in range(0, self._own(p)[0], LINE):
-                        self._fetch(self.buffers[_name(p)], [t, at])
+                        self._fetch(self.buffers[p.name], [t, at])
 
     def _fetch(self, buffer: Any, at: Sequence[Any]) -> None:
         address = T.address_of(buffer[(*self.g, *at)])
@@ -432,15 +432,15 @@ class _Builder:
 
     def sequences_done(self, outputs: Sequence[Expr], suffix: str = "") -> None:
         for p in outputs:
-            if p.arg[0].at is not None and not self._whole(p):
+            if p.at is not None and not self._whole(p):
                 self._copy_tokens(
                     p,
-                    Slice(self.buffers[suffixed(_name(p), suffix) if suffix else _name(p)], self.g),
-                    self.emitter.stores[_name(p)],
+                    Slice(self.buffers[suffixed(p.name, suffix) if suffix else p.name], self.g),
+                    self.emitter.stores[p.name],
                     loading=False,
                 )
-            elif p.arg[0].at is None:
-                self.save_variable(p, self.buffers[suffixed(_name(p), suffix) if suffix else _name(p)])
+            elif p.at is None:
+                self.save_variable(p, self.buffers[suffixed(p.name, suffix) if suffix else p.name])
 
     def _copy_tokens(self, p: Expr, outside: Any, inside: Store, *, loading: bool) -> None:
         sequence = Store(outside.buffer, self.machine, outside.prefix, self.first, self.emitter.tokens)
@@ -466,7 +466,7 @@ class _Builder:
                     self.emitter.reserve(a.leaf.name, a.target.axes)
             elif a.leaf.name not in self.emitter.stores:
                 self.emitter.reserve(a.leaf.name, a.target.axes)
-        names = [_name(p) for p in sequence]
+        names = [p.name for p in sequence]
         groups = grouped(statements(assigns, self.program, {*self.emitter.stores, *names}))
         self.sequences_ready(sequence, [n for n in names if any(read_often(n, g) for g in groups)])
         for i, (group, over) in enumerate(zip(groups, read_last(groups), strict=True)):
@@ -486,10 +486,6 @@ class Slice:
 
 def _one() -> Any:
     return tirx.const(1, "int32")
-
-
-def _name(p: Expr) -> str:
-    return str(p.arg[0].name)
 
 
 __all__ = ["Kernel", "backward_kernel", "forward_kernel"]

@@ -180,12 +180,12 @@ class TVMScan:
 
     def stored(self, inputs: Tensors) -> Stored:
         """What has another dtype than arithmetic, by name: inputs as they come, and the output as the tokens do."""
-        half = {_name(p): x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if x.dtype != self.dtype}
+        half = {p.name: x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if x.dtype != self.dtype}
         return stored_as(self.scan, half)
 
     def _empty(self, target: Expr, inputs: Tensors, dtypes: Mapping[str, torch.dtype]) -> torch.Tensor:
         own = lengths(target, self.program.dims, self._tokens(inputs))
-        return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(_name(target), self.dtype))
+        return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtypes.get(target.name, self.dtype))
 
     def _tokens(self, inputs: Tensors) -> int:
         """How many tokens the sequences have, the last of the inputs of a loop; without a loop there is one."""
@@ -270,14 +270,14 @@ class TVMScan:
 
 def stored_as(scan: Scan, half: Mapping[str, torch.dtype]) -> Stored:
     """What has another dtype than arithmetic, where these inputs do: the output has that of the tokens."""
-    tokens = {half[_name(p)] for p in scan.sequence if p.arg[0].role == "token" and _name(p) in half}
-    outputs = {_name(a.target): next(iter(tokens)) for a in scan.outputs[:1]} if len(tokens) == 1 else {}
+    tokens = {half[p.name] for p in scan.sequence if p.role == "token" and p.name in half}
+    outputs = {a.target.name: next(iter(tokens)) for a in scan.outputs[:1]} if len(tokens) == 1 else {}
     return tuple(sorted((n, str(d).removeprefix("torch.")) for n, d in {**half, **outputs}.items()))
 
 
 def stored_tokens(scan: Scan, dtype: torch.dtype) -> Stored:
     """The same, for tokens in this dtype and everything else in float32."""
-    tokens = [_name(p) for p in scan.sequence if p.arg[0].role == "token"]
+    tokens = [p.name for p in scan.sequence if p.role == "token"]
     return stored_as(scan, dict.fromkeys(tokens, dtype) if dtype in (torch.float16, torch.bfloat16) else {})
 
 
@@ -285,10 +285,6 @@ def _together(batch: int, heads: int, threads: int, most: int) -> int:
     """As many heads as one thread may take, so that no thread has more to do than another must."""
     counts = range(1, max(1, min(heads, most)) + 1)
     return min(counts, key=lambda n: (-(-batch * -(-heads // n) // threads) * n, -n))
-
-
-def _name(p: Expr) -> str:
-    return str(p.arg[0].name)
 
 
 def _compact(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

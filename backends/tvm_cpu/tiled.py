@@ -83,7 +83,7 @@ class StripScan(TVMScan):
         """As the inputs are, but what is to be added up is not rounded before."""
         stored = self.stored(inputs)
         full = str(self.dtype).removeprefix("torch.")
-        named = {str(p.arg[0].name): str(cotangent(p).arg[0].name) for p in self.scan.params if self._slot(p) is None}
+        named = {p.name: cotangent(p).name for p in self.scan.params if self._slot(p) is None}
         return tuple(sorted((*stored, *((named[n], full) for n, _ in stored if n in named))))
 
     # -- how it is cut
@@ -137,7 +137,7 @@ class StripScan(TVMScan):
     def _slot(self, p: Expr) -> int | None:
         """Which axis of a tensor [B, H, ...] is cut."""
         assert self.free is not None
-        at = self.free.slots.get(p.arg[0].name)
+        at = self.free.slots.get(p.name)
         return None if at is None else at + 2
 
     def _cut(self, of: tuple[Expr, ...] | list[Expr], tensors: Tensors, n: int) -> list[torch.Tensor]:
@@ -150,7 +150,7 @@ class _Filled:
 
     def __init__(self, of: Expr, whole: torch.Tensor, slot: int | None, n: int) -> None:
         self.whole, self.slot, self.n = whole, slot, n
-        self.inside = slot == (2 if of.arg[0].at is None else 3)
+        self.inside = slot == (2 if of.at is None else 3)
         if self.inside:
             self.place = _as_heads(whole, slot, n)
             return

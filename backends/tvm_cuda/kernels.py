@@ -65,7 +65,7 @@ def cuda_forward(scan: Scan, program: Program, device: Device, stored: Mapping[s
     `stored` are the dtypes of sequences that have another one than arithmetic, by name.
     """
     made = [a.target for a in scan.updates]
-    whole = [a.target for a in scan.outputs if a.target.arg[0].at is None]
+    whole = [a.target for a in scan.outputs if a.target.at is None]
     b = _Builder(scan.name, scan, program, device, stored)
     b.plan([scan.block.assigns], [*scan.carry, *made, *whole])
     with b.function():
@@ -102,7 +102,7 @@ def cuda_backward(a: ScanAdjoint, program: Program, device: Device, stored: Mapp
     d_made = [cotangent(x.target) for x in scan.updates]
     d_carry, d_fixed = [cotangent(p) for p in scan.carry], [cotangent(p) for p in scan.fixed]
     d_sequence = [cotangent(p) for p in scan.sequence]
-    whole = [d for d in d_sequence if d.arg[0].at is None]
+    whole = [d for d in d_sequence if d.at is None]
     b = _Builder(f"{scan.name}_adjoint", scan, program, device, with_cotangents(scan, stored), d_outputs)
     resident = [*scan.carry, *d_made, *d_carry, *d_fixed, *whole]
     b.plan([backward_block(a), scan.updates] if scan.loops else [backward_block(a)], resident)
@@ -167,12 +167,12 @@ class _Builder:
         """The steps of each block, and where every value lies."""
         self.blocks: list[Steps] = []
         self.assigns = blocks
-        carried = {_name(p): p.axes for p in resident}
-        taken = {_name(p) for p in (*self.scan.params, *self.sequence)} | set(carried)
+        carried = {p.name: p.axes for p in resident}
+        taken = {p.name for p in (*self.scan.params, *self.sequence)} | set(carried)
         taken |= {a.leaf.name for block in blocks for a in block}
         variables = {n: self._variable(n, axes) for n, axes in carried.items()}
         begin, tiles = 0, 0
-        sequences = [_name(p) for p in self.sequence if p.arg[0].at is not None]
+        sequences = [p.name for p in self.sequence if p.at is not None]
         outside = {a.leaf.name for block in blocks for a in block if a.leaf.at is not None}
         for block in blocks:
             groups = grouped(statements(block, self.program, taken, turned=False), split=False)
@@ -268,9 +268,9 @@ class _Builder:
 
     def _strided(self, p: Expr, suffix: str) -> None:
         name, own = _tensor(p, suffix), self._own(p)
-        leading = [self.B, self.H, *([self.T] if p.arg[0].at else [])]
+        leading = [self.B, self.H, *([self.T] if p.at else [])]
         strides = [tirx.Var(self.called(stride_name(name, i)), "int32") for i in range(len(leading))]
-        dtype = self.stored.get(_name(p), self.device.dtype)
+        dtype = self.stored.get(p.name, self.device.dtype)
         inner = [prod(own[i + 1 :]) for i in range(len(own))]
         self.tensors[name] = self._buffer(name, [*leading, *own], dtype, [*strides, *inner])
 
@@ -305,7 +305,7 @@ class _Builder:
             batch, head = T.truncdiv(self.number, self.H), T.truncmod(self.number, self.H)
             self.g = self.threads.named(own("b"), batch)[0], self.threads.named(own("h"), head)[0]
             for p in (*self.scan.fixed, *(() if self.scan.loops else self.sequence)):
-                self.threads.stores[_name(p)] = self.tensor(p, "")
+                self.threads.stores[p.name] = self.tensor(p, "")
             yield
 
     def _store(self, name: str) -> Store:
@@ -344,11 +344,11 @@ class _Builder:
 
     def load(self, p: Expr, source: Store | None) -> None:
         """A variable of the block, from a tensor or zero."""
-        self.threads.stores[_name(p)] = self._store(_name(p))
-        self._copy(p, source, self.threads.stores[_name(p)], (), (_name(p),))
+        self.threads.stores[p.name] = self._store(p.name)
+        self._copy(p, source, self.threads.stores[p.name], (), (p.name,))
 
     def save(self, p: Expr, target: Store, kept: str = "") -> None:
-        self._copy(p, self.threads.stores[_name(p)], target, (_name(p),), (suffixed(_name(p), kept),) if kept else ())
+        self._copy(p, self.threads.stores[p.name], target, (p.name,), (suffixed(p.name, kept),) if kept else ())
 
     def _copy(self, p: Expr, source: Store | None, target: Store, reads: Iterable[str], writes: Iterable[str]) -> None:
         self.touch(reads, writes)
@@ -384,7 +384,7 @@ class _Builder:
         """Group by group from the last one; in each, first the carry before every chunk, then the chunks backwards."""
         size, carry = self.chunk, self.scan.carry
         for p in carry:
-            self.threads.stores[_name(p)] = self._store(_name(p))
+            self.threads.stores[p.name] = self._store(p.name)
         count = T.truncdiv(self.T + (size - 1), size)
         self.meet()
         with T.serial(self.groups) as i:
@@ -417,7 +417,7 @@ class _Builder:
         """A block of the program, step by step."""
         stores = self.threads.stores
         for p in self.sequence if self.scan.loops else ():
-            stores[_name(p)] = self._sequence(p, "")
+            stores[p.name] = self._sequence(p, "")
         for a in self.assigns[number]:
             if a.leaf.at is not None:
                 stores[a.leaf.name] = self._sequence(a.target, suffix)
@@ -437,16 +437,16 @@ class _Builder:
         (name,) = step.writes if step.source is not None else ("",)
         if step.kind == "stage":
             assert step.source is not None
-            threads.comment(f"{spelled(name)} = {spelled(_name(step.source))}")
-            source, target = threads.stores[_name(step.source)], self._store(name)
+            threads.comment(f"{spelled(name)} = {spelled(step.source.name)}")
+            source, target = threads.stores[step.source.name], self._store(name)
             with threads.elements(step.source.axes) as places:
                 here = [places[a] for a in step.source.axes]
                 target.save(here, source.load(here).it)
-            threads.stores[_name(step.source)] = target
+            threads.stores[step.source.name] = target
         elif step.kind == "round":
             assert step.source is not None
-            threads.comment(f"{spelled(name)} = {self.device.operands}({spelled(_name(step.source))})")
-            rounded(threads, step.source.axes, threads.stores[_name(step.source)], self._half(name))
+            threads.comment(f"{spelled(name)} = {self.device.operands}({spelled(step.source.name)})")
+            rounded(threads, step.source.axes, threads.stores[step.source.name], self._half(name))
         else:
             self._statements(step)
 
@@ -471,11 +471,7 @@ def _sixteens(n: Size) -> Size:
 
 
 def _tensor(p: Expr, suffix: str) -> str:
-    return suffixed(_name(p), suffix) if suffix else _name(p)
-
-
-def _name(p: Expr) -> str:
-    return str(p.arg[0].name)
+    return suffixed(p.name, suffix) if suffix else p.name
 
 
 __all__ = ["CudaKernel", "cuda_backward", "cuda_forward"]

@@ -202,11 +202,11 @@ def backward_names(scan: Scan) -> list[str]:
 
 
 def _sequences(scan: Scan) -> list[str]:
-    return [_named(p, "") for p in scan.sequence if p.arg[0].at is not None]
+    return [_named(p, "") for p in scan.sequence if p.at is not None]
 
 
 def _named(p: Expr, suffix: str) -> str:
-    name = str(p.arg[0].name)
+    name = p.name
     return suffixed(name, suffix) if suffix else name
 
 

@@ -106,8 +106,8 @@ def _read(group: Group, device: Device) -> tuple[dict[str, Expr], dict[str, Expr
         sums = accumulated(s.value) if products else {}
         others = [e for total in sums.values() for _, e in total.others]
         for value in (*others, *_outside(s.value, set(sums))):
-            plain |= {_name(e): e for e, _ in read(value)}
-        operands |= {_name(e): e for e, _ in read(s.value) if _name(e) in inside}
+            plain |= {e.name: e for e, _ in read(value)}
+        operands |= {e.name: e for e, _ in read(s.value) if e.name in inside}
     return plain, operands
 
 
@@ -145,7 +145,7 @@ def _matrix_product(sign: int, p: Expr, row: Axis, column: Axis) -> MatrixProduc
     if len(left) != 1 or len(right) != 1:
         return None
     (a, a_axes), (b, b_axes) = left[0], right[0]
-    return MatrixProduct(sign, Operand(_name(a), a_axes[0] == row), Operand(_name(b), b_axes[0] == over), over)
+    return MatrixProduct(sign, Operand(a.name, a_axes[0] == row), Operand(b.name, b_axes[0] == over), over)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -168,17 +168,13 @@ def _in_registers(group: Group, dims: Mapping[str, int]) -> set[str]:
         for e, axes in read(s.value):
             own = axes == (s.row,) or axes == (s.row, lane(s, (s.row,) if s.row else ()))
             if not own:
-                found.discard(_name(e))
+                found.discard(e.name)
     return found
 
 
 def _few(axis: Axis, dims: Mapping[str, int]) -> bool:
     n = dims.get(axis.size)
     return n is not None and -(-n // WARP) <= SLOTS
-
-
-def _name(e: Expr) -> str:
-    return str(e.arg[0].name)
 
 
 __all__ = ["MatrixProduct", "Operand", "Step", "Steps", "half", "lane", "matrix_products", "staged", "stepped"]

@@ -169,9 +169,7 @@ class Threads(Emitter):
     def _of_others(self, s: Statement, at: Places, written: Collection[str]) -> bool:
         """Whether a thread reads here what another thread of its warp wrote."""
         across = lane(s, at)
-        return any(
-            str(e.arg[0].name) in written and not (len(axes) > 1 and axes[-1] == across) for e, axes in read(s.value)
-        )
+        return any(e.name in written and not (len(axes) > 1 and axes[-1] == across) for e, axes in read(s.value))
 
     def _in_row(self, s: Statement, at: Places, registers: bool) -> None:
         free = [a for a in s.target.axes if a not in at]

@@ -61,7 +61,7 @@ def test_interning_holds_nothing_alive():
     gc.collect()
     from tttc.ir import expr
 
-    assert not any(e.op == "leaf" and e.arg[0].name == "short_lived" for e in list(expr._interned.values()))
+    assert not any(e.op == "leaf" and e.name == "short_lived" for e in list(expr._interned.values()))
 
 
 def test_interning_across_threads():

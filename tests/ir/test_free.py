@@ -138,7 +138,7 @@ def strip_of(x: np.ndarray, position: int | None, part: slice) -> np.ndarray:
 
 def inputs_of(scan: Scan, dims: dict[str, int], tokens: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
-    shapes = {p.arg[0].name: [dims.get(a.size, tokens) for a in p.axes] for p in scan.params}
+    shapes = {p.name: [dims.get(a.size, tokens) for a in p.axes] for p in scan.params}
     return {n: generator.uniform(0.1, 0.9, shape) for n, shape in shapes.items()}
 
 
@@ -155,9 +155,9 @@ def test_a_strip_of_the_scan_is_that_strip_of_its_results(name):
         found.append(results_of(free.cut(scan), dims, inside))
     for target, x, *strips in zip(scan.results, wanted, *(made for made, _ in found), strict=True):
         # the same sums in the same order
-        np.testing.assert_allclose(np.concatenate(strips, slots[target.arg[0].name]), x, rtol=1e-12)
+        np.testing.assert_allclose(np.concatenate(strips, slots[target.name]), x, rtol=1e-12)
     for p, x, *strips in zip(scan.params, back, *(made for _, made in found), strict=True):
-        at = slots.get(p.arg[0].name)
+        at = slots.get(p.name)
         # the sum over the columns in two parts: a few units of the largest term
         np.testing.assert_allclose(sum(strips) if at is None else np.concatenate(strips, at), x, rtol=1e-10)
 
@@ -165,7 +165,7 @@ def test_a_strip_of_the_scan_is_that_strip_of_its_results(name):
 def results_of(scan: Scan, dims: dict[str, int], given: dict[str, np.ndarray]) -> tuple[tuple[np.ndarray, ...], ...]:
     """What a scan makes, and the cotangents of its inputs where those of its results are all 1."""
     made = evaluate_function(scan.function(), dims, given)
-    back = {cotangent(r).arg[0].name: np.ones_like(x) for r, x in zip(scan.results, made, strict=True)}
+    back = {cotangent(r).name: np.ones_like(x) for r, x in zip(scan.results, made, strict=True)}
     adjoint = adjoint_function(scan_adjoint(scan, Program("", "", (), dims), {}))
     return made, evaluate_function(adjoint, dims, given | back)
 
@@ -176,7 +176,7 @@ def test_every_operation_makes_strips_of_a_free_axis(name):
     for e in EXAMPLES[name]:
         for axis in e.axes:
             target = leaf("result", "output", (axis, *(a for a in e.axes if a != axis)))
-            params = tuple({x.arg[0].name: x for x in leaves([e])}.values())
+            params = tuple({x.name: x for x in leaves([e])}.values())
             scan = Scan("scan", params, (), (), (Assign(target, e),), (), 1)
             if (free := free_axis(scan)) is None:
                 continue

@@ -159,8 +159,8 @@ def drawn(e: Expr, name: str, seed: int = 0) -> dict[Expr, np.ndarray]:
 
 def value_of(e: Expr, known) -> np.ndarray:
     """The value, with every axis at its full length; a leaf under other axis names is the same variable."""
-    variables = {node.arg[0]: value for node, value in known.items()}
-    values = {node: variables[node.arg[0]] for node in leaves([e])}
+    variables = {node.variable: value for node, value in known.items()}
+    values = {node: variables[node.variable] for node in leaves([e])}
     return np.broadcast_to(evaluate(e, values, by_axis()), [SIZES[a.size] for a in e.axes])
 
 
@@ -280,7 +280,7 @@ def test_the_text_computes_what_the_interpreter_does(name, index):
     # The shapes of the operands give the sizes of token axes, so the text needs no chunk.
     function = Function("f", tuple(known), (Block((Assign(out, e),)),), (out,))
     program = Program("f", "test", (function,), SIZES)
-    arguments = {node.arg[0].name: value for node, value in known.items()}
+    arguments = {node.name: value for node, value in known.items()}
     scope: dict[str, object] = {}
     exec(program_text(program), scope)
     found = np.asarray(scope["f"](**arguments))

@@ -153,8 +153,8 @@ def value(e: Expr, axes, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     by_dim = {d: int(n) for d, n in zip((TOKENS, "D", "E", "F"), generator.integers(1, 6, 4), strict=True)}
     known = {}
-    for node in sorted((n for n in postorder([e]) if n.op == "leaf"), key=lambda n: (n.arg[0].name, n.axes)):
-        own = np.random.default_rng([seed, *node.arg[0].name.encode()])
+    for node in sorted((n for n in postorder([e]) if n.op == "leaf"), key=lambda n: (n.name, n.axes)):
+        own = np.random.default_rng([seed, *node.name.encode()])
         known[node] = own.uniform(-1, 1, [by_dim[axis.size] for axis in node.axes])
     sizes = {axis.name: by_dim[axis.size] for axis in (D, E, F, T, S)}
     return align(evaluate(e, known, sizes), e.axes, axes)

@@ -57,7 +57,7 @@ def _compare(
         error = float(np.max(np.abs(x - y), initial=0.0)) / (1.0 + float(np.max(np.abs(x), initial=0.0)))
         if not error <= allowed:
             raise PassChangedMeaning(
-                f"stage {after.stage!r} changed the output {spelled(returned.arg[0].name)} of {name}: "
+                f"stage {after.stage!r} changed the output {spelled(returned.name)} of {name}: "
                 f"relative error {error:.1e}.\n"
                 f"--- {before.stage}\n{before}\n--- {after.stage}\n{after}"
             )
@@ -71,7 +71,7 @@ def _check_gradient(before: Program, after: Program) -> None:
     gradients = interpret(after, "gradient", arguments)
     wanted, found = [], []
     for returned, gradient in zip(after["gradient"].returns, gradients, strict=True):
-        state = differentiated(returned.arg[0].name)
+        state = differentiated(returned.name)
         direction = generator.standard_normal(gradient.shape)
         here = arguments.get(state, np.zeros_like(direction))  # a state that the loss does not read changes nothing
         moved = [arguments | {state: here + sign * STEP * direction} for sign in (1, -1)]
@@ -84,7 +84,7 @@ def _check_gradient(before: Program, after: Program) -> None:
 def token_by_token(program: Program, params: tuple[Expr, ...], arguments: Arrays) -> tuple[np.ndarray, ...]:
     """Outputs and final weights by the update rule itself, from the per-token functions `gradient` and `output`."""
     assert program.update is not None
-    rule = _Rule(program, {p.arg[0].name for p in params if p.arg[0].at}, arguments)
+    rule = _Rule(program, {p.name for p in params if p.at}, arguments)
     return rule.run()
 
 
@@ -94,7 +94,7 @@ class _Rule:
     def __init__(self, program: Program, sequences: set[str], arguments: Arrays) -> None:
         assert program.update is not None
         self.program, self.update, self.sequences, self.arguments = program, program.update, sequences, arguments
-        self.states = {w.arg[0].name: w for w in program.update.states}
+        self.states = {w.name: w for w in program.update.states}
         self.tokens = len(arguments[next(iter(sequences))])
         self.memory: Arrays = {}
         for n in self.states:
@@ -106,7 +106,7 @@ class _Rule:
                 if stage.on == "view":
                     self.memory[prefixed("A", n)] = begun
                 elif n in stage.kept:
-                    self.memory[stage.kept[n].arg[0].name] = begun
+                    self.memory[stage.kept[n].name] = begun
 
     def run(self) -> tuple[np.ndarray, ...]:
         b = self.tokens if self.update.mini_batch == "all" else int(self.update.mini_batch)
@@ -207,7 +207,7 @@ class _Rule:
         return found
 
     def evaluated(self, e: Expr, given: Arrays) -> np.ndarray:
-        known = {x: np.asarray(given[x.arg[0].name], dtype=float) for x in leaves([e])}
+        known = {x: np.asarray(given[x.name], dtype=float) for x in leaves([e])}
         axes = {a for x in postorder([e]) for a in x.axes}
         return np.asarray(evaluate(e, known, {a.name: self.program.dims[a.size] for a in axes}))
 

@@ -152,8 +152,8 @@ def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program
 
 def _function(name: str, value: Expr, target: Expr, known: Leaves) -> Function:
     """A per-token function whose parameters are the leaves that its value reads, in the order of the declaration."""
-    read = {e.arg[0].name for e in leaves([value])}
-    order = [e for group in known for e in group.values() if e.arg[0].name in read]
+    read = {e.name for e in leaves([value])}
+    order = [e for group in known for e in group.values() if e.name in read]
     return Function(name, tuple(order), (Block((Assign(target, value),)),), (target,))
 
 

@@ -362,7 +362,7 @@ def _shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeErr
 
 def _origin(e: Expr, dim: str) -> str:
     """The declared value that brought a dim into an expression."""
-    found = [x.arg[0] for x in leaves([e]) if dim in (a.size for a in x.axes)]
+    found = [x.variable for x in leaves([e]) if dim in (a.size for a in x.axes)]
     return f"{found[-1].role} {as_declared(found[-1].name)}" if found else ""
 
 

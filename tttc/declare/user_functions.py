@@ -180,11 +180,9 @@ def run_twice(
     if left:  # or another thread has changed it meanwhile
         produce(lambda e: Traced(_marked(e, again)))
         left = [n for n in changed(after, surroundings()) if n in left]
-    strays = [
-        e for value, mark in ((first, None), (second, again)) for e in leaves([value.expr]) if e.arg[0].at != mark
-    ]
+    strays = [e for value, mark in ((first, None), (second, again)) for e in leaves([value.expr]) if e.at != mark]
     if strays:
-        read = ", ".join(dict.fromkeys(f"{e.arg[0].role} {as_declared(e.arg[0].name)}" for e in strays))
+        read = ", ".join(dict.fromkeys(f"{e.role} {as_declared(e.name)}" for e in strays))
         what = f"in {name}: a value that an earlier call has made is used again (it is made of {read})."
         raise Repeated(Problem(what, _PURE, _line_of(first.expr, places)))
     (repeated,) = transform([second.expr], lambda e, src: _unmarked(e) if e.op == "leaf" else rebuild(e, src))

@@ -311,10 +311,10 @@ def _product(dims: Iterable[str]) -> Formula:
 def _by_letter(variables: Iterable[Expr]) -> dict[str, list[Expr]]:
     found: dict[str, list[Expr]] = {}
     for e in variables:
-        found.setdefault(spelled(e.arg[0].name)[0], []).append(e)
+        found.setdefault(spelled(e.name)[0], []).append(e)
     return found
 
 
 def _of_letter(letter: str, found: list[Expr], *, inside: bool = False, each_token: bool = False) -> Kept:
-    names = tuple(spelled(e.arg[0].name) for e in found)
+    names = tuple(spelled(e.name) for e in found)
     return Kept(names, _LETTERS[letter], cost.total_elements(found), inside, each_token)

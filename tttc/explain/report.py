@@ -112,7 +112,7 @@ def _dtype(dtype: object) -> str:
 
 
 def _declared_shape(w: Expr) -> str:
-    return f"{w.arg[0].name}[{', '.join(a.size for a in w.axes)}]"
+    return f"{w.name}[{', '.join(a.size for a in w.axes)}]"
 
 
 def _length_text(length: int | str) -> str:
@@ -155,7 +155,7 @@ def _unknown_text(layer: Layer, kind: GradientClass) -> str:
         return ""
     program = layer.stages.program
     assert program.update is not None
-    gradients, axes = per_token(program)[0], {w.arg[0].name: w.axes for w in program.update.states}
+    gradients, axes = per_token(program)[0], {w.name: w.axes for w in program.update.states}
     unknown = the_unknown({n: terms_of(g, axes[n]) for n, g in gradients.items()}, program.update.states)
     assert unknown is not None
     return _operation(unknown, _gradient_names(layer))
@@ -165,7 +165,7 @@ def _dependence_text(g: Expr, states: Iterable[Expr], names: Mapping[Expr, str])
     """How one gradient depends on each state, states of which the same is true together."""
     groups: dict[Finding, list[str]] = {}
     for w in states:
-        groups.setdefault(dependence(g, (w,)), []).append(w.arg[0].name)
+        groups.setdefault(dependence(g, (w,)), []).append(w.name)
     return "; ".join(_finding_text(found, on, names) for found, on in groups.items())
 
 

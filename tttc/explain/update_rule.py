@@ -19,7 +19,7 @@ from tttc.ir.expr import Expr, is_const, leaf, leaves, rebuild, transform
 from tttc.ir.names import spelled
 from tttc.ir.program import EndStage, Plan, Update, end_leaf
 from tttc.ir.text import Printer, Text
-from tttc.ir.update import Advanced, Carried, accumulated, advance, is_staged, state_name
+from tttc.ir.update import Advanced, Carried, accumulated, advance, is_staged
 
 ROLES = ("lr", "tau", "momentum", "decay", "average")
 
@@ -40,8 +40,8 @@ def rate_text(rate: Expr, index: str = "") -> str:
         return f"{rate.src[0].arg - rate.src[1].arg:.12g}"
 
     def visit(e: Expr, src: tuple[Expr, ...]) -> Expr:
-        at = index if e.op == "leaf" and e.arg[0].role == "gate" else ""
-        return leaf(f"{spelled(e.arg[0].name)}{at}", "param", e.axes) if e.op == "leaf" else rebuild(e, src)
+        at = index if e.op == "leaf" and e.role == "gate" else ""
+        return leaf(f"{spelled(e.name)}{at}", "param", e.axes) if e.op == "leaf" else rebuild(e, src)
 
     return Printer()(transform([rate], visit)[0])
 
@@ -88,7 +88,7 @@ def rules(update: Update) -> list[Rule]:
     """The states, those of one shape of rule together."""
     alike: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for w in update.states:
-        n = state_name(w)
+        n = w.name
         roles = tuple(role for role in ROLES if getattr(update, role).get(n) is not None)
         alike.setdefault((roles, "W" if accumulated(update, w) is w else "A"), []).append(n)
     return [
@@ -268,7 +268,7 @@ def _once_equations(rule: Rule) -> list[str]:
 
 def _mean(rate: Expr) -> str:
     """The mean of a gate over the mini-batch; what is no gate is its own mean."""
-    return f"mean({rate_text(rate)})" if rate.op == "leaf" and rate.arg[0].role == "gate" else rate_text(rate)
+    return f"mean({rate_text(rate)})" if rate.op == "leaf" and rate.role == "gate" else rate_text(rate)
 
 
 def _acting(rule: Rule) -> list[EndStage]:
@@ -284,8 +284,8 @@ def _stage_text(stage: EndStage, target: str, given: str, rule: Rule) -> str:
 
 
 def _jointly(stage: EndStage, update: Update) -> str:
-    own = {n: end_leaf(w).arg[0].name for w in update.states for n in [state_name(w)]}
-    read = {n: {e.arg[0].name for e in leaves([value]) if e.arg[0].role == "end"} for n, value in stage.values.items()}
+    own = {n: end_leaf(w).name for w in update.states for n in [w.name]}
+    read = {n: {e.name for e in leaves([value]) if e.role == "end"} for n, value in stage.values.items()}
     return ", of all states together" if any(names - {own[n]} for n, names in read.items()) else ""
 
 
@@ -375,7 +375,7 @@ def _propagated(letter: str, rate: str, inner: Text) -> Text:
 
 
 def _scaled(letter: str, rate: Expr, inner: Text) -> Text:
-    name, varies = rate_text(rate), any(e.arg[0].role == "gate" for e in leaves([rate]))
+    name, varies = rate_text(rate), any(e.role == "gate" for e in leaves([rate]))
     if letter == "g":
         return Text(f"diag({name}) @ {inner.at_least(2)}", 2) if inner.text else Text(f"diag({name})")
     if inner.text or not varies:

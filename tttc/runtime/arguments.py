@@ -46,7 +46,7 @@ class Call:
         self.sequences = {n: self._flat_sequence(given[n]) for n in declared.tokens}
         self.sequences |= {declared.identity("gate", n): self._flat_sequence(gates[n]) for n in declared.gates}
         if layer._counts:
-            self.sequences[EACH.arg[0].name] = q.new_ones(self.batch, self.heads, self.tokens)
+            self.sequences[EACH.name] = q.new_ones(self.batch, self.heads, self.tokens)
         self.params = {
             n: self._flat(n, params[n], len(s.dims), self._dims(s.dims), batched=False)
             for n, s in declared.params.items()
@@ -79,7 +79,7 @@ class Call:
             return State(flat(values))
         self._continues(state)
         start = flat(state.start) if state.position else {}
-        variables = {str(v.arg[0].name): v for v in (*self.layer._memory, *(o.variable for o in self.layer._opened))}
+        variables = {v.name: v for v in (*self.layer._memory, *(o.variable for o in self.layer._opened))}
 
         def carried(group: Mapping[str, torch.Tensor]) -> Tensors:
             axes = {n: tuple(a.size for a in variables[n].axes) for n in group if n in variables}
@@ -107,7 +107,7 @@ class Call:
             )
 
         kept, other = ("rows", "sums") if self.layer.decode == "rows" else ("sums", "rows")
-        names = self.sequences if kept == "rows" else [str(o.variable.arg[0].name) for o in self.layer._opened]
+        names = self.sequences if kept == "rows" else [o.variable.name for o in self.layer._opened]
         if state.position and set(names) - set(state.rows if kept == "rows" else state.summed):
             raise StateMismatch(
                 f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens into a mini-batch, "
@@ -123,11 +123,11 @@ class Call:
         """What an open mini-batch carries, before its first token."""
         like = next(iter(self.state.weights.values()))
         shapes = {o: [self.layer.dims[a.size] for a in o.variable.axes] for o in variables}
-        return {str(o.variable.arg[0].name): like.new_full((*like.shape[:2], *s), o.begins) for o, s in shapes.items()}
+        return {o.variable.name: like.new_full((*like.shape[:2], *s), o.begins) for o, s in shapes.items()}
 
     def value(self, p: Expr, values: Tensors, now: int, stop: int) -> torch.Tensor:
         """The tensor of one parameter of a scan."""
-        name, role, at = p.arg[0]
+        name, role, at = p.variable
         if name in values:
             return values[name]
         if role == "param":

@@ -82,11 +82,11 @@ class Layer:
         self._opened = openings(program.update)
         loop = next((s for s in program.scans if s.name == f"{self._name}_rows"), None)
         past = loop.carry if loop is not None and self._plan.substitution else ()
-        self._past = {str(p.arg[0].name): [self.dims[a.size] for a in p.axes if a != PAST] for p in past}
+        self._past = {p.name: [self.dims[a.size] for a in p.axes if a != PAST] for p in past}
         self.decode = "rows" if self._keeps_rows(decode) else "sums"
         self._token = next((s for s in program.scans if s.name == f"{self._name}_token"), None)
         self._memory = tuple(m.variable for m in memories(program.update))
-        self._counts = any(p.arg[0].name == EACH.arg[0].name for s in program.scans for p in s.params)
+        self._counts = any(p.name == EACH.name for s in program.scans for p in s.params)
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
         self._carried = carried(program)
         self._width: tuple[str, ...] = (
@@ -310,7 +310,7 @@ class Layer:
             eye = torch.eye(stop - now, dtype=self.compute_dtype, device=self.device)
             like = next(iter(weights.values()))
             past = {n: like.new_zeros(*like.shape[:2], stop - now, *shape) for n, shape in self._past.items()}
-            values = weights | memory | part | made | past | {NOW.arg[0].name: eye.expand(*like.shape[:2], -1, -1)}
+            values = weights | memory | part | made | past | {NOW.name: eye.expand(*like.shape[:2], -1, -1)}
             *rows, _ = self._outputs(f"{self._name}_rows", call, values, now, stop)
             named = {row_name(i): x for i, x in enumerate(rows[: len(self._past)])}
             z, new = self._scan(self._name, call, values | named, now, stop)
@@ -401,7 +401,7 @@ class Layer:
 
     def _checkpoint_of(self, name: str, tokens: int) -> int:
         """Of a scan over so many tokens; one that reads no tokens has nothing to keep."""
-        return self._checkpoint(tokens) if any(p.arg[0].at for p in self._params[name]) else 0
+        return self._checkpoint(tokens) if any(p.at for p in self._params[name]) else 0
 
     def _checkpoint(self, tokens: int) -> int:
         """Chunks between two kept states, about the square root of their number unless given; 0 keeps everything."""

@@ -37,7 +37,7 @@ def carried(program: Program) -> set[tuple[str, str]]:
     """
     read = {(a.leaf.role, a.leaf.name) for a in program.scans[0].outputs[:1]}
     made = [a for s in program.scans for a in s.block.assigns if (a.leaf.role, a.leaf.name) not in read]
-    return {(e.arg[0].role, as_declared(e.arg[0].name)) for e in leaves(a.value for a in made)}
+    return {(e.role, as_declared(e.name)) for e in leaves(a.value for a in made)}
 
 
 def ungrouped(given: Arguments, declared: Signature, changing: Set[tuple[str, str]]) -> Arguments:

@@ -35,7 +35,7 @@ def warn_of_growth(layer: Layer, call: Call) -> None:
     update = primal.update
     assert update is not None
     gradients, _ = per_token(primal)
-    products = {w.arg[0].name: terms_of(gradients[w.arg[0].name], w.axes) for w in update.states}
+    products = {w.name: terms_of(gradients[w.name], w.axes) for w in update.states}
     found = gain(products, update.states, update.lr, {**primal.dims, TOKENS: max(call.tokens, 1)})
     if found is None or not call.tokens:
         return
@@ -59,7 +59,7 @@ def _values(e: Any, call: Call, g: int) -> np.ndarray:
     """The expression on the tokens of one batch element and head."""
     known, sizes = {}, {}
     for x in leaves([e]):
-        found = call.params[x.arg[0].name] if x.arg[0].at is None else call.sequences[x.arg[0].name]
+        found = call.params[x.name] if x.at is None else call.sequences[x.name]
         known[x] = found[divmod(g, call.heads)].detach().double().cpu().numpy()
     for node in postorder([e]):
         for axis in node.axes:

@@ -305,7 +305,7 @@ class _Chunk:
         return tuple(result)
 
     def _clipped(self, found: dict[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
-        """Gradients scaled down to the norm `clip`: of a product that is the product of the norms (MATH 6.2)."""
+        """Gradients scaled down to the norm `clip`: of a product that is the product of the norms."""
         if self.declared.clip is None:
             return found
         squares = []

@@ -1,4 +1,4 @@
-"""Exact online gradients: every token's gradient is taken at the weights that the token before left (MATH 6.5).
+"""Exact online gradients: every token's gradient is taken at the weights that the token before left.
 
 The gradient of token t is a product with one factor u_t that is affine in the weights, and these hold the u_s of all
 s < t. Read through them, u is a system of equations with a unit lower triangle:

@@ -3,7 +3,7 @@
     x_t = sum_j coefficient_j[t] * X_j + sum over s of kernel[t, s] * g_s
 
 X_j is what the chunk found when it began. A recurrence x_t = alpha_t * x_{t-1} + y_t multiplies the response of y from
-the left with P[t, s] = alpha_{s+1} * ... * alpha_t, so momentum under decay is P(alpha) @ P(mu) @ diag(lr) (MATH 6.1).
+the left with P[t, s] = alpha_{s+1} * ... * alpha_t, so momentum under decay is P(alpha) @ P(mu) @ diag(lr).
 """
 
 from __future__ import annotations

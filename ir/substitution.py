@@ -1,4 +1,4 @@
-"""Online gradients that are not affine: the chunk's rows one after the other, on rows alone (MATH 6.6).
+"""Online gradients that are not affine: the chunk's rows one after the other, on rows alone.
 
 No weights of a token are built. Token t reads the weights that it finds, a_{t-1} * W - sum over s < t of A[t-1, s] *
 outer(X_s, d_s), through the rows X, d of the tokens before it, and makes its own; the chunk then goes on as if the rows

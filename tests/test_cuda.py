@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is 
 compiles = pytest.mark.skipif(bool(nvidia.missing()), reason=f"cannot compile CUDA: {'; '.join(nvidia.missing())}")
 
 TOKENS = 20  # a mini-batch of 16 and a tail
-# The tolerances of DESIGN.md, 11: float32 rounds at 6e-8, some hundred operations in a row; bfloat16 has 8 bits and
+# float32 rounds at 6e-8, some hundred operations in a row; bfloat16 has 8 bits and
 # float16 has 11, and a state rounds once for every product that reads it.
 OUTPUT = {"float32": 5e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
 

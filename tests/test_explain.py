@@ -222,7 +222,7 @@ def rate_values(numbers: bool) -> dict[str, np.ndarray]:
 
 
 def definition(parts: tuple[str, ...], form: str, at: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The values after each token, by the definition (DESIGN 2), on numbers instead of tensors."""
+    """The values after each token, by the definition, on numbers instead of tensors."""
     mu, decay, rho, tau = (
         at[n] if role in parts else None
         for role, n in (("momentum", "momentum"), ("decay", "decay"), ("average", "rho"), ("read_scale", "tau"))

@@ -4,7 +4,7 @@
     W_s = alpha_s * W_{s-1} - S_s              decay
     V_s = (1 - rho_s) * V_{s-1} + rho_s * W_s  an average of the weights, which is what tokens read
 
-All three are linear in the gradients, so a chunk of tokens has one matrix of coefficients (MATH 6.1). What is not
+All three are linear in the gradients, so a chunk of tokens has one matrix of coefficients. What is not
 linear may happen where a mini-batch ends: `at_end` stages, which are functions of the user's own or one of `muon`,
 `weight_norm`, `clip_norm`, `soft_clip`, `power_norm`, `softmax_retention`.
 """
@@ -109,7 +109,7 @@ def sgd(
     per: str = "token",
     at_end: AtEnd | Iterable[AtEnd] = (),
 ) -> SGD:
-    """Gradient descent: S_s = momentum_s * S_{s-1} + lr_s * g_s,  W_s = decay_s * W_{s-1} - S_s (MATH 6.1).
+    """Gradient descent: S_s = momentum_s * S_{s-1} + lr_s * g_s,  W_s = decay_s * W_{s-1} - S_s.
 
     Every rate is a gate, a number, a `param` without axes, or a dict from state name to one of these; a gate with
     `per="channel"` holds one value for each entry of the state's axis of that name.

@@ -29,7 +29,7 @@ from tttc.backends.triton.aot import compiled_scans
 from tttc.backends.triton.kernel_spec import unfused
 from tttc.cli.loading import library_variants
 from tttc.compiler.driver import program_for
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.verification.comparison import default_dims
 
 RESULTS = ROOT / "benchmarks" / "results" / "resources.json"

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 import tttc
-from tttc.declare.variant import GateSpec, Signature, Variant, signature
+from tttc.declare.read import signature
+from tttc.declare.specs import GateSpec
+from tttc.declare.variant import Signature, Variant
 from tttc.runtime.layer import Layer
 
 Tensors = dict[str, torch.Tensor]

@@ -13,7 +13,8 @@ import torch
 import tttc
 from tttc import library
 from tttc.backends.interface import Source
-from tttc.declare.variant import Variant, signature
+from tttc.declare.read import signature
+from tttc.declare.variant import Variant
 from tttc.reference import reference
 from tttc.runtime.layer import Layer, State
 from tttc.verification.comparison import (

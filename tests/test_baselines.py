@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tttc.declare.variant import Variant, signature
+from tttc.declare.read import signature
+from tttc.declare.variant import Variant
 from tttc.examples.demo.baselines import Eager, faults, mini_batch_step, random_workload, time_interleaved, time_limit
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
 from tttc.reference import reference

@@ -9,7 +9,7 @@ import torch
 
 import tttc
 from tests.helpers import CAUSAL_READS, LIBRARY, MINI_BATCHES, VARIANTS, dims_of, inputs_for, keywords, split_call
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.reference import reference
 from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 

@@ -30,7 +30,7 @@ from tests.helpers import (
     split_call,
 )
 from tests.test_gradients import positional
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.errors import StateMismatch
 from tttc.verification.comparison import gradient_errors, random_inputs, relative_error
 

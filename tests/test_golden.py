@@ -9,7 +9,7 @@ import pytest
 
 import tttc
 from tests.helpers import LIBRARY
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.runtime.layer import Layer
 from tttc.verification.comparison import default_dims
 

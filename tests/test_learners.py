@@ -8,7 +8,7 @@ import torch
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result, split_call
 from tests.learners import DIMS, LEARNERS, CausalConvolution
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 
 

@@ -8,7 +8,7 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tests.learners import DIMS, CausalConvolution
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.errors import ShapeError, StateMismatch
 from tttc.verification.comparison import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, random_inputs, relative_error
 

@@ -15,7 +15,7 @@ import pytest
 
 import tttc
 from tests.helpers import LIBRARY, READS, dims_of
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.errors import DeclarationError
 from tttc.ir.dualize import gradient_class
 

@@ -27,7 +27,7 @@ from tests.helpers import (
     result_of,
     split_call,
 )
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.errors import ShapeError, StateMismatch
 from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 

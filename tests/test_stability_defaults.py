@@ -12,7 +12,8 @@ from torch import nn
 
 import tttc
 from tests.helpers import LIBRARY, dims_of
-from tttc.declare.variant import GateSpec, signature
+from tttc.declare.read import signature
+from tttc.declare.specs import GateSpec
 from tttc.errors import DeclarationError, NonFinite
 from tttc.library import DeltaNet, GatedDeltaNet, TTTLinear
 from tttc.runtime.stability import UnstableInnerLoop

@@ -328,7 +328,7 @@ def test_other_backends_have_nothing_to_tune_for_a_gpu():
 
 
 def test_where_there_is_a_gpu_its_architecture_is_named(monkeypatch):
-    monkeypatch.setattr(sys.modules["tttc.tuning.measured"], "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(sys.modules["tttc.tuning.tune"], "architecture_of", lambda device: "sm_90")
     with pytest.raises(TuningError, match='Use device="sm_90"'):
         tttc.tune(TTTLinear, {"D": 4}, device="cuda:0")
 

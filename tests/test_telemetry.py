@@ -9,7 +9,7 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, layer_result
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.runtime.stability import UnstableInnerLoop
 
 TOLERANCE = 1e-10  # sums of squares of differences of weights: they cancel a few digits of float64

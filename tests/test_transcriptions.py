@@ -10,7 +10,7 @@ import torch
 import tttc
 from tests.helpers import LIBRARY, differences, dims_of, layer_result, result_of
 from tests.transcriptions import TRANSCRIPTIONS
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.verification.comparison import random_inputs
 
 INVENTED = {"GatedThreeLayer"}  # in no paper

@@ -23,7 +23,7 @@ from tttc.library import LinearAttention, TTTLinear
 from tttc.tuning import database
 from tttc.tuning import search as search_module
 from tttc.tuning.accuracy import Accuracy
-from tttc.tuning.measured import chunk_choices
+from tttc.tuning.chunks import chunk_choices
 from tttc.tuning.records import Choice, Key
 from tttc.tuning.search import Wrong
 
@@ -337,7 +337,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_tuned_is_refused(name, golden, monkeypatch):
-    monkeypatch.setattr(sys.modules["tttc.tuning.measured"], "architecture_of", lambda device: "")
+    monkeypatch.setattr(sys.modules["tttc.tuning.tune"], "architecture_of", lambda device: "")
     with pytest.raises(TuningError) as caught:
         tttc.tune(TTTLinear, {"D": 4}, **REFUSED[name])
     golden(f"tune/{name}", f"{type(caught.value).__name__}: {caught.value}")
@@ -345,7 +345,7 @@ def test_what_cannot_be_tuned_is_refused(name, golden, monkeypatch):
 
 @pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("1.5m", 90), ("1h", 3600), (7, 7), (" 2 min ", 120)])
 def test_budgets_are_times(text, seconds):
-    from tttc.tuning.measured import _budget_seconds
+    from tttc.tuning.tune import _budget_seconds
 
     assert _budget_seconds(text) == seconds
 

@@ -345,7 +345,7 @@ def test_kernels_of_any_settings_equal_the_oracle(variant, D, config):
 
 @needs_tvm
 def test_settings_that_make_the_same_tiles_are_the_same():
-    from tttc.backends.tvm import choices, identity
+    from tttc.backends.tvm_cpu import choices, identity
 
     program = tttc.compile(LinearAttention, {"D": 16}, chunk=16).stages.program
     assert identity(program, {}) == identity(program, {n: values[0] for n, values in choices(program).items()})

@@ -14,7 +14,7 @@ import tttc
 from tests.helpers import LIBRARY, READS, dims_of
 from tttc.cli.main import app
 from tttc.declare.gates import gate_range
-from tttc.declare.variant import signature
+from tttc.declare.read import signature
 from tttc.errors import BackendRefusal
 from tttc.library import LinearAttention, Titans, TTTLinear
 from tttc.tuning.accuracy import Accuracy

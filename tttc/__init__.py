@@ -4,12 +4,14 @@ Declare an inner-loop learner and its self-supervised loss as a `Variant`; `comp
 form, and returns an ordinary PyTorch layer.
 """
 
+import sys
 from typing import NoReturn
 
 from tttc import library, nn
 from tttc.attention import NonParametric, SoftmaxAttention
 from tttc.compiler.driver import compile
 from tttc.compiler.pipeline import PIPELINE
+from tttc.declare.checks import check
 from tttc.declare.functions import (
     abs,
     along,
@@ -39,7 +41,8 @@ from tttc.declare.functions import (
     tanh,
     where,
 )
-from tttc.declare.lower import check
+from tttc.declare.specs import gate, normal, param, state, token
+from tttc.declare.suggest import instead
 from tttc.declare.update_rules import (
     adam,
     at_end,
@@ -52,13 +55,12 @@ from tttc.declare.update_rules import (
     softmax_retention,
     weight_norm,
 )
-from tttc.declare.variant import Variant, gate, normal, param, state, token
+from tttc.declare.variant import Variant
 from tttc.errors import FallbackWarning, TTTCError
 from tttc.runtime.layer import Layer, State
-from tttc.tuning.measured import tune
+from tttc.tuning.tune import tune
 from tttc.verification.comparison import verify
-
-__version__ = "0.1.0"
+from tttc.version import __version__ as __version__
 
 __all__ = [
     "PIPELINE",
@@ -122,9 +124,5 @@ __all__ = [
 
 def __getattr__(name: str) -> NoReturn:
     """Name what exists in the place of what does not: `tttc.leaky_relu`, `tttc.mse`."""
-    import sys
-
-    from tttc.declare.suggest import instead
-
     said = "" if name.startswith("_") else f" {instead(name, __all__)}"
     raise AttributeError(f"tttc has no `{name}`.{said}", name=name, obj=sys.modules[__name__])

@@ -22,7 +22,7 @@ import torch
 from sympy.printing.str import StrPrinter
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tttc.declare.values import evaluated_scale
+from tttc.declare.specs import evaluated_scale
 from tttc.errors import DeclarationError, Problem, ShapeError, SourceLine, StateMismatch, problems_text
 from tttc.runtime.layer import State
 

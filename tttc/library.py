@@ -7,8 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import tttc.declare.functions as ops
-from tttc.declare.update_rules import muon, power_norm, soft_clip, weight_norm
-from tttc.declare.variant import Variant, gate, normal, param, sgd, state, token
+from tttc.declare.specs import gate, normal, param, state, token
+from tttc.declare.update_rules import muon, power_norm, sgd, soft_clip, weight_norm
+from tttc.declare.variant import Variant
 
 __all__ = [
     "GLA",

@@ -23,8 +23,10 @@ from typing import Any
 
 import torch
 
+from tttc.declare.read import signature
+from tttc.declare.specs import GateSpec, ParamSpec, TokenSpec
 from tttc.declare.update_rules import AtEnd
-from tttc.declare.variant import GateSpec, ParamSpec, Signature, TokenSpec, Variant, bind, signature
+from tttc.declare.variant import Signature, Variant, bind
 
 Tensors = dict[str, torch.Tensor]
 

@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 
-from tttc.declare.update_rules import sgd
-from tttc.declare.variant import GateSpec, ParamSpec, Rate, Signature, TokenSpec, Variant, bind, signature
+from tttc.declare.read import signature
+from tttc.declare.specs import GateSpec, ParamSpec, TokenSpec
+from tttc.declare.update_rules import Rate, sgd
+from tttc.declare.variant import Signature, Variant, bind
 from tttc.reference import reference
 from tttc.verification.comparison import relative_error
 

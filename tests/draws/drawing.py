@@ -33,7 +33,7 @@ from tests.draws.recipe import (
     WINDOWS,
     Recipe,
 )
-from tttc.declare.variant import read_declaration
+from tttc.declare.read import read_declaration
 
 DIMS = "DEFGJKM"
 CHANGES: dict[str, tuple[Any, ...]] = {

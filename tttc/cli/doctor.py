@@ -21,7 +21,7 @@ from tttc.backends import triton as triton_backend
 from tttc.backends.cache import cache_dir
 from tttc.backends.cpu import instruction_sets, processor
 from tttc.tuning.database import database_path, own_entries
-from tttc.tuning.records import is_off
+from tttc.tuning.lookup import is_off
 
 INSTRUCTION_SETS = ("avx", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "sve", "sve2")
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 import tttc.library
-from tttc.declare.variant import Variant, read_declaration
+from tttc.declare.read import read_declaration
+from tttc.declare.variant import Variant
 from tttc.errors import SourceLine, TTTCError
 from tttc.verification.comparison import default_dims
 

@@ -22,13 +22,14 @@ from tttc.cli.loading import full_dims, library_variants, load_variant
 from tttc.compiler.aot import compile_for
 from tttc.compiler.driver import DTYPES
 from tttc.compiler.driver import compile as compile_layer
-from tttc.declare.lower import check as check_declaration
-from tttc.declare.variant import Variant, read_declaration
+from tttc.declare.checks import check as check_declaration
+from tttc.declare.read import read_declaration
+from tttc.declare.variant import Variant
 from tttc.errors import TTTCError, TuningError
 from tttc.runtime.layer import Layer
 from tttc.terminal import console, error_table, print_program, table
 from tttc.tuning.database import database_path, export_to, import_from
-from tttc.tuning.measured import tune as tune_variant
+from tttc.tuning.tune import tune as tune_variant
 from tttc.verification.comparison import verify as verify_variant
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -17,14 +17,15 @@ from tttc.backends.interface import Backend
 from tttc.backends.tvm_cuda.load import CudaBackend, unavailable
 from tttc.compiler.fallback import warn_of_fallback
 from tttc.compiler.pipeline import Entry, Options, run_pipeline
-from tttc.declare.lower import checked_signature
+from tttc.declare.checks import checked_signature
 from tttc.declare.number import whole
+from tttc.declare.pickling import PickledVariant
 from tttc.declare.variant import Signature, Variant
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
 from tttc.ir.program import Program
 from tttc.runtime.layer import Layer
 from tttc.runtime.standby import with_standby
-from tttc.tuning.records import Lookup
+from tttc.tuning.lookup import Lookup
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 BACKENDS: dict[str, Backend] = {"torch": torch_backend, "tvm": tvm_backend, "triton": triton_backend}
@@ -180,7 +181,13 @@ def compile(
             "decode": decode,
             "telemetry": telemetry,
         },
+        recompile=compiled_again,
     )
+
+
+def compiled_again(declared: PickledVariant, settings: Mapping[str, Any]) -> Layer:
+    """The layer of a declaration that was read from a file, and of the settings of `compile`."""
+    return compile(declared.variant, **settings)
 
 
 def program_for(variant: type[Variant], dims: Mapping[str, int], backend: str) -> Program:

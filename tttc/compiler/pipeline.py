@@ -16,7 +16,8 @@ from typing import Any
 from tttc.backends.garbage import uncollected
 from tttc.backends.interface import Preferred, Source
 from tttc.compiler.stage_check import check_meaning
-from tttc.declare import lower as declare
+from tttc.declare.checks import no_exact_form, no_gradient
+from tttc.declare.lower import declare
 from tttc.declare.variant import Signature
 from tttc.errors import NotDifferentiable, SourceLine, problems_text, refusal
 from tttc.ir import differentiate
@@ -134,7 +135,7 @@ def _debug(entry: Entry) -> None:
 
 def traced(declared: Signature, options: Options) -> Program:
     """The declaration as per-token functions."""
-    program = declare.declare(declared, options.dims, options.dtype)
+    program = declare(declared, options.dims, options.dtype)
     return replace(program, telemetry=options.telemetry)
 
 
@@ -143,7 +144,7 @@ def differentiate_loss(program: Program) -> Program:
     try:
         return differentiate.differentiate(program)
     except differentiate.NoGradient as states:
-        raise NotDifferentiable(problems_text(program.title, [declare.no_gradient(str(states))])) from None
+        raise NotDifferentiable(problems_text(program.title, [no_gradient(str(states))])) from None
 
 
 def scheduled(program: Program, options: Options) -> Program:
@@ -184,7 +185,7 @@ def run_pipeline(declared: Signature, options: Options) -> History:
         try:
             current = stage.run(current, options)
         except NoExactForm as reason:
-            raise refusal(declared.name, [declare.no_exact_form(declared, reason, options.dims)]) from None
+            raise refusal(declared.name, [no_exact_form(declared, reason, options.dims)]) from None
         milliseconds = (time.perf_counter() - began) * 1e3
         history.append(Entry(stage.name, number, total, current, milliseconds, where=where), stage)
     return history

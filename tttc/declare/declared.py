@@ -44,3 +44,19 @@ def no_value(spec: Any) -> DeclarationError:
     return DeclarationError(
         f"arithmetic on a declared {kind}, which has no value in the class body.{place}\n  {remedy}"
     )
+
+
+def short(value: Any) -> str:
+    """A value in a message: on one line, and not at any length; of an object its class alone."""
+    if isinstance(value, Declared):
+        return f"a {value.kind}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of shape {list(value.shape)}"
+    if callable(value):
+        return f"the function {getattr(value, '__name__', type(value).__name__)}"
+    text = repr(value)
+    if " at 0x" in text or "\n" in text:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -173,10 +173,3 @@ def _adopted(expression: Any) -> Formula:
     except (ValueError, sympy.SympifyError) as reason:
         said = str(reason).splitlines()[0].rstrip(".")
         raise unsupported(f"elementwise({expression})", f"{said}.") from None
-
-
-OPERATIONS = (
-    *("sum", "mean", "exp", "log", "sqrt", "rsqrt", "abs", "sign", "tanh", "sigmoid", "silu", "gelu", "relu"),
-    *("softplus", "softmax", "layer_norm", "rms_norm", "l2_norm", "dot", "where", "huber", "div", "stop_gradient"),
-    *("size", "along", "einsum", "elementwise"),
-)

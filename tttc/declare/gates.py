@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from tttc.declare.variant import GateSpec
+from tttc.declare.specs import GateSpec
 from tttc.errors import Problem
 
 Range = tuple[float, float]

@@ -10,32 +10,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tttc.declare.specs import ParamSpec
 from tttc.declare.update_rules import ROLES, SGD
-from tttc.declare.variant import ParamSpec, Variant
+from tttc.declare.variant import Variant
 
-_known: dict[type, Declared] = {}
+_known: dict[type, PickledVariant] = {}
 
 
-class Declared:
-    """A declaration, to be written to a file: `Declared.of(variant)`, whose `variant` is what is read again."""
+class PickledVariant:
+    """A declaration, to be written to a file: `PickledVariant.of(variant)`, whose `variant` is what is read again."""
 
     def __init__(self, variant: type[Variant]) -> None:
         self.variant = variant
 
     @staticmethod
-    def of(variant: type[Variant]) -> Declared:
+    def of(variant: type[Variant]) -> PickledVariant:
         """The same for the same class, so that a file holds it once."""
-        return _known.setdefault(variant, Declared(variant))
+        return _known.setdefault(variant, PickledVariant(variant))
 
-    def __deepcopy__(self, memo: Any) -> Declared:
+    def __deepcopy__(self, memo: Any) -> PickledVariant:
         return self  # a class
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = vars(self.variant).get("__replaced__")
         if settings is None:
-            return Declared.of, (self.variant,)
+            return PickledVariant.of, (self.variant,)
         base = self.variant.__mro__[1]
-        return _replaced, (Declared.of(base), _with_rates(settings, lambda rate: _named(base, rate)))
+        return _replaced, (PickledVariant.of(base), _with_rates(settings, lambda rate: _named(base, rate)))
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def _named(base: type[Variant], rate: Any) -> Any:
     return _Named(names[0]) if names else rate
 
 
-def _replaced(base: Declared, settings: Mapping[str, Any]) -> Declared:
+def _replaced(base: PickledVariant, settings: Mapping[str, Any]) -> PickledVariant:
     found = _with_rates(settings, lambda rate: getattr(base.variant, rate.attribute) if type(rate) is _Named else rate)
     made = Variant.replace.__func__(base.variant, **found)  # type: ignore[attr-defined]  # `replace` may be a state
-    return Declared.of(made)
+    return PickledVariant.of(made)
 
 
 def _with_rates(settings: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
@@ -68,10 +69,3 @@ def _with_rates(settings: Mapping[str, Any], change: Callable[[Any], Any]) -> di
         value = getattr(update, role)
         rates[role] = {n: change(r) for n, r in value.items()} if isinstance(value, Mapping) else change(value)
     return {**settings, "update": replace(update, **rates)}
-
-
-def compiled_again(declared: Declared, settings: Mapping[str, Any]) -> Any:
-    """The layer of a declaration and of the settings of `tttc.compile`."""
-    from tttc.compiler.driver import compile  # which makes what is written here
-
-    return compile(declared.variant, **settings)

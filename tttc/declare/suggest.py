@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from tttc.ir.formulas import function_names
+
 OWN = "A scalar function of your own is tttc.elementwise(formula), a formula of SymPy."
 
 SPELLED = {  # names of other libraries: what is written here
@@ -35,11 +37,12 @@ SPELLED = {  # names of other libraries: what is written here
 }
 
 
-def operations() -> list[str]:
-    """The names of the operations of a declaration."""
-    from tttc.declare.functions import OPERATIONS
-
-    return list(OPERATIONS)
+OPERATIONS = (
+    *("sum", "mean", "exp", "log", "sqrt", "rsqrt", "abs", "sign", "tanh", "sigmoid", "silu", "gelu", "relu"),
+    *("softplus", "softmax", "layer_norm", "rms_norm", "l2_norm", "dot", "where", "huber", "div", "stop_gradient"),
+    *("size", "along", "einsum", "elementwise"),
+)
+"""The operations of a declaration."""
 
 
 def near(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
@@ -50,14 +53,11 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
 
 def instead(name: str, among: Iterable[str] = ()) -> str:
     """What to write for an operation of this name, from wherever it is; `among` are further names that there are."""
-    from tttc.ir.formulas import function_names
-
-    known = operations()
-    if name in known:
+    if name in OPERATIONS:
         return f"Use tttc.{name}."
     if name in SPELLED:
         return f"Write {SPELLED[name]}."
     if name in function_names():
         return f'Write tttc.elementwise(sympy.{name}(x))(...), with x = sympy.Symbol("x").'
-    close = near(name, [*known, *among])
-    return f"Is it tttc.{close}? {OWN}" if close in known else f"Is it tttc.{close}?" if close else OWN
+    close = near(name, [*OPERATIONS, *among])
+    return f"Is it tttc.{close}? {OWN}" if close in OPERATIONS else f"Is it tttc.{close}?" if close else OWN

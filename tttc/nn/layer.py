@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from tttc.backends.memory import autocast
 from tttc.declare.gates import gate_bias, gate_problem
 from tttc.declare.number import whole
-from tttc.declare.pickling import Declared
-from tttc.declare.values import initial_value
-from tttc.declare.variant import GateSpec, Init, Signature, Variant, bind, signature
+from tttc.declare.pickling import PickledVariant
+from tttc.declare.read import signature
+from tttc.declare.specs import GateSpec, Init, initial_value
+from tttc.declare.variant import Signature, Variant, bind
 from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
 from tttc.nn.containers import Modules, Parameters
 from tttc.runtime.layer_cache import shared
@@ -338,7 +339,7 @@ class TTT(nn.Module):
         return x.unflatten(-1, (self.num_heads, *self.token_shapes[token]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"variant": Declared.of(self.variant)}
+        return self.__dict__ | {"variant": PickledVariant.of(self.variant)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"variant": state["variant"].variant})

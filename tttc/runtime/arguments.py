@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tttc.declare.variant import TokenSpec
+from tttc.declare.specs import TokenSpec
 from tttc.errors import NonFinite, ShapeError, StateMismatch
 from tttc.ir.expr import Expr
 from tttc.ir.names import spelled

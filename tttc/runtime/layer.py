@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from tttc.backends.interface import CompiledScan, Source
 from tttc.backends.memory import fake
 from tttc.compiler.pipeline import History
-from tttc.declare.pickling import Declared, compiled_again
-from tttc.declare.values import initial_value
+from tttc.declare.pickling import PickledVariant
+from tttc.declare.specs import initial_value
 from tttc.declare.variant import Signature
 from tttc.errors import ShapeError
 from tttc.explain.report import explain
@@ -60,13 +60,14 @@ class Layer:
         checkpoint: int | str | None,
         decode: str = "auto",
         tuning: Tuning = UNTUNED,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any],
+        recompile: Callable[[PickledVariant, Mapping[str, Any]], Layer],
     ) -> None:
         self.signature, self.stages, self._source = signature, stages, source
         self.dims, self.dtype, self.device = dict(dims), dtype, device
         self.backend, self.why, self.checkpoint, self.tuning = backend, why, checkpoint, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._scans, self._settings = scans, settings
+        self._scans, self._settings, self._recompile = scans, settings, recompile
         self.halves = self.compute_dtype == torch.float32 and all(s.halves for s in scans.values())
         program = stages.program
         assert program.plan is not None
@@ -106,7 +107,7 @@ class Layer:
         return self  # nothing of it is trained, or changed by a call
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return compiled_again, (Declared.of(self.signature.variant), self._settings)
+        return self._recompile, (PickledVariant.of(self.signature.variant), self._settings)
 
     def explain(self, latex: bool = False, stages: Sequence[str] | None = None) -> str:
         """The mathematics stage by stage (or of `stages`), the costs, and why this backend was taken; or as LaTeX."""

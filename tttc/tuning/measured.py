@@ -1,4 +1,4 @@
-"""`tttc.tune`: find the fastest chunk, checkpoints and kernels for a program on this device, and remember them.
+"""The fastest chunk, checkpoints and kernels for a program on this CPU, measured.
 
 A candidate is compiled, compared with the torch backend in float64 (outputs, final weights, gradients), and only then
 timed, call by call in turn with the best one so far.
@@ -7,7 +7,6 @@ timed, call by call in turn with the best one so far.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -16,37 +15,31 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from tttc.backends.target import GPUS, architecture_of
-from tttc.compiler.driver import BACKENDS, DTYPES, compile
-from tttc.declare.lower import checked_signature
+from tttc.compiler.driver import BACKENDS, compile
+from tttc.declare.checks import checked_signature
 from tttc.declare.variant import Variant
 from tttc.errors import TuningError
 from tttc.ir.expr import TOKENS
-from tttc.ir.program import Plan, Program
-from tttc.ir.schedule import choose_plan, schedule
+from tttc.ir.program import Program
+from tttc.ir.schedule import schedule
 from tttc.runtime.layer import Layer
 from tttc.terminal import budget_bar, plain, table
 from tttc.tuning import database
 from tttc.tuning.accuracy import Accuracy, in_dtype
-from tttc.tuning.records import Choice, Entry, Key, found_for, key_of, untuned
+from tttc.tuning.chunks import chunk_choices
+from tttc.tuning.lookup import untuned
+from tttc.tuning.records import Choice, Entry, Key, found_for, key_of
 from tttc.tuning.search import Call, Candidate, Search, Trial, Value, search
 from tttc.verification.comparison import Inputs, random_inputs
 
-if TYPE_CHECKING:
-    from tttc.tuning.static import StaticTuning
-
-CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
-SMALLEST_TILE = 16  # of a mini-batch: smaller ones read and write its weights too often
 CHECKPOINTS = (4, 2, 1, 8, 16)  # chunks between two carries that are kept
 KEPT = 2  # times the tensors of the call that carries kept for the backward may take
-BATCH = 16  # sequences of a call on a GPU: enough heads for every multiprocessor
-SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True)
@@ -124,58 +117,21 @@ class TuningResult:
         return plain(self.table(), "", self.summary())
 
 
-def tune(
+def tune_measured(
     variant: type[Variant],
     dims: Mapping[str, int],
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    budget: str | float = "60s",
+    dtype: torch.dtype,
+    seconds: float,
     *,
-    backend: str = "auto",
-    batch: int | None = None,
-    tokens: int = 2048,
-    heads: int = 12,
-    forward_only: bool = False,
-    save: bool = True,
-    progress: bool = True,
-) -> TuningResult | StaticTuning:
-    """Find what is fastest, and keep it where `tttc.compile` looks for it.
-
-    Args:
-        variant, dims, dtype: as for `tttc.compile`.
-        device: "cpu", or the architecture of a GPU, which need not be there: "sm_80", "sm_90", "sm_100" or "gfx942".
-            For one of these nothing is timed: candidates are compiled, and an estimate
-            (backends/triton/cost_model.py) ranks them.
-        budget: seconds, or a text such as "60s" or "2m", everything included. The default is compiled and timed
-            whatever that takes, and a candidate that was begun is finished.
-        backend: whose kernels; "auto" takes native ones where they can run the program.
-        batch, tokens, heads: the call that is timed, by default of one sequence, or estimated, by default of sixteen.
-            What is found is taken for calls of any size.
-        forward_only: time the forward alone; otherwise forward and backward.
-        save: write the result to the database (`tttc doctor` shows where it is).
-        progress: show a bar on stderr, if that is a terminal.
-
-    Raises:
-        TuningError: for a device or a budget that cannot be; or where no candidate is right.
-        DeclarationError, ShapeError, BackendRefusal: as `tttc.compile`.
-    """
-    seconds = _budget_seconds(budget)
-    _refuse_other_devices(device)
-    if dtype not in DTYPES:
-        raise TuningError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
-    target = str(device) if str(device) in GPUS else None
-    batch = (1 if target is None else BATCH) if batch is None else batch
-    counts = {"batch": batch, "tokens": tokens, "heads": heads}
-    bad = [f"{n}={v!r}" for n, v in counts.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
-    if bad:
-        raise TuningError(f"{', '.join(bad)}: what is timed has at least one of each.\n  Give positive ints.")
-    if target is not None:
-        from tttc.tuning.static import tune_statically  # which has its chunks from here
-
-        size, settings = (batch, tokens, heads), dict(forward_only=forward_only, save=save, progress=progress)
-        return tune_statically(variant, dims, dtype, target, seconds, backend=backend, size=size, **settings)
+    backend: str,
+    size: tuple[int, int, int],
+    forward_only: bool,
+    save: bool,
+    progress: bool,
+) -> TuningResult:
+    """Time candidates on this CPU; `size` is the batch, tokens and heads of the call, all else as for `tttc.tune`."""
     began = perf_counter()
-    subject = _Subject(variant, dims, dtype, backend, (batch, tokens, heads), forward_only)
+    subject = _Subject(variant, dims, dtype, backend, size, forward_only)
     choices = subject.choices()
     defaults = {n: values[0] for n, values in choices.items()}
     mine = next((e for e in database.own_entries() if e.key == subject.key), None)
@@ -204,28 +160,6 @@ def tune(
     return TuningResult(*named, subject.key, choice, found, defaults, path, note=note, earlier=left_alone)
 
 
-def _refuse_other_devices(device: str | torch.device) -> None:
-    """Only this CPU can be timed; for a GPU there are estimates, where it is known what its multiprocessors hold."""
-    name = str(device)
-    if name.split(":")[0] == "cpu" or name in GPUS:
-        return
-    known = f"times candidates on the CPU that it runs on, and estimates them for {', '.join(GPUS)}"
-    present = architecture_of(torch.device("cuda")) if name.startswith("cuda") else ""
-    way = f'Use device="{present}".' if present in GPUS else 'Use device="cpu", or one of these.'
-    raise TuningError(f'cannot tune for device "{name}": this version {known}.\n  {way}')
-
-
-def _budget_seconds(budget: str | float) -> float:
-    """60, "60s", "1.5m" or "1h" as seconds."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(budget).casefold())
-    if isinstance(budget, bool) or found is None or found[2] not in SECONDS or not float(found[1]):
-        raise TuningError(
-            f"budget is {budget!r}; it must be a time.\n"
-            '  Give seconds, such as "60s" or 60, or minutes or hours, such as "2m" or "1h".'
-        )
-    return float(found[1]) * SECONDS[found[2]]
-
-
 def _progress_text(found: Search) -> str:
     best = "" if found.best is None or found.best.seconds is None else f"best {found.best.seconds * 1e3:.3g} ms"
     faster = f" ({found.speedup:.2f}x)" if found.speedup > 1 else ""
@@ -245,30 +179,6 @@ def _candidate(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[s
     if any(v not in choices.get(n, ()) for n, v in wanted.items()):
         return None
     return {n: wanted.get(n, values[0]) for n, values in choices.items()}
-
-
-def chunk_choices(program: Program, tokens: int, preferred: int | None = None) -> tuple[int, ...]:
-    """Chunks that differ, for a program that is not scheduled yet; the default first, which is what the backend
-    prefers where it does, then what is near it.
-
-    Empty where the mini-batch leaves no choice.
-    """
-    default = choose_plan(program, preferred)
-    if isinstance(default.chunk, str):
-        return ()
-    found = {_layout(default): default.chunk}
-    for chunk in CHUNKS:
-        plan = choose_plan(program, chunk)
-        if isinstance(plan.chunk, str) or (not plan.free and plan.chunk < SMALLEST_TILE):
-            continue
-        if plan.chunk <= max(tokens, default.chunk):
-            found.setdefault(_layout(plan), plan.chunk)
-    nearest = sorted(found.values(), key=lambda c: abs(math.log2(c / int(default.chunk))))
-    return tuple(nearest) if len(nearest) > 1 else ()
-
-
-def _layout(plan: Plan) -> tuple[Any, ...]:
-    return plan.chunk, plan.mini_batch, plan.rows, plan.substitution
 
 
 class _Subject:

@@ -7,10 +7,7 @@ what makes the kernels. It never has T or B in it: a sequence of another length 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,9 +15,9 @@ import torch
 
 from tttc.backends.cpu import processor
 from tttc.backends.interface import Backend
-from tttc.backends.target import architecture_of
 from tttc.ir.program import Program
 from tttc.ir.structure import structure
+from tttc.version import __version__
 
 WORKS = ("training", "forward")  # forward and backward, or the forward alone
 
@@ -195,93 +192,13 @@ def _measured(entry: Entry) -> str:
     return f" ({work}, {entry.speedup:.2f} times as fast as the default at T={entry.tokens})"
 
 
-# -- what compile asks -------------------------------------------------------------------------------------------------
-
-_untuned: ContextVar[bool] = ContextVar("untuned", default=False)
-
-
-@contextmanager
-def untuned() -> Iterator[None]:
-    """Inside, layers are compiled as if nothing had ever been tuned."""
-    token = _untuned.set(True)
-    try:
-        yield
-    finally:
-        _untuned.reset(token)
-
-
-def is_off() -> bool:
-    """Whether nothing is looked up: `TTTC_TUNING=0`, or inside `untuned()`."""
-    return _untuned.get() or os.environ.get("TTTC_TUNING", "1").casefold() in ("0", "off", "no", "false")
-
-
-class Lookup:
-    """One compilation's question to the database. What the user gave wins; what was left open is the entry's."""
-
-    def __init__(
-        self,
-        name: str,
-        backend: Backend,
-        device: torch.device,
-        dtype: torch.dtype,
-        chunk: int | None,
-        checkpoint: int | str | None,
-        config: Mapping[str, int] | None,
-    ) -> None:
-        self.name, self.backend, self.device, self.dtype = name, backend, device, dtype
-        self.chunk, self.checkpoint, self.config = chunk, checkpoint, config
-        self.tuning = OFF if is_off() else UNTUNED
-
-    def chosen_chunk(self, program: Program) -> int | None:
-        """Look up the program, which is not scheduled yet: the chunk to schedule it with, None for the default."""
-        from tttc.tuning.database import entries
-
-        if self.tuning is not OFF and any(known := entries()):
-            self.tuning = self._without_given(found_for(self.key(program), *known, architecture_of(self.device)))
-        return self.chunk if self.chunk is not None else self.tuning.choice.chunk
-
-    def key(self, program: Program) -> Key:
-        """The key of a program that is not scheduled yet."""
-        return key_of(program, self.name, self.backend, self.device, self.dtype)
-
-    def chosen_config(self, known: Mapping[str, Any]) -> dict[str, int]:
-        """The settings of kernels, those of the entry only where this backend still has them."""
-        if self.config is not None:
-            return dict(self.config)
-        return {n: v for n, v in self.tuning.choice.config.items() if n in known}
-
-    def _without_given(self, found: Tuning) -> Tuning:
-        """The same without what the user chose. An entry was tuned as a whole: none of it holds for another chunk."""
-        if found.entry is None:
-            return found
-        choice = found.entry.choice
-        if self.chunk is not None and choice.chunk is not None and self.chunk != choice.chunk:
-            return Tuning(
-                "default", f"default: what was tuned has chunk={choice.chunk}, and chunk={self.chunk} is given"
-            )
-        given = [n for n, v in (("chunk", self.chunk), ("config", self.config)) if v is not None]
-        given += ["checkpoint"] if self.checkpoint != "auto" else []
-        if not given:
-            return found
-        config = choice.config if self.config is None else {}
-        checkpoint = choice.checkpoint if self.checkpoint == "auto" else None
-        left = replace(found.entry, choice=Choice(choice.chunk if self.chunk is None else None, checkpoint, config))
-        return Tuning(found.how, f"{found.why}; {', '.join(given)} as given", left)
-
-
 def key_of(
     program: Program, name: str, backend: Backend, device: torch.device, dtype: torch.dtype, work: str = "training"
 ) -> Key:
     """The key of a program of any stage from the primal on."""
-    toolchain = {"tttc": _own_version(), **backend.toolchain()}
+    toolchain = {"tttc": __version__, **backend.toolchain()}
     dims = dict(sorted(program.dims.items()))
     return Key(structure(program), name, device_name(device), str(dtype).removeprefix("torch."), dims, toolchain, work)
-
-
-def _own_version() -> str:
-    import tttc
-
-    return tttc.__version__
 
 
 def device_name(device: torch.device) -> str:

@@ -35,7 +35,7 @@ from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.compiler.aot import missing_for
 from tttc.compiler.driver import BACKENDS, compile, program_for
-from tttc.declare.lower import checked_signature
+from tttc.declare.checks import checked_signature
 from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, TuningError
 from tttc.explain.costs import plan_lengths, shares
@@ -44,12 +44,13 @@ from tttc.ir.names import own
 from tttc.ir.program import Program, Scan
 from tttc.terminal import budget_bar, plain, table
 from tttc.tuning import database
-from tttc.tuning.measured import chunk_choices
+from tttc.tuning.chunks import chunk_choices
+from tttc.tuning.lookup import untuned
 from tttc.tuning.ranking import Ranking, Row, rank, ranked, shown
-from tttc.tuning.records import Choice, Entry, Key, architecture_name, key_of, untuned
+from tttc.tuning.records import Choice, Entry, Key, architecture_name, key_of
 from tttc.tuning.search import Candidate, Value
 
-CHUNKS = (16, 32, 64)  # beside the default: a product of matrices has at least 16 rows, and long chunks take long
+SHORT_CHUNKS = (16, 32, 64)  # beside the default: a product of matrices has at least 16 rows, and long chunks take long
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class _Target:
         here = key_of(dualized, "triton", BACKENDS["triton"], torch.device("cpu"), dtype, work)
         self.key = replace(here, device=architecture_name(gpu.target))
         found = chunk_choices(dualized, self.tokens, int(program.plan.chunk) if program.plan.free else None)
-        chunks: tuple[Value, ...] = tuple(c for c in found if c == found[0] or c in CHUNKS)
+        chunks: tuple[Value, ...] = tuple(c for c in found if c == found[0] or c in SHORT_CHUNKS)
         chunks = chunks if len(chunks) > 1 else (None,)
         self._parts: dict[Value, _Parts] = {}
         first = [self._of(c) for c in chunks]

@@ -10,7 +10,8 @@ import torch
 
 from tttc.compiler.driver import checked_dims, compile
 from tttc.compiler.fallback import said_elsewhere
-from tttc.declare.variant import Signature, Variant, signature
+from tttc.declare.read import signature
+from tttc.declare.variant import Signature, Variant
 from tttc.reference import reference
 from tttc.verification.inputs import Inputs, default_dims, initial, perturbed, random_inputs
 

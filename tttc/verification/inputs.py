@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tttc.declare.gates import gate_range
-from tttc.declare.variant import GateSpec, Init, ParamSpec, Signature, StateSpec
+from tttc.declare.specs import GateSpec, Init, ParamSpec, StateSpec
+from tttc.declare.variant import Signature
 
 DRAWS = 8  # of an `init`, at least: as many as tell that its values have one sign
 

@@ -1,60 +1,54 @@
-"""Values that a declaration is given, looked at before they are used: all that is wrong is reported at once."""
+"""Names and values that a declaration is given, looked at before they are used: all that is wrong at once."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from tttc.declare.declared import Declared, short
+from tttc.declare.gates import RANGES
 from tttc.declare.number import number, whole
+from tttc.declare.specs import INIT, GateSpec, evaluated_scale
 from tttc.declare.suggest import near
 from tttc.declare.update_rules import ROLES, SGD, AtEnd, NoChunkForm
-from tttc.errors import DeclarationError, Problem, ShapeError
+from tttc.declare.variant import ANCHORS, READS, SETTINGS, Signature, Variant, class_line, is_dim
+from tttc.errors import Problem
 
-if TYPE_CHECKING:
-    from tttc.declare.variant import GateSpec, Signature, Variant
-
-SETTINGS = ("mini_batch", "read", "anchor", "steps", "update", "qk_norm")
 METHODS = ("learner", "loss", "output")
-_INIT = "An init is a number, or a function init(shape, generator) that returns a tensor of that shape"
 
 
-def declaration_class(variant: Any) -> None:
-    """Raise where something else stands in the place of a declaration: an instance, a name."""
-    from tttc import library
-    from tttc.declare.variant import Variant
+def name_problems(declared: Signature) -> Iterator[Problem]:
+    """Of what is declared: one name, of its own, for each."""
+    attributes: dict[str, str] = {}
+    groups = (
+        ("state", declared.states),
+        ("param", declared.params),
+        ("token", declared.tokens),
+        ("gate", declared.gates),
+    )
+    for role, name, spec in ((role, n, s) for role, specs in groups for n, s in specs.items()):
+        if role != "gate" and name in attributes:
+            what = f"`{name}` is both a {attributes[name]} and a {role}."
+            yield Problem(what, "Give one of them another name.", spec.where)
+        elif role == "gate" and not (isinstance(name, str) and name.isidentifier()):
+            what = f"gate `{name}` is not a name that a variable can have."
+            yield Problem(what, "Give it another name.", spec.where)
+        elif role != "gate" and _is_of_every_declaration(name):
+            what = f"{role} `{name}` is also what every declaration has under that name."
+            yield Problem(what, "Give it another name.", spec.where)
+        if role != "gate":
+            attributes[name] = role
+        if not all(map(is_dim, spec.dims)):
+            remedy = 'A dim is a name, such as "D"; its size is given to tttc.compile.'
+            yield Problem(f"{role} `{name}` has the dims {spec.dims!r}.", remedy, spec.where)
 
-    if isinstance(variant, type) and issubclass(variant, Variant):
-        return
-    if isinstance(variant, Variant):
-        name = type(variant).__name__
-        raise DeclarationError(f"an instance of `{name}` stands where the class belongs.\n  Pass {name}, not {name}().")
-    remedy = "Pass a subclass of tttc.Variant."
-    if isinstance(variant, str):
-        plain = {n.lower(): n for n in library.__all__}
-        found = near(variant.replace("_", "").replace("-", "").lower(), plain, 0.6)
-        remedy = f"Is it tttc.library.{plain[found]}? {remedy}" if found else remedy
-    raise DeclarationError(f"{short(variant)} is no declaration.\n  {remedy}")
 
-
-def short(value: Any) -> str:
-    """A value in a message: on one line, and not at any length; of an object its class alone."""
-    from tttc.declare.declared import Declared
-
-    if isinstance(value, Declared):
-        return f"a {value.kind}"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"a {type(value).__name__} of shape {list(value.shape)}"
-    if callable(value):
-        return f"the function {getattr(value, '__name__', type(value).__name__)}"
-    text = repr(value)
-    if " at 0x" in text or "\n" in text:
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
+def _is_of_every_declaration(name: str) -> bool:
+    """Whether an attribute of the class is a setting or a function that a declaration defines."""
+    return name in vars(Variant) and not isinstance(vars(Variant)[name], classmethod)
 
 
 def value_problems(declared: Signature) -> list[Problem]:
@@ -73,9 +67,6 @@ def value_problems(declared: Signature) -> list[Problem]:
 
 def _misspelt(variant: type[Variant]) -> list[Problem]:
     """Attributes that nothing reads and that are one slip from those that are read."""
-    from tttc.declare.declared import Declared
-    from tttc.declare.variant import Variant, class_line
-
     problems = []
     for c in variant.__mro__:
         if not (issubclass(c, Variant) and c is not Variant):
@@ -94,8 +85,6 @@ def _misspelt(variant: type[Variant]) -> list[Problem]:
 
 def _fits(setting: str, value: Any) -> bool:
     """Whether a value is of the kind that a setting takes: `head = 3` is no `read`."""
-    from tttc.declare.variant import ANCHORS, READS
-
     if setting in METHODS:
         return inspect.isroutine(value)
     if setting == "update":
@@ -149,9 +138,9 @@ def _init_problems(role: str, name: str, spec: Any) -> list[Problem]:
         return [Problem(f"{said} {n}.", "It is a finite number.", spec.where)]
     if isinstance(init, type) or not callable(init):
         example = "lambda shape, generator: torch.eye(*shape)"
-        return [Problem(f"{said} {short(init)}.", f"{_INIT}: {example}.", spec.where)]
+        return [Problem(f"{said} {short(init)}.", f"{INIT}: {example}.", spec.where)]
     if not _takes_two(init):
-        return [Problem(f"{said} {short(init)}, which does not take (shape, generator).", f"{_INIT}.", spec.where)]
+        return [Problem(f"{said} {short(init)}, which does not take (shape, generator).", f"{INIT}.", spec.where)]
     return []
 
 
@@ -165,31 +154,10 @@ def _takes_two(function: Callable[..., Any]) -> bool:
     return True
 
 
-def initial_value(variant: str, name: str, init: Any, shape: tuple[int, ...], generator: Any) -> Any:
-    """The tensor that a state or param begins with; raises where its function returns something else."""
-    import torch
-
-    if not callable(init):
-        return torch.full(shape, float(init), dtype=torch.float64)
-    said = f"variant `{variant}`: the init of `{name}` returned"
-    try:
-        found = init(shape, generator)
-    except Exception as error:  # the user's own function may raise anything
-        what = f"variant `{variant}`: the init of `{name}` raised {type(error).__name__}: {error}"
-        raise DeclarationError(f"{what}\n  {_INIT}.") from error
-    if not isinstance(found, torch.Tensor):
-        raise DeclarationError(f"{said} {short(found)}.\n  {_INIT}.")
-    if tuple(found.shape) != tuple(shape):
-        raise ShapeError(f"{said} the shape {list(found.shape)}, expected {list(shape)}.\n  {_INIT}.")
-    return found
-
-
 # -- gates -------------------------------------------------------------------------------------------------------------
 
 
 def _gate_problems(gate: GateSpec, declared: Signature) -> list[Problem]:
-    from tttc.nn.layer import _ACTIVATIONS
-
     def problem(what: str, remedy: str) -> Problem:
         return Problem(f"gate `{gate.name}` {what}.", remedy, gate.where)
 
@@ -198,8 +166,8 @@ def _gate_problems(gate: GateSpec, declared: Signature) -> list[Problem]:
         problems.append(problem(f"is per {short(gate.per)}", 'Use per="token" or "channel".'))
     if gate.by not in ("hidden", "position"):
         problems.append(problem(f"is made by {short(gate.by)}", 'Use by="hidden" or by="position".'))
-    if gate.activation not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
+    if gate.activation not in RANGES:
+        known = ", ".join(RANGES)
         problems.append(problem(f"has the activation {short(gate.activation)}", f"Use one of {known}."))
     begins = [("init", gate.init)] if gate.init is not None else []
     for name, value in (*begins, ("low", gate.low)):
@@ -239,10 +207,3 @@ def scale_refused(scale: Any, dims: list[str]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "" if number(value) is not None else "it is no number"
-
-
-def evaluated_scale(scale: str, dims: Mapping[str, int]) -> Any:
-    return eval(scale, {"__builtins__": {}, "sqrt": math.sqrt}, dict(dims))
-
-
-__all__ = ["declaration_class", "initial_value", "scale_refused", "short", "value_problems"]

@@ -1,0 +1,36 @@
+"""The chunks that are tried for a program."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tttc.ir.program import Plan, Program
+from tttc.ir.schedule import choose_plan
+
+CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
+SMALLEST_TILE = 16  # of a mini-batch: smaller ones read and write its weights too often
+
+
+def chunk_choices(program: Program, tokens: int, preferred: int | None = None) -> tuple[int, ...]:
+    """Chunks that differ, for a program that is not scheduled yet; the default first, which is what the backend
+    prefers where it does, then what is near it.
+
+    Empty where the mini-batch leaves no choice.
+    """
+    default = choose_plan(program, preferred)
+    if isinstance(default.chunk, str):
+        return ()
+    found = {_layout(default): default.chunk}
+    for chunk in CHUNKS:
+        plan = choose_plan(program, chunk)
+        if isinstance(plan.chunk, str) or (not plan.free and plan.chunk < SMALLEST_TILE):
+            continue
+        if plan.chunk <= max(tokens, default.chunk):
+            found.setdefault(_layout(plan), plan.chunk)
+    nearest = sorted(found.values(), key=lambda c: abs(math.log2(c / int(default.chunk))))
+    return tuple(nearest) if len(nearest) > 1 else ()
+
+
+def _layout(plan: Plan) -> tuple[Any, ...]:
+    return plan.chunk, plan.mini_batch, plan.rows, plan.substitution

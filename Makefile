@@ -34,10 +34,11 @@ lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p tttc
 
-bench: $(STAMP) ## Measure every variant on this CPU, the torch backend, and what the chosen chunk is worth
+bench: $(STAMP) ## Measure on this CPU: every variant, the torch backend, chunks, milliseconds against context
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.torch_backend
 	$(BIN)/python -m benchmarks.chunks
+	$(BIN)/python -m benchmarks.context
 
 clean: ## Remove what builds and tests leave behind (.venv stays)
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

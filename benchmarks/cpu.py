@@ -4,7 +4,7 @@
     python -m benchmarks.cpu --quick              # four variants, three rounds, no torch.compile: a minute
     python -m benchmarks.cpu TTTLinear Titans --no-backward
     python -m benchmarks.cpu --starts             # the seconds until a first result alone, anew in the results
-    python -m benchmarks.cpu --markdown           # the README's table, from what is in benchmarks/results
+    python -m benchmarks.cpu --markdown           # the table of docs/measured.md, from what is in benchmarks/results
 
 Who the contenders are is in benchmarks/contenders.py, what counts as a FLOP in benchmarks/flops.py, the sizes in
 benchmarks/workloads.py. Every number is gated: outputs and final states, or outputs and all gradients, of every
@@ -182,7 +182,7 @@ def main(
     ),
     out: Path = typer.Option(None, help="Where the JSON goes, the picture beside it; by default only a full run's."),
     starts: bool = typer.Option(False, help="Only the seconds until a first result, into the JSON of a full run."),
-    print_markdown: bool = typer.Option(False, "--markdown", help="Print the README's table from the JSON, and end."),
+    print_markdown: bool = typer.Option(False, "--markdown", help="Print the table of docs/measured.md from the JSON, and end."),
 ) -> None:
     """Measure, print a table, and write benchmarks/results/cpu_<machine>_<n>threads.json and .png."""
     known, memory = cases(), not quick if memory is None else memory

@@ -2,7 +2,7 @@
 
     python -m benchmarks.resources                       # sm_80, sm_90 and gfx942: half an hour on two cores
     python -m benchmarks.resources --target sm_90 --variant TTTLinear
-    python -m benchmarks.resources --markdown            # the README's table, from the last whole run
+    python -m benchmarks.resources --markdown            # the table of docs/measured.md, from the last whole run
 
 Each line is a variant with its default configuration, D = 64 (F = 256) and tokens in bfloat16: the forward and the
 backward of whole mini-batches. Spilled are the bytes that a thread writes because its registers are full. Kernels
@@ -101,7 +101,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main(
     variant: Annotated[list[str] | None, typer.Option(help="Only these variants.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Only these targets.")] = None,
-    show: Annotated[bool, typer.Option("--markdown", help="Print the README's table and stop.")] = False,
+    show: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/measured.md and stop.")] = False,
 ) -> None:
     """Compile every kernel and print what it takes; a whole run is kept in benchmarks/results."""
     if show:

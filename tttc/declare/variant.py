@@ -24,7 +24,7 @@ SETTINGS = ("mini_batch", "read", "anchor", "steps", "update", "qk_norm")
 
 
 class Variant:
-    """Base class of every declaration; see the README for a 15-line example."""
+    """Base class of every declaration; see the README for one of 12 lines."""
 
     mini_batch: int | str = 16
     read: str = "after"

@@ -182,7 +182,7 @@ def main(
     ),
     out: Path = typer.Option(None, help="Where the JSON goes, the picture beside it; by default only a full run's."),
     starts: bool = typer.Option(False, help="Only the seconds until a first result, into the JSON of a full run."),
-    print_markdown: bool = typer.Option(False, "--markdown", help="Print the table of docs/measured.md from the JSON, and end."),
+    print_markdown: bool = typer.Option(False, "--markdown", help="Print the table of docs/measured.md, and end."),
 ) -> None:
     """Measure, print a table, and write benchmarks/results/cpu_<machine>_<n>threads.json and .png."""
     known, memory = cases(), not quick if memory is None else memory

@@ -70,7 +70,7 @@ BOTH = ("forward+backward, ms", "of SGEMM", "× eager", "× best eager", "memory
 
 
 def markdown(report: Report) -> str:
-    """the table of docs/measured.md: a line for each variant, forward and forward+backward side by side."""
+    """The table of docs/measured.md: a line for each variant, forward and forward+backward side by side."""
     lines = [
         f"| | {' | '.join(FORWARD)} | {' | '.join(BOTH)} |",
         "|---|" + "---|" * len(FORWARD + BOTH),

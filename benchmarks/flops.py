@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 from tttc.ir import cost
 from tttc.ir.expr import TOKENS, Axis, Expr, postorder
-from tttc.ir.program import Program, Scan
+from tttc.ir.program import Program, Scan, number_of
 from tttc.runtime.layer import Layer
 
 Pair = frozenset[Axis]
@@ -47,7 +47,7 @@ def _run(program: Program) -> list[Scan]:
 
 
 def _of_scan(scan: Scan, program: Program, tokens: int) -> float:
-    chunk = tokens if scan.chunk == "T" else int(scan.chunk)
+    chunk = number_of(scan.chunk, tokens)
     flops = products([a.value for a in scan.block.assigns], {**program.dims, TOKENS: chunk})
     return flops * (tokens / chunk if scan.loops else 1)
 

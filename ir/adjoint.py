@@ -18,6 +18,7 @@ from tttc.ir.dualize import finished
 from tttc.ir.expr import Expr, const, depends_on, leaf, leaves, postorder, substitute
 from tttc.ir.names import differential, spelled, suffixed
 from tttc.ir.program import (
+    SEQUENCE,
     Allocate,
     Assign,
     Block,
@@ -149,7 +150,7 @@ def adjoint_function(a: ScanAdjoint) -> Function:
     body: tuple[Statement, ...] = (
         *allocate,
         zero,
-        For("c", "T", scan.chunk, sweep),
-        For("c", "T", scan.chunk, back, reverse=True),
+        For("c", SEQUENCE, scan.chunk, sweep),
+        For("c", SEQUENCE, scan.chunk, back, reverse=True),
     )
     return Function(name, params, body, returned, "The transpose of the derivative, applied to the cotangents.")

@@ -27,7 +27,7 @@ import sympy
 
 from tttc.ir.expr import OPS, Axes, Expr, depends_on, leaves, postorder, rebuild, transform
 from tttc.ir.names import is_declared, own, spelled
-from tttc.ir.program import Block, For, Function, Scan, ScanAdjoint, Statement, cotangent
+from tttc.ir.program import SEQUENCE, Block, For, Function, Length, Scan, ScanAdjoint, Statement, Tokens, cotangent
 
 Formula: TypeAlias = sympy.Expr
 
@@ -323,10 +323,10 @@ def pieces_depth(piece: Scan, end: Scan) -> tuple[Formula, Formula]:
 
 def function_work(function: Function) -> Work:
     """The work of a whole call of a function on T tokens, T a multiple of the mini-batch and of the chunk."""
-    return _statements_work(function.body, {"T": TOKENS})
+    return _statements_work(function.body, {SEQUENCE: TOKENS})
 
 
-def _statements_work(body: tuple[Statement, ...], lengths: Mapping[str, Formula]) -> Work:
+def _statements_work(body: tuple[Statement, ...], lengths: Mapping[str | Length, Formula]) -> Work:
     total = Work()
     for statement in body:
         if isinstance(statement, Block):
@@ -360,9 +360,9 @@ def lengths_of(function: Function) -> dict[sympy.Symbol, Formula]:
     return found
 
 
-def tokens(step: int | str) -> Formula:
-    """A number of tokens, or "T": all of them."""
-    return TOKENS if isinstance(step, str) else sympy.Integer(step)
+def tokens(step: Tokens) -> Formula:
+    """A number of tokens as a formula."""
+    return TOKENS if step is SEQUENCE else sympy.Integer(step)
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from tttc.ir.linearity import Dependence, Finding, dependence
 from tttc.ir.names import own
 from tttc.ir.online import NotTriangular, named_like, solved, taken_apart, the_unknown, unknown_rows, unnamed
 from tttc.ir.primal import loop_params, per_token
-from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
+from tttc.ir.program import S_AXIS, SEQUENCE, T_AXIS, Allocate, Assign, Block, For, Function, Program, Update, blocks
 from tttc.ir.reading import Moving, Term, at_chunk, nonlinear_use, over_chunk, read_through, still, summed, terms_of
 from tttc.ir.response import GRADIENT, ChunkAlgebra, Response, coefficients, held
 from tttc.ir.simplify import renamed_hints, simplify
@@ -74,12 +74,10 @@ def dualize(program: Program) -> Program:
     sizes = chunk_sizes(program)
     form = whole_form(program, sizes)
     assigns, names, _ = finished([form.z, *form.updates], renamed_hints(program.names, form.moved))
-    step: int | str = "T" if update.mini_batch == "all" else update.mini_batch
-    if kind.sequential:
-        step = 1
+    step = 1 if kind.sequential else update.mini_batch
     kept = memories(update)
     beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
-    loop = For("c", "T", step, (Block(assigns),))
+    loop = For("c", SEQUENCE, step, (Block(assigns),))
     body = (Allocate(form.z.target), *((beginning,) if kept else ()), loop)
     params = tuple(at_chunk(p, T_AXIS) for p in loop_params(program))
     function = Function(program.name, params, body, (form.z.target, *update.states))
@@ -90,7 +88,7 @@ def chunk_sizes(program: Program) -> dict[str, int]:
     """Sizes for the cost of contractions: the dims, and the chunk."""
     assert program.update is not None
     b_ = program.update.mini_batch
-    return {**program.dims, TOKENS: DEFAULT_CHUNK if b_ == "all" else min(int(b_), DEFAULT_CHUNK)}
+    return {**program.dims, TOKENS: DEFAULT_CHUNK if b_ is SEQUENCE else min(b_, DEFAULT_CHUNK)}
 
 
 def finished(

@@ -12,7 +12,20 @@ import numpy as np
 from tttc.ir.expr import OPS, TOKENS, Expr, postorder
 from tttc.ir.numerics import chunks
 from tttc.ir.ops import align
-from tttc.ir.program import S_AXIS, T_AXIS, Allocate, Block, For, Function, Program, Restore, Save, Statement
+from tttc.ir.program import (
+    S_AXIS,
+    SEQUENCE,
+    T_AXIS,
+    Allocate,
+    Block,
+    For,
+    Function,
+    Program,
+    Restore,
+    Save,
+    Statement,
+    number_of,
+)
 
 Array = np.ndarray
 
@@ -61,9 +74,8 @@ class _Machine:
             getattr(self, f"_{type(statement).__name__.lower()}")(statement)
 
     def _for(self, loop: For) -> None:
-        whole = range(self.tokens) if loop.over == "T" else self.places[loop.over]
-        step = self.tokens if loop.step == "T" else loop.step
-        ranges: list[Any] = list(whole) if step is None else chunks(whole, int(step))
+        whole = range(self.tokens) if loop.over is SEQUENCE else self.places[loop.over]
+        ranges: list[Any] = list(whole) if loop.step is None else chunks(whole, number_of(loop.step, self.tokens))
         for part in reversed(ranges) if loop.reverse else ranges:
             self.places[loop.var] = part
             if loop.step is not None:

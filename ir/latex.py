@@ -21,7 +21,7 @@ from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, Axes, Axis, Expr, leaves
 from tttc.ir.names import spelled
 from tttc.ir.ops import TOKEN_AXES, is_upper
-from tttc.ir.program import Allocate, Block, For, Function, Program, Restore, Save, Statement, blocks, values
+from tttc.ir.program import SEQUENCE, Allocate, Block, For, Function, Program, Restore, Save, Statement, blocks, values
 from tttc.ir.scalars import SCALARS, Formula
 from tttc.ir.text import Namer, Text, core, formulas, said, steps
 
@@ -443,7 +443,7 @@ def _body(body: tuple[Statement, ...], program: Program, namer: Namer) -> list[s
 
 
 def _loop(loop: For) -> str:
-    over = {"T": "the sequence"}.get(loop.over, f"${loop.over}$")
+    over = "the sequence" if loop.over is SEQUENCE else f"${loop.over}$"
     order = ", the last first" if loop.reverse else ""
     if loop.step is None:
         return rf"\par\noindent for each token ${loop.var}$ of {over}{order}:"

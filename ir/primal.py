@@ -17,7 +17,20 @@ from dataclasses import replace
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, substitute, transform
 from tttc.ir.names import differential, suffixed
-from tttc.ir.program import EACH, T_AXIS, Allocate, Assign, Block, For, Function, Program, Statement, Update, blocks
+from tttc.ir.program import (
+    EACH,
+    SEQUENCE,
+    T_AXIS,
+    Allocate,
+    Assign,
+    Block,
+    For,
+    Function,
+    Program,
+    Statement,
+    Update,
+    blocks,
+)
 from tttc.ir.simplify import renamed_hints, simplify_program
 from tttc.ir.update import (
     COUNT,
@@ -157,9 +170,8 @@ class _Loop:
             weights = self.states if is_staged(update) or (staged and not scaled) else self._readable("before")
             reading = Assign(target, self._placed(self.z.value, weights))
             inner.append(For("t", "m", None, (Block((reading,)),)))
-        step = "T" if update.mini_batch == "all" else update.mini_batch
         beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
-        body = (Allocate(target), *((beginning,) if kept else ()), For("m", "T", step, tuple(inner)))
+        body = (Allocate(target), *((beginning,) if kept else ()), For("m", SEQUENCE, update.mini_batch, tuple(inner)))
         params = tuple(_at(p, "t") if p.role in ("token", "gate") else p for p in loop_params(program))
         return Function(program.name, params, body, (self.z.target, *update.states))
 

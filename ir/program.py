@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from types import MappingProxyType
+from typing import Final, TypeVar
 
 from tttc.ir.expr import TOKENS, Axis, Expr, Leaf, leaf
 from tttc.ir.names import differential, own, prefixed
@@ -20,6 +22,25 @@ from tttc.ir.names import differential, own, prefixed
 T_AXIS = Axis(own("t"), TOKENS)  # the reading tokens of a chunk
 S_AXIS = Axis(own("s"), TOKENS)  # the source tokens of a chunk
 EACH = leaf(own("each"), "token")  # a number for each token, of which only how many there are is read
+
+
+class Length(Enum):
+    """A number of tokens that only a call knows."""
+
+    SEQUENCE = "T"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+SEQUENCE: Final = Length.SEQUENCE  # all tokens of a call, as many as there are
+Tokens = int | Length
+Count = TypeVar("Count")
+
+
+def number_of(length: Tokens, tokens: Count) -> int | Count:
+    """How many tokens a length is in a sequence of so many."""
+    return tokens if length is SEQUENCE else length
 
 
 @dataclass(frozen=True)
@@ -43,11 +64,14 @@ class Block:
 
 @dataclass(frozen=True)
 class For:
-    """A loop over `chunks(over, step)`, or over the tokens of the chunk `over` when there is no step."""
+    """A loop over `chunks(over, step)`, or over the tokens of the chunk `over` when there is no step.
+
+    `over` is the sequence, or the variable of a loop around this one.
+    """
 
     var: str
-    over: str
-    step: int | str | None
+    over: str | Length
+    step: Tokens | None
     body: tuple[Statement, ...]
     reverse: bool = False
 
@@ -121,7 +145,7 @@ class Update:
     states: tuple[Expr, ...]
     lr: Mapping[str, Expr]
     tau: Rates
-    mini_batch: int | str
+    mini_batch: Tokens
     read: str
     momentum: Rates = field(default_factory=dict)
     decay: Rates = field(default_factory=dict)
@@ -150,8 +174,8 @@ class Update:
 class Plan:
     """How a mini-batch is cut into chunks, and why. `mini_batch` is None where its boundaries cannot be observed."""
 
-    chunk: int | str
-    mini_batch: int | str | None
+    chunk: Tokens
+    mini_batch: Tokens | None
     reason: str
     rows: bool = False
     """An open mini-batch keeps its tokens: what it adds is known only when it is whole."""
@@ -170,6 +194,18 @@ class Plan:
         return not self.free and self.chunk != self.mini_batch
 
 
+class ScanKind(Enum):
+    """What a scan of a program is for; ir/schedule.py says what each reads and makes."""
+
+    WHOLE = "whole"
+    OPEN = "open"
+    CLOSE = "close"
+    COEFFICIENTS = "coefficients"
+    ROWS = "rows"
+    TOKEN = "token"
+    BEGIN = "begin"
+
+
 @dataclass(frozen=True)
 class Scan:
     """A loop over chunks, ready to be run: what stays, what is carried, what each chunk reads and makes.
@@ -182,12 +218,13 @@ class Scan:
     """
 
     name: str
+    kind: ScanKind
     fixed: tuple[Expr, ...]
     carry: tuple[Expr, ...]
     sequence: tuple[Expr, ...]
     outputs: tuple[Assign, ...]
     updates: tuple[Assign, ...]
-    chunk: int | str
+    chunk: Tokens
     loops: bool = True
     doc: str = ""
     differentiated: bool = True
@@ -210,7 +247,7 @@ class Scan:
         body: tuple[Statement, ...] = (self.block,)
         if self.loops:
             allocate = tuple(Allocate(a.target) for a in self.outputs)
-            body = (*allocate, For("c", "T", self.chunk, (self.block,)))
+            body = (*allocate, For("c", SEQUENCE, self.chunk, (self.block,)))
         return Function(self.name, self.params, body, self.results, self.doc)
 
 
@@ -270,6 +307,10 @@ class Program:
     def adjoint_of(self, scan: Scan) -> ScanAdjoint:
         """The adjoint of one of the scans that have one."""
         return next(a for a in self.adjoints if a.scan is scan)
+
+    def scan(self, kind: ScanKind) -> Scan | None:
+        """The scan of a kind, where there is one."""
+        return next((s for s in self.scans if s.kind is kind), None)
 
     def __getitem__(self, name: str) -> Function:
         return next(f for f in self.functions if f.name == name)

@@ -27,7 +27,22 @@ from tttc.ir.dualize import (
 )
 from tttc.ir.expr import TOKENS, Expr, Leaf, const, leaf, leaves, substitute
 from tttc.ir.primal import loop_params, token_block
-from tttc.ir.program import EACH, T_AXIS, Allocate, Assign, Block, For, Function, Plan, Program, Scan, Statement, Update
+from tttc.ir.program import (
+    EACH,
+    SEQUENCE,
+    T_AXIS,
+    Allocate,
+    Assign,
+    Block,
+    For,
+    Function,
+    Plan,
+    Program,
+    Scan,
+    ScanKind,
+    Statement,
+    Update,
+)
 from tttc.ir.reading import NoExactForm, at_chunk
 from tttc.ir.simplify import renamed_hints
 from tttc.ir.substitution import is_row
@@ -69,7 +84,7 @@ def schedule(program: Program, chunk: int | None = None) -> Program:
     if beginning is not None:
         scans.append(beginning)
     main = layout.tiled_function(scans) if plan.tiled else layout.whole_function(scans[0])
-    functions = (main, *(s.function() for s in scans if s.name != program.name))
+    functions = (main, *(s.function() for s in scans if s.kind is not ScanKind.WHOLE))
     return replace(program, stage="schedule", functions=functions, names=names, scans=tuple(scans), plan=plan)
 
 
@@ -90,29 +105,25 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
         why = f"{found.why}, on the rows of the chunk alone"
         return Plan(chunk or SUBSTITUTED_CHUNK, None, why, substitution=True)
     if found.sequential:
-        whole: int | str | None = None if not observed(update) or b_ == 1 else "T" if b_ == "all" else int(b_)
-        return Plan(1, whole, found.why)
+        return Plan(1, None if not observed(update) or b_ == 1 else b_, found.why)
     if found.kind in ("constant", "affine") and not observed(update) and (b_ == 1 or not program.telemetry):
         return Plan(chunk or _free_chunk(update), None, f"{found.why}: the chunk is free")
-    whole = "T" if b_ == "all" else int(b_)
     if program.telemetry:
-        return Plan(whole, whole, "telemetry is for each mini-batch: the chunk is the mini-batch")
+        return Plan(b_, b_, "telemetry is for each mini-batch: the chunk is the mini-batch")
     if update.steps > 1:
-        return Plan(
-            whole, whole, f"{update.steps} steps are taken on each mini-batch: the chunk is the mini-batch", True
-        )
+        return Plan(b_, b_, f"{update.steps} steps are taken on each mini-batch: the chunk is the mini-batch", True)
     if update.read == "end":
         why = 'read="end": every token reads the end of its mini-batch, so the chunk is the mini-batch'
-        return Plan(whole, whole, why)
+        return Plan(b_, b_, why)
     recurs = update.per == "token" and any(r is not None for g in (update.momentum, update.decay) for r in g.values())
     squares = update.read != "start" or found.kind == "affine" or recurs
     longest, tile = (LONGEST_CHUNK, DEFAULT_CHUNK) if squares else (LONGEST_PLAIN_CHUNK, LONGEST_PLAIN_CHUNK)
-    if b_ == "all":
-        return Plan(chunk or tile, "T", "the mini-batch is the whole sequence: it is cut into tiles")
-    wanted = chunk or (int(b_) if int(b_) <= longest else tile)
-    if wanted >= int(b_):
-        return Plan(int(b_), int(b_), f"{found.why}: the chunk is the mini-batch")
-    return Plan(wanted, int(b_), f"the mini-batch of {b_} tokens is cut into tiles")
+    if b_ is SEQUENCE:
+        return Plan(chunk or tile, SEQUENCE, "the mini-batch is the whole sequence: it is cut into tiles")
+    wanted = chunk or (b_ if b_ <= longest else tile)
+    if wanted >= b_:
+        return Plan(b_, b_, f"{found.why}: the chunk is the mini-batch")
+    return Plan(wanted, b_, f"the mini-batch of {b_} tokens is cut into tiles")
 
 
 def _substitutable(program: Program) -> bool:
@@ -144,16 +155,16 @@ class _Layout:
         form = whole_form(self.program, self.sizes, rows=self.plan.substitution)
         made = {a.target for a in form.updates}
         carry = (*self.update.states, *(m for m in self.memory if m in made))
-        return self._scan(self.program.name, form, carry, "Whole mini-batches.")
+        return self._scan(ScanKind.WHOLE, form, carry, "Whole mini-batches.")
 
     def open(self) -> Scan:
         form = open_form(self.program, self.sizes)
         made = {a.target for a in form.updates}
         carry = tuple(o.variable for o in openings(self.update)) + tuple(m for m in self.memory if m in made)
         doc = "Tiles of one open mini-batch: W are the weights at its start, S what it has added."
-        return self._scan(f"{self.program.name}_open", form, carry, doc)
+        return self._scan(ScanKind.OPEN, form, carry, doc)
 
-    def _scan(self, name: str, form: ChunkForm, carry: tuple[Expr, ...], doc: str) -> Scan:
+    def _scan(self, kind: ScanKind, form: ChunkForm, carry: tuple[Expr, ...], doc: str) -> Scan:
         stores = [form.z, *form.measures]
         assigns, named, _ = finished([*stores, *form.updates], renamed_hints(self.program.names, form.moved))
         self.names.update(named)
@@ -168,7 +179,16 @@ class _Layout:
         params = tuple(p for p in params if p.name in read or p.role in ("token", "gate"))
         sequence = tuple(at_chunk(p, T_AXIS) for p in params if p.role in ("token", "gate"))
         fixed = tuple(p for p in params if p.role not in ("token", "gate") and p not in carry)
-        return Scan(name, fixed, carry, sequence, stored, updates, self.plan.chunk, doc=doc)
+        return Scan(self._name(kind), kind, fixed, carry, sequence, stored, updates, self.plan.chunk, doc=doc)
+
+    def _name(self, kind: ScanKind) -> str:
+        return self.program.name if kind is ScanKind.WHOLE else f"{self.program.name}_{kind.value}"
+
+    def _once(
+        self, kind: ScanKind, fixed: Sequence[Expr], carry: Sequence[Expr], made: Sequence[Assign], doc: str
+    ) -> Scan:
+        """A scan that is a single block."""
+        return Scan(self._name(kind), kind, tuple(fixed), tuple(carry), (), (), tuple(made), 1, loops=False, doc=doc)
 
     def substitution(self) -> list[Scan]:
         """The coefficients of a chunk, and the loop over its tokens that makes the rows of their gradients."""
@@ -190,11 +210,11 @@ class _Layout:
         gates = tuple(dict.fromkeys(e for e in leaves(a.value for a in coefficients)))
         if not any(T_AXIS.size == a.size for e in gates for a in e.axes):
             gates = (*gates, leaf(EACH.name, EACH.role, (T_AXIS,)))
-        name = self.program.name
         doc = "The coefficients of a chunk, from its gates."
-        first = Scan(f"{name}_coefficients", gates, (), (), (), coefficients, 1, loops=False, doc=doc)
+        first = self._once(ScanKind.COEFFICIENTS, gates, (), coefficients, doc)
         doc = "The rows of the gradients, token by token; `past` are those of the tokens before."
-        return [first, Scan(f"{name}_rows", fixed, carry, sequence, rows, past, 1, doc=doc)]
+        kind = ScanKind.ROWS
+        return [first, Scan(self._name(kind), kind, fixed, carry, sequence, rows, past, 1, doc=doc)]
 
     def begin(self) -> Scan | None:
         """What a sequence carries beside its weights."""
@@ -204,7 +224,7 @@ class _Layout:
         done, named, _ = finished([Assign(m.variable, m.begins) for m in kept], {})
         self.names.update(named)
         doc = "What a sequence carries beside its weights, from the weights that it begins with."
-        return Scan(f"{self.program.name}_begin", self.update.states, (), (), (), done, 1, loops=False, doc=doc)
+        return self._once(ScanKind.BEGIN, self.update.states, (), done, doc)
 
     def close(self) -> Scan:
         """The weights that a mini-batch hands on, with tau of the last token that was read."""
@@ -221,7 +241,7 @@ class _Layout:
         given = [*(o.variable for o in openings(update)), *self.memory, *loop_params(self.program)]
         fixed = tuple(p for p in given if p.name in read and p not in carry)
         doc = "The weights that a mini-batch hands on; gates are those of its last token."
-        return Scan(f"{self.program.name}_close", fixed, carry, (), (), done, 1, loops=False, doc=doc)
+        return self._once(ScanKind.CLOSE, fixed, carry, done, doc)
 
     def token(self) -> Scan | None:
         """One token alone, by the definition. Where mini-batches are observed it is a token of an open one, and of what
@@ -249,7 +269,7 @@ class _Layout:
         carry = tuple(p for p in given if p in made)
         fixed = tuple(p for p in given if p.name in read and p not in made)
         doc = "One token alone."
-        return Scan(f"{program.name}_token", fixed, carry, (), (), done, 1, False, doc, differentiated=False)
+        return replace(self._once(ScanKind.TOKEN, fixed, carry, done, doc), differentiated=False)
 
     def _beginning(self) -> tuple[Statement, ...]:
         kept = memories(self.update)
@@ -266,7 +286,7 @@ class _Layout:
         body: tuple[Statement, ...] = (
             *(Allocate(a.target) for a in scan.outputs),
             *self._beginning(),
-            For("c", "T", scan.chunk, (scan.block,)),
+            For("c", SEQUENCE, scan.chunk, (scan.block,)),
         )
         returns = (scan.outputs[0].target, *self.update.states)
         return Function(self.program.name, self._params(), body, returns, scan.doc)
@@ -281,7 +301,7 @@ class _Layout:
         inner = For("c", "m", self.plan.chunk, (tile.block,))
         step = self.plan.mini_batch
         assert step is not None
-        loop = For("m", "T", step, (opening, inner, closing))
+        loop = For("m", SEQUENCE, step, (opening, inner, closing))
         allocate = tuple(Allocate(a.target) for a in tile.outputs)
         body: tuple[Statement, ...] = (*allocate, *self._beginning(), loop)
         return Function(self.program.name, self._params(), body, (tile.outputs[0].target, *self.update.states))

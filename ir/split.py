@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from tttc.ir import cost
 from tttc.ir.cost import CHUNK
 from tttc.ir.expr import leaves
-from tttc.ir.program import Assign, Scan
+from tttc.ir.program import SEQUENCE, Assign, Scan, Tokens
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Split:
 
     def saved(self, dims: Mapping[str, int]) -> float:
         """Which part of the FLOPs of a chunk the chunks after it do not wait for: 0.4 of them, say."""
-        whole = _flops((*self.outputs.outputs, *self.states.updates), dims, int(self.states.chunk))
-        return 1 - _flops(self.states.updates, dims, int(self.states.chunk)) / whole
+        whole = _flops((*self.outputs.outputs, *self.states.updates), dims, self.states.chunk)
+        return 1 - _flops(self.states.updates, dims, self.states.chunk) / whole
 
 
 def split(scan: Scan) -> Split | None:
     """Both parts; None where there is one alone: no loop, nothing carried, or no outputs."""
-    if not scan.loops or scan.chunk == "T" or not scan.outputs or not scan.updates:
+    if not scan.loops or scan.chunk is SEQUENCE or not scan.outputs or not scan.updates:
         return None
     doc = "The carry before every chunk, and after the last one."
     states = _reading(replace(scan, name=f"{scan.name}_states", outputs=(), doc=doc, differentiated=False))
@@ -52,7 +52,7 @@ def _reading(scan: Scan) -> Scan:
     return replace(scan, fixed=fixed, carry=carry, sequence=sequence)
 
 
-def _flops(assigns: Sequence[Assign], dims: Mapping[str, int], chunk: int) -> float:
+def _flops(assigns: Sequence[Assign], dims: Mapping[str, int], chunk: Tokens) -> float:
     work = cost.work(a.value for a in assigns)
     return float(cost.evaluate(work.contraction + work.elementwise, dims, {CHUNK: cost.tokens(chunk)}))
 

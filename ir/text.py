@@ -22,11 +22,13 @@ from tttc.ir.names import Word, function, marked, own, size_of, spelled, unmarke
 from tttc.ir.ops import einsum_spec, is_upper
 from tttc.ir.program import (
     S_AXIS,
+    SEQUENCE,
     T_AXIS,
     Allocate,
     Block,
     For,
     Function,
+    Length,
     Program,
     Restore,
     Save,
@@ -428,7 +430,7 @@ def function_text(of: Function, program: Program) -> str:
         lines.append(f'    """{of.doc}"""')
     if sequence:
         first = next(p for p in of.params if p.at)
-        lines.append(f"    {_loop_name('T')} = len({marked(first.name)})")
+        lines.append(f"    {_loop_name(SEQUENCE)} = len({marked(first.name)})")
     lines += [f"    {marked(size_of(size))} = {length}" for size, length in _measured(of, program).items()]
     if any(isinstance(s, For) and any(isinstance(x, Save) for x in s.body) for s in of.body):
         lines.append("    saved = []")
@@ -451,9 +453,9 @@ def _measured(function: Function, program: Program) -> dict[str, str]:
     return found
 
 
-def _loop_name(name: str) -> str:
-    """The variable of a loop, or T: all tokens."""
-    return marked(size_of(ALL_TOKENS.size) if name == "T" else own(name))
+def _loop_name(name: str | Length) -> str:
+    """The variable of a loop, or of all tokens."""
+    return marked(size_of(ALL_TOKENS.size) if name is SEQUENCE else own(name))
 
 
 def _wrapped(head: str, items: list[str], tail: str) -> list[str]:
@@ -484,7 +486,7 @@ def _statements_text(
         elif isinstance(statement, Allocate):
             leaf, axes = statement.target.arg
             sizes = [marked(size_of(a.size)) for a in axes if a.size != TOKENS]
-            lines.append(f"{indent}{marked(leaf.name)} = empty({', '.join([_loop_name('T'), *sizes])})")
+            lines.append(f"{indent}{marked(leaf.name)} = empty({', '.join([_loop_name(SEQUENCE), *sizes])})")
         elif isinstance(statement, Save):
             names = [marked(e.name) for e in statement.values]
             lines += _wrapped(f"{indent}saved.append((", names, ",))" if names else "))")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from tttc.ir.expr import OPS, Expr, postorder
 from tttc.ir.names import is_declared, own
-from tttc.ir.program import T_AXIS, Allocate, Block, For, Program, Restore, Save, Scan, Statement, values
+from tttc.ir.program import SEQUENCE, T_AXIS, Allocate, Block, For, Program, Restore, Save, Scan, Statement, values
 
 DECLARED = ("state", "param", "token", "gate")  # what a user names
 
@@ -42,7 +42,7 @@ def _given_tokens(scan: Scan, where: str) -> None:
 def _statements(body: tuple[Statement, ...], scope: set[str], where: str, forbidden: frozenset[str]) -> None:
     for statement in body:
         if isinstance(statement, For):
-            if statement.over != "T" and own(statement.over) not in scope:
+            if statement.over is not SEQUENCE and own(statement.over) not in scope:
                 raise MalformedProgram(f"{where}: the loop over {statement.over!r} runs over nothing")
             scope.add(own(statement.var))
             _statements(statement.body, scope, where, forbidden)

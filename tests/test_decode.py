@@ -10,6 +10,7 @@ import torch
 import tttc
 from tests.helpers import CAUSAL_READS, LIBRARY, MINI_BATCHES, VARIANTS, dims_of, inputs_for, keywords, split_call
 from tttc.declare.read import signature
+from tttc.ir.program import ScanKind
 from tttc.reference import reference
 from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 
@@ -90,4 +91,4 @@ def test_gradients_go_through_the_scans_that_have_an_adjoint():
 
 def test_nothing_reads_the_end_before_it_is_there():
     program = tttc.compile(LIBRARY["TTTLinear"].replace(read="end"), {"D": 3}).stages.program
-    assert not any(s.name.endswith("_token") for s in program.scans)
+    assert program.scan(ScanKind.TOKEN) is None

@@ -26,7 +26,7 @@ from tests.helpers import (
 from tttc.ir import build as b
 from tttc.ir.expr import OPS, Expr, transform
 from tttc.ir.names import prefixed
-from tttc.ir.program import Assign
+from tttc.ir.program import Assign, ScanKind
 from tttc.ir.response import Response
 from tttc.library import GatedThreeLayer, LinearAttention, TTTLinear
 from tttc.runtime.arguments import Call
@@ -322,7 +322,7 @@ def test_no_stage_for_a_mini_batch_that_ends_early(monkeypatch, name):
 
 def unstaged(scan):
     """The end of a mini-batch without its stages: W - S."""
-    if not scan.name.endswith("_close"):
+    if scan.kind is not ScanKind.CLOSE:
         return scan
     sums = {p.name: p for p in scan.fixed}
     plain = [

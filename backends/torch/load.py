@@ -17,7 +17,7 @@ from tttc.backends.memory import autocast
 from tttc.backends.torch.emit import emit
 from tttc.backends.torch.opaque import CopiedScan
 from tttc.ir.names import function
-from tttc.ir.program import Program, Scan
+from tttc.ir.program import Program, Scan, number_of
 
 Tensors = Sequence[torch.Tensor]
 
@@ -125,7 +125,7 @@ class TorchScan:
 
     def _chunk(self, inputs: Tensors) -> int:
         """The chunk in tokens; a mini-batch that is the whole sequence takes all of it."""
-        return self._tokens(inputs) if self.scan.chunk == "T" else int(self.scan.chunk)
+        return number_of(self.scan.chunk, self._tokens(inputs))
 
     def _tokens(self, inputs: Tensors) -> int:
         return int(inputs[len(self.scan.carry) + len(self.scan.fixed)].shape[1])

@@ -9,6 +9,7 @@ import torch
 
 from tttc.backends.interface import content_of
 from tttc.backends.memory import lengths
+from tttc.ir.program import number_of
 
 if TYPE_CHECKING:
     from tttc.backends.torch.load import TorchScan
@@ -45,7 +46,7 @@ class CopiedScan:
         outputs = [like.new_empty(*like.shape[:2], *own) for own in sizes]
         if not scan.loops:
             return outputs, []
-        every = (checkpoint or 1) * (tokens if scan.chunk == "T" else int(scan.chunk))
+        every = (checkpoint or 1) * number_of(scan.chunk, tokens)
         groups = 0 if checkpoint is None else -(-tokens // every)
         return outputs, [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
 

@@ -106,7 +106,7 @@ def turn_of(form: Form, backward: bool, dtype: torch.dtype) -> Turn:
     scan, program = form.scan, form.program
     forward = [scan.updates] if scan.loops else []
     sweeps = [*forward, backward_block(program.adjoint_of(scan))] if backward else [scan.block.assigns]
-    chunk = int(scan.chunk) if scan.loops else 1
+    chunk = form.chunk
     blocks = {d: form.block(Axis(d, d)) for d in program.dims}
     dims = {**program.dims, **({form.cut: form.width} if form.cut else {})}
     work = cost.Work()

@@ -19,7 +19,7 @@ from math import prod
 from tttc.backends.tiling import cut_axis, cut_program
 from tttc.ir.expr import TOKENS, Axes, Axis, Expr, postorder
 from tttc.ir.names import suffixed
-from tttc.ir.program import Program, Scan, cotangent, values
+from tttc.ir.program import SEQUENCE, Program, Scan, cotangent, values
 from tttc.ir.split import split
 from tttc.ir.substitution import PAST
 
@@ -88,7 +88,9 @@ class Form:
 
     @property
     def chunk(self) -> int:
-        return int(self.scan.chunk) if self.scan.loops else 1
+        chunk = self.scan.chunk if self.scan.loops else 1
+        assert chunk is not SEQUENCE  # `unfused` says so
+        return chunk
 
     def size(self, axis: Axis) -> int:
         """How long an axis is, with all strips of it."""
@@ -169,7 +171,7 @@ class Form:
     def too_large(self) -> str:
         """Why a program cannot hold it; "" where it can."""
         scan = self.scan
-        if scan.chunk == "T":
+        if scan.chunk is SEQUENCE:
             return ""
         if (largest := self.largest_value()) > LARGEST_BLOCK:
             return f"one of its values is a block of {largest} numbers, and Triton takes {LARGEST_BLOCK}"
@@ -219,8 +221,8 @@ def unfused(scan: Scan, program: Program) -> str:
         return "its rows come one after the other, each from all before it"
     if not scan.loops and any(a.size == TOKENS for a in axes):
         return "it is elementwise over the tokens of a chunk"
-    if scan.chunk == "T" or int(scan.chunk) > LARGEST_CHUNK:
-        return f"its chunk is {'the whole sequence' if scan.chunk == 'T' else f'{scan.chunk} tokens'}"
+    if scan.chunk is SEQUENCE or scan.chunk > LARGEST_CHUNK:
+        return f"its chunk is {'the whole sequence' if scan.chunk is SEQUENCE else f'{scan.chunk} tokens'}"
     if any(
         e.op == "solve" and set(e.src[0].axes) - set(e.arg) for e in postorder([a.value for a in scan.block.assigns])
     ):

@@ -28,7 +28,7 @@ from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, h
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import function, suffixed
-from tttc.ir.program import Program, Scan
+from tttc.ir.program import Program, Scan, number_of
 
 Tensors = Sequence[torch.Tensor]
 SHORT = 256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
@@ -357,7 +357,7 @@ class TritonScan:
         """How many carries are kept of a loop."""
         if checkpoint is None or not self.scan.loops:
             return 0
-        return -(-self._tokens(inputs) // ((checkpoint or 1) * int(self.scan.chunk)))
+        return -(-self._tokens(inputs) // ((checkpoint or 1) * number_of(self.scan.chunk, self._tokens(inputs))))
 
     def _empty(self, target: Expr, inputs: Tensors, dtype: torch.dtype) -> torch.Tensor:
         own = lengths(target, self.program.dims, self._tokens(inputs))

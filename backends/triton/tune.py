@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tttc.backends.interface import Preferred, Settings
 from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, Form, form_of, unfused
-from tttc.ir.program import Program
+from tttc.ir.program import SEQUENCE, Program
 
 THREADS = 32
 REGISTERS = 1 << 16  # of a multiprocessor
@@ -57,7 +57,7 @@ def chunk(program: Program) -> Preferred | None:
     least = program.plan.chunk
     for tokens, most in CHUNKS.items():
         scan = replace(program.scans[0], chunk=tokens)
-        if isinstance(least, str) or least <= tokens or unfused(scan, program):
+        if least is SEQUENCE or least <= tokens or unfused(scan, program):
             continue
         if form_of(scan, program).state <= most:
             why = f"the backward of {tokens} tokens fits the registers of a program, that of {least} does not"

@@ -32,7 +32,7 @@ from tttc.backends.tvm_cpu.ops import Functions
 from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Expr
 from tttc.ir.names import spelled, suffixed
-from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
+from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent, number_of
 
 FETCHED = 1 << 14  # numbers of a chunk that are asked for while the one before is worked on
 CLEARED = 1 << 16  # numbers of the scratch memory that are zeros at first; both fit the second cache
@@ -261,7 +261,7 @@ class _Builder:
 
     @property
     def chunk(self) -> Any:
-        return self.T if self.scan.chunk == "T" else int(self.scan.chunk)
+        return number_of(self.scan.chunk, self.T)
 
     @property
     def count(self) -> Any:

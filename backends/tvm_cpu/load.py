@@ -29,7 +29,7 @@ from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.tvm_common.statements import heads_together
 from tttc.backends.tvm_cpu.machine import Config, Machine, host
 from tttc.ir.expr import Expr
-from tttc.ir.program import Program, Scan, ScanAdjoint
+from tttc.ir.program import SEQUENCE, Program, Scan, ScanAdjoint
 from tttc.ir.structure import written
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class TVMScan:
         return inputs[-1].shape[2] if self.scan.loops else 1
 
     def _chunks(self, inputs: Tensors) -> int:
-        return 1 if self.scan.chunk == "T" else -(-self._tokens(inputs) // int(self.scan.chunk))
+        return 1 if self.scan.chunk is SEQUENCE else -(-self._tokens(inputs) // self.scan.chunk)
 
     # -- compiled when first called
 

@@ -10,7 +10,7 @@ from math import prod
 from tttc.backends.interface import Preferred, Settings
 from tttc.backends.tvm_cpu.emit import only_chunk
 from tttc.backends.tvm_cpu.machine import BYTES, Config, host
-from tttc.ir.program import Program
+from tttc.ir.program import SEQUENCE, Program
 
 # the default first, then what differs from it by less and less
 VALUES: Mapping[str, tuple[int, ...]] = {
@@ -48,7 +48,7 @@ def identity(program: Program, settings: Settings) -> Hashable:
     """The tiles that every statement which this program might have would get, and whether its rows are unrolled."""
     config = Config(**settings)
     machine = host("float64" if program.dtype == "f64" else "float32", config)
-    lengths = {int(s.chunk) for s in program.scans if s.chunk != "T"} | set(program.dims.values())
+    lengths = {s.chunk for s in program.scans if s.chunk is not SEQUENCE} | set(program.dims.values())
     widths = sorted({-(-n // machine.lanes) for n in lengths} | {1})
     tiles = tuple(machine.tile(rows, wide) for rows in (None, 1, *sorted(lengths)) for wide in widths)
     return tiles, tuple(wide <= config.unrolled for wide in widths)

@@ -37,7 +37,7 @@ from tttc.backends.tvm_cuda.wmma import SIDE, SPREAD, Half, multiplied, rounded,
 from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Axes, Expr
 from tttc.ir.names import own, spelled, suffixed
-from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent
+from tttc.ir.program import SEQUENCE, Assign, Program, Scan, ScanAdjoint, cotangent, number_of
 
 EXCHANGE = own("tiles")
 SCALARS = tuple(
@@ -205,7 +205,7 @@ class _Builder:
     def _size(self, axis: Any) -> Size:
         if axis.size != TOKENS:
             return self.dims[axis.size]
-        return 1 if not self.scan.loops else "T" if self.scan.chunk == "T" else int(self.scan.chunk)
+        return str(SEQUENCE) if self.scan.loops and self.scan.chunk is SEQUENCE else number_of(self.scan.chunk, 1)
 
     # -- the function
 
@@ -360,7 +360,7 @@ class _Builder:
 
     @property
     def chunk(self) -> Any:
-        return self.T if self.scan.chunk == "T" else int(self.scan.chunk)
+        return number_of(self.scan.chunk, self.T)
 
     @contextmanager
     def chunks(self) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from tttc.ir.expr import Axis, Expr, leaf, leaves, postorder
 from tttc.ir.free import free_axis
 from tttc.ir.interpret import evaluate_function
 from tttc.ir.names import own, prefixed, suffixed
-from tttc.ir.program import T_AXIS, Assign, Function, Program, Scan, cotangent
+from tttc.ir.program import T_AXIS, Assign, Function, Program, Scan, ScanKind, cotangent
 
 D, D1 = Axis("D", "D"), Axis("D1", "D")
 SIZES = {"D": 4, "E": 6, "P": 5}
@@ -33,7 +33,7 @@ def columns_of(e: Expr) -> Expr:
 
 
 def scan_of(output: Expr, weights: Expr = W, target: Expr = z) -> Scan:
-    return Scan("scan", (), (W,), (q, k, v), (Assign(target, output),), (Assign(W, weights),), 2)
+    return Scan("scan", ScanKind.WHOLE, (), (W,), (q, k, v), (Assign(target, output),), (Assign(W, weights),), 2)
 
 
 READ = b.contract((q, W), (D,))
@@ -74,7 +74,7 @@ def test_the_last_axis_of_a_sequence_is_the_second_of_the_weights():
 def test_an_elementwise_memory_is_free_in_everything():
     w, out = leaf("w", "state", (D,)), leaf("z", "output", (T_AXIS, D), "c")
     update = b.add(w, b.total(b.mul(k, v), (T_AXIS,)))
-    scan = Scan("scan", (), (w,), (q, k, v), (Assign(out, b.mul(q, w)),), (Assign(w, update),), 2)
+    scan = Scan("scan", ScanKind.WHOLE, (), (w,), (q, k, v), (Assign(out, b.mul(q, w)),), (Assign(w, update),), 2)
     assert free_axis(scan).slots == {"k": 1, "q": 1, "v": 1, "w": 0, "z": 1}
 
 
@@ -177,7 +177,7 @@ def test_every_operation_makes_strips_of_a_free_axis(name):
         for axis in e.axes:
             target = leaf("result", "output", (axis, *(a for a in e.axes if a != axis)))
             params = tuple({x.name: x for x in leaves([e])}.values())
-            scan = Scan("scan", params, (), (), (Assign(target, e),), (), 1)
+            scan = Scan("scan", ScanKind.WHOLE, params, (), (), (Assign(target, e),), (), 1)
             if (free := free_axis(scan)) is None:
                 continue
             given, part = inputs_of(scan, SIZES, 0), slice(SIZES[free.size] // 2)
@@ -194,7 +194,9 @@ def once(scan: Scan) -> Function:
 @pytest.mark.parametrize("name", ["pow", "mask", "solve", "contract", "layer_norm"])
 def test_the_axes_beside_those_of_an_operation_are_free(name):
     """So that the test above has something to try."""
-    scans = [Scan("s", (), (), (), (Assign(leaf("z", "output", e.axes), e),), (), 1) for e in EXAMPLES[name]]
+    scans = [
+        Scan("s", ScanKind.WHOLE, (), (), (), (Assign(leaf("z", "output", e.axes), e),), (), 1) for e in EXAMPLES[name]
+    ]
     assert any(free_axis(s) for s in scans)
 
 

@@ -17,7 +17,7 @@ from tttc.ir.expr import Axis, Expr, leaves, postorder
 from tttc.ir.interpret import interpret
 from tttc.ir.names import differentiated, prefixed, spelled
 from tttc.ir.ops import align, evaluate
-from tttc.ir.program import S_AXIS, T_AXIS, EndStage, Program
+from tttc.ir.program import S_AXIS, T_AXIS, EndStage, Program, number_of
 from tttc.ir.substitution import PAST
 
 Arrays = dict[str, np.ndarray]
@@ -109,7 +109,7 @@ class _Rule:
                     self.memory[stage.kept[n].name] = begun
 
     def run(self) -> tuple[np.ndarray, ...]:
-        b = self.tokens if self.update.mini_batch == "all" else int(self.update.mini_batch)
+        b = number_of(self.update.mini_batch, self.tokens)
         weights: Arrays = {n: self.arguments[n] for n in self.states}
         outputs: list[np.ndarray] = []
         for first in range(0, self.tokens, b):

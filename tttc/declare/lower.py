@@ -15,7 +15,7 @@ from tttc.errors import refusal
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, const, leaf, leaves
 from tttc.ir.names import own, prefixed
-from tttc.ir.program import Assign, Block, EndStage, Function, Program, Update, end_leaf
+from tttc.ir.program import SEQUENCE, Assign, Block, EndStage, Function, Program, Update, end_leaf
 
 
 def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program:
@@ -63,7 +63,7 @@ def _update_rule(declared: Signature, known: Leaves) -> Update:
         tuple(known.states.values()),
         {n: r for n, r in rates("lr").items() if r is not None},
         rates("read_scale"),
-        declared.mini_batch,
+        SEQUENCE if isinstance(declared.mini_batch, str) else int(declared.mini_batch),
         declared.read,
         momentum=rates("momentum"),
         decay=rates("decay"),

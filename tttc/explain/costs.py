@@ -15,7 +15,7 @@ from tttc.ir import cost, substitution
 from tttc.ir.cost import CHUNK, MINI_BATCH, TOKENS, Formula, Work
 from tttc.ir.expr import Expr
 from tttc.ir.names import spelled
-from tttc.ir.program import Block, For, Program, Scan, Statement
+from tttc.ir.program import SEQUENCE, Block, For, Program, Scan, ScanKind, Statement
 from tttc.ir.update import memories, openings
 
 if TYPE_CHECKING:
@@ -106,16 +106,16 @@ def program_costs(program: Program) -> Iterator[StageCost]:
         work = cost.function_work(function)
         work = work.times(1 / TOKENS) if loops else work
         lengths = loops if scan is None else _lengths(scan, program)
-        unit = "token" if scan is None else _unit(scan, program)
+        unit = "token" if scan is None else _unit(scan)
         yield StageCost(program.stage, function.name, unit, work, lengths, program.dims)
 
 
-_UNITS = {"begin": "sequence", "close": "mini-batch", "coefficients": "chunk"}
+_UNITS = {ScanKind.BEGIN: "sequence", ScanKind.CLOSE: "mini-batch", ScanKind.COEFFICIENTS: "chunk"}
 
 
-def _unit(scan: Scan, program: Program) -> str:
+def _unit(scan: Scan) -> str:
     """What a scan is run for: each token, or once for each chunk, mini-batch or sequence."""
-    return _UNITS.get(scan.name.removeprefix(f"{program.name}_"), "token")
+    return _UNITS.get(scan.kind, "token")
 
 
 def _lengths(scan: Scan, program: Program) -> dict[sympy.Symbol, Formula]:
@@ -123,8 +123,8 @@ def _lengths(scan: Scan, program: Program) -> dict[sympy.Symbol, Formula]:
     assert program.plan is not None
     chunk = cost.tokens(program.plan.chunk)
     if not scan.loops:
-        return {CHUNK: chunk} if _unit(scan, program) == "chunk" else {}
-    past = {PAST: chunk} if scan.name == f"{program.name}_rows" else {}
+        return {CHUNK: chunk} if _unit(scan) == "chunk" else {}
+    past = {PAST: chunk} if scan.kind is ScanKind.ROWS else {}
     return {CHUNK: cost.tokens(scan.chunk), **past}
 
 
@@ -134,7 +134,7 @@ def _sweeps(program: Program) -> Iterator[StageCost]:
         share = 1 / CHUNK if a.scan.loops else sympy.S.One
         for sweep, work in (("forward, keeping values", costs.forward), ("backward", costs.backward.work)):
             name = f"{a.scan.name}, {sweep}"
-            yield StageCost(program.stage, name, _unit(a.scan, program), work.times(share), lengths, program.dims)
+            yield StageCost(program.stage, name, _unit(a.scan), work.times(share), lengths, program.dims)
 
 
 def layer_cost(layer: Layer) -> LayerCost:
@@ -144,8 +144,8 @@ def layer_cost(layer: Layer) -> LayerCost:
     scheduled, primal = layer.stages["schedule"].program, layer.stages["primal"].program
     assert scheduled is not None
     assert primal is not None
-    adjoints = {a.scan.name: cost.adjoint_cost(a) for a in program.adjoints}
-    tile = adjoints[scan.name]
+    adjoints = {a.scan.kind: cost.adjoint_cost(a) for a in program.adjoints}
+    tile = adjoints[scan.kind]
     chunk, carried = cost.scan_cost(scan), kept(layer)
     item = cost.ITEM_BYTES[program.dtype]
     (token_loop,) = primal.functions
@@ -158,7 +158,7 @@ def layer_cost(layer: Layer) -> LayerCost:
 
     return LayerCost(
         primal=valued(cost.function_work(token_loop).times(1 / TOKENS)),
-        forward=valued(_per_token({s.name: cost.scan_cost(s).work for s in scheduled.scans}, program)),
+        forward=valued(_per_token({s.kind: cost.scan_cost(s).work for s in scheduled.scans}, program)),
         recomputed=valued(_per_token({n: a.forward for n, a in adjoints.items()}, program)),
         backward=valued(_per_token({n: a.backward.work for n, a in adjoints.items()}, program)),
         state_bytes=value(item * sympy.Add(*(k.elements for k in carried if not k.inside))),
@@ -183,24 +183,24 @@ def plan_lengths(program: Program) -> dict[sympy.Symbol, Formula]:
     return lengths if plan.mini_batch is None else {**lengths, MINI_BATCH: cost.tokens(plan.mini_batch)}
 
 
-def shares(program: Program) -> dict[str, Formula]:
+def shares(program: Program) -> dict[ScanKind, Formula]:
     """How often per token a sequence of whole mini-batches runs each scan; those for what a call leaves open not."""
-    plan, name = program.plan, program.name
+    plan = program.plan
     assert plan is not None
-    found = {program.scans[0].name: 1 / CHUNK, f"{name}_begin": 1 / TOKENS}
+    found = {program.scans[0].kind: 1 / CHUNK, ScanKind.BEGIN: 1 / TOKENS}
     if plan.tiled:
-        found[f"{name}_close"] = 1 / MINI_BATCH
+        found[ScanKind.CLOSE] = 1 / MINI_BATCH
     if plan.substitution:
-        found |= {f"{name}_coefficients": 1 / CHUNK, f"{name}_rows": sympy.S.One}
-    return {s.name: found[s.name] for s in program.scans if s.name in found}
+        found |= {ScanKind.COEFFICIENTS: 1 / CHUNK, ScanKind.ROWS: sympy.S.One}
+    return {s.kind: found[s.kind] for s in program.scans if s.kind in found}
 
 
-def _per_token(works: Mapping[str, Work], program: Program) -> Work:
+def _per_token(works: Mapping[ScanKind, Work], program: Program) -> Work:
     """The work of scans by their shares."""
     total = Work()
-    for name, share in shares(program).items():
-        work = works[name].times(share)
-        if name == f"{program.name}_rows":  # its chunk is one token, which reads the rows of all of C
+    for kind, share in shares(program).items():
+        work = works[kind].times(share)
+        if kind is ScanKind.ROWS:  # its chunk is one token, which reads the rows of all of C
             one = {CHUNK: sympy.S.One}
             work = Work(*(f.subs(one).subs(PAST, CHUNK) for f in (work.contraction, work.elementwise)))
         total += work
@@ -232,11 +232,11 @@ def pieces_depth(program: Program) -> tuple[Formula, Formula] | None:
     """Where a mini-batch has tiles, or a chunk goes through its tokens: the contractions of one such piece and what
     follows, and those that each further piece adds.
     """
-    plan, scans = program.plan, {s.name: s for s in program.scans}
+    plan, scans = program.plan, {s.kind: s for s in program.scans}
     assert plan is not None
     if plan.substitution:
-        return cost.pieces_depth(scans[f"{program.name}_rows"], program.scans[0])
-    return cost.pieces_depth(program.scans[0], scans[f"{program.name}_close"]) if plan.tiled else None
+        return cost.pieces_depth(scans[ScanKind.ROWS], program.scans[0])
+    return cost.pieces_depth(program.scans[0], scans[ScanKind.CLOSE]) if plan.tiled else None
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _kept_inside(layer: Layer) -> Iterator[Kept]:
     if layer.decode == "rows":
         declared = layer.signature
         rows = [(n, t.dims) for n, t in declared.tokens.items()] + [(n, g.dims) for n, g in declared.gates.items()]
-        length = TOKENS if plan.mini_batch == "T" else cost.tokens(plan.mini_batch) - 1
+        length = TOKENS if plan.mini_batch is SEQUENCE else cost.tokens(plan.mini_batch) - 1
         elements = length * sympy.Add(*(_product(dims) for _, dims in rows))
         yield Kept(tuple(n for n, _ in rows), "its tokens", elements, inside=True)
         return

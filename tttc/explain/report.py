@@ -26,7 +26,7 @@ from tttc.ir.linearity import Dependence, Finding, dependence
 from tttc.ir.names import spelled
 from tttc.ir.online import the_unknown
 from tttc.ir.primal import per_token
-from tttc.ir.program import Plan, Program, Scan, Update, blocks
+from tttc.ir.program import SEQUENCE, Plan, Program, Scan, ScanKind, Tokens, Update, blocks
 from tttc.ir.reading import terms_of
 from tttc.ir.text import Namer, Printer, said, steps
 from tttc.ir.update import is_staged
@@ -115,8 +115,8 @@ def _declared_shape(w: Expr) -> str:
     return f"{w.name}[{', '.join(a.size for a in w.axes)}]"
 
 
-def _length_text(length: int | str) -> str:
-    return "the whole sequence" if length == "T" else f"{length} token{'' if length == 1 else 's'}"
+def _length_text(length: Tokens) -> str:
+    return "the whole sequence" if length is SEQUENCE else f"{length} token{'' if length == 1 else 's'}"
 
 
 def _class_lines(layer: Layer, kind: GradientClass) -> list[str]:
@@ -234,8 +234,8 @@ def _ends_text(program: Program) -> str:
     assert program.plan is not None
     more = ["the end of each mini-batch"] if program.plan.tiled else []
     more += ["the rows of each chunk"] if program.plan.substitution else []
-    beginning = program.scans[-1]
-    if beginning.name == f"{program.name}_begin" and cost.scan_cost(beginning).work.flops != 0:
+    beginning = program.scan(ScanKind.BEGIN)
+    if beginning is not None and cost.scan_cost(beginning).work.flops != 0:
         more.append("the beginning of the sequence")
     return f", and {' and '.join(more)}" if more else ""
 
@@ -268,7 +268,7 @@ def _state_lines(layer: Layer, c: LayerCost) -> list[str]:
     if not inside:
         return _item("state", f"{_number(c.state_bytes)} bytes, {alike}: {always}")
     decoding = f", {alike}" if update.read != "end" else ""
-    if plan.mini_batch == "T":
+    if plan.mini_batch is SEQUENCE:
         after = " after T tokens" if layer.decode == "rows" else ""
         one = f"the sequence is one mini-batch: {_number(c.open_bytes)} bytes{after}{decoding}"
         lines = _item("state", f"{one}: {always}; {inside}")

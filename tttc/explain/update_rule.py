@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tttc.ir.dualize import GradientClass
 from tttc.ir.expr import Expr, is_const, leaf, leaves, rebuild, transform
 from tttc.ir.names import spelled
-from tttc.ir.program import EndStage, Plan, Update, end_leaf
+from tttc.ir.program import SEQUENCE, EndStage, Plan, Update, end_leaf
 from tttc.ir.text import Printer, Text
 from tttc.ir.update import Advanced, Carried, accumulated, advance, is_staged
 
@@ -147,7 +147,7 @@ def update_lines(update: Update, kind: GradientClass, plan: Plan) -> list[Line]:
 
 
 def _span(update: Update) -> str:
-    if update.mini_batch == "all":
+    if update.mini_batch is SEQUENCE:
         return "the sequence, which is one mini-batch"
     return f"a mini-batch of {'a single token' if update.mini_batch == 1 else f'{update.mini_batch} tokens'}"
 

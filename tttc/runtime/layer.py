@@ -20,7 +20,7 @@ from tttc.errors import ShapeError
 from tttc.explain.report import explain
 from tttc.ir.expr import TOKENS
 from tttc.ir.names import spelled
-from tttc.ir.program import EACH
+from tttc.ir.program import EACH, SEQUENCE, ScanKind, number_of
 from tttc.ir.substitution import NOW, PAST, row_name
 from tttc.ir.update import memories, openings
 from tttc.runtime import autograd
@@ -72,6 +72,7 @@ class Layer:
         program = stages.program
         assert program.plan is not None
         self._name, self._plan = program.name, program.plan
+        self._named = {s.kind: s.name for s in program.scans}
         self._params = {s.name: s.params for s in program.scans}
         self._operators: dict[str, Operator] = {}
         self._results = {s.name: s.results for s in program.scans}
@@ -79,13 +80,13 @@ class Layer:
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
         assert program.update is not None
         # whether the end of a mini-batch changes what is carried beside the weights
-        self._ends_more = bool(set(self._made.get(f"{self._name}_close", ())) - set(signature.states))
+        self._ends_more = bool(set(self._made.get(self._named.get(ScanKind.CLOSE, ""), ())) - set(signature.states))
         self._opened = openings(program.update)
-        loop = next((s for s in program.scans if s.name == f"{self._name}_rows"), None)
+        loop = program.scan(ScanKind.ROWS)
         past = loop.carry if loop is not None and self._plan.substitution else ()
         self._past = {p.name: [self.dims[a.size] for a in p.axes if a != PAST] for p in past}
         self.decode = "rows" if self._keeps_rows(decode) else "sums"
-        self._token = next((s for s in program.scans if s.name == f"{self._name}_token"), None)
+        self._token = program.scan(ScanKind.TOKEN)
         self._memory = tuple(m.variable for m in memories(program.update))
         self._counts = any(p.name == EACH.name for s in program.scans for p in s.params)
         output = program.scans[0].outputs[0].target if program.scans[0].outputs else None
@@ -209,7 +210,7 @@ class Layer:
     def _run_tokens(self, call: Call) -> tuple[torch.Tensor, State]:
         """Whole mini-batches, and what comes before and after them."""
         T = call.tokens
-        b = None if self._plan.mini_batch in ("T", None) else int(self._plan.mini_batch)
+        b = None if self._plan.mini_batch in (SEQUENCE, None) else self._plan.mini_batch
         weights, position = call.state.weights, call.state.position
         memory = call.state.memory or self._begin(call, weights)
         start, summed = (call.state.start, call.state.summed) if position else (weights, {})
@@ -223,9 +224,9 @@ class Layer:
             else:
                 stop = T if b is None else min(T, now + b - position)
                 summed = summed if position else call.opened(self._opened)
-                z, new = self._scan(f"{self._name}_open", call, start | memory | summed, now, stop)
+                z, new = self._scan(self._named[ScanKind.OPEN], call, start | memory | summed, now, stop)
                 summed, memory = _updated(summed, new), _updated(memory, new)
-                _, new = self._scan(f"{self._name}_close", call, start | memory | summed, stop - 1, stop)
+                _, new = self._scan(self._named[ScanKind.CLOSE], call, start | memory | summed, stop - 1, stop)
                 weights, position = _updated(weights, new), position + stop - now
                 if position == b:
                     start, memory, position = weights, _updated(memory, new), 0
@@ -304,15 +305,16 @@ class Layer:
         weights = call.state.weights
         memory = call.state.memory or self._begin(call, weights)
         outputs: list[torch.Tensor] = []
-        for now in range(0, call.tokens, int(self._plan.chunk)):
-            stop = min(now + int(self._plan.chunk), call.tokens)
+        chunk = number_of(self._plan.chunk, call.tokens)
+        for now in range(0, call.tokens, chunk):
+            stop = min(now + chunk, call.tokens)
             part = {n: x[:, :, now:stop] for n, x in call.sequences.items()}
-            _, made = self._scan(f"{self._name}_coefficients", call, part, now, stop)
+            _, made = self._scan(self._named[ScanKind.COEFFICIENTS], call, part, now, stop)
             eye = torch.eye(stop - now, dtype=self.compute_dtype, device=self.device)
             like = next(iter(weights.values()))
             past = {n: like.new_zeros(*like.shape[:2], stop - now, *shape) for n, shape in self._past.items()}
             values = weights | memory | part | made | past | {NOW.name: eye.expand(*like.shape[:2], -1, -1)}
-            *rows, _ = self._outputs(f"{self._name}_rows", call, values, now, stop)
+            *rows, _ = self._outputs(self._named[ScanKind.ROWS], call, values, now, stop)
             named = {row_name(i): x for i, x in enumerate(rows[: len(self._past)])}
             z, new = self._scan(self._name, call, values | named, now, stop)
             weights, memory = _updated(weights, new), _updated(memory, new)
@@ -322,8 +324,8 @@ class Layer:
 
     def _begin(self, call: Call, weights: Tensors) -> Tensors:
         """What the sequence carries beside its weights, where it begins."""
-        name = f"{self._name}_begin"
-        return self._scan(name, call, weights, 0, 0)[1] if name in self._scans else {}
+        name = self._named.get(ScanKind.BEGIN)
+        return {} if name is None else self._scan(name, call, weights, 0, 0)[1]
 
     def _keeps_rows(self, decode: str) -> bool:
         """Whether an open mini-batch is carried as its tokens: asked for, the only way, or smaller than its sums."""
@@ -350,7 +352,7 @@ class Layer:
         outputs = self._outputs(name, call, values, now, stop)
         made = self._made[name]
         stored = len(outputs) - len(made)
-        chunk = stop - now if self._plan.chunk == "T" else int(self._plan.chunk)
+        chunk = number_of(self._plan.chunk, stop - now)
         call.measured += [outputs[i][:, :, ::chunk].detach() for i in range(1, stored)]
         return (outputs[0] if stored else None), dict(zip(made, outputs[stored:], strict=True))
 
@@ -413,7 +415,7 @@ class Layer:
         entry = self.tuning.entry
         if entry is not None and entry.choice.checkpoint is not None and tokens <= entry.tokens:
             return entry.choice.checkpoint  # for longer calls it would keep more than was tuned with
-        chunk = tokens if self._plan.chunk == "T" else int(self._plan.chunk)
+        chunk = number_of(self._plan.chunk, tokens)
         if torch.compiler.is_compiling():
             every = 1
             while 4 * every * every * chunk < tokens:  # of a number of tokens that is not known, this asks only a bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tttc.ir.program import Plan, Program
+from tttc.ir.program import SEQUENCE, Plan, Program
 from tttc.ir.schedule import choose_plan
 
 CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
@@ -19,16 +19,17 @@ def chunk_choices(program: Program, tokens: int, preferred: int | None = None) -
     Empty where the mini-batch leaves no choice.
     """
     default = choose_plan(program, preferred)
-    if isinstance(default.chunk, str):
+    if default.chunk is SEQUENCE:
         return ()
-    found = {_layout(default): default.chunk}
+    start = default.chunk
+    found = {_layout(default): start}
     for chunk in CHUNKS:
         plan = choose_plan(program, chunk)
-        if isinstance(plan.chunk, str) or (not plan.free and plan.chunk < SMALLEST_TILE):
+        if plan.chunk is SEQUENCE or (not plan.free and plan.chunk < SMALLEST_TILE):
             continue
-        if plan.chunk <= max(tokens, default.chunk):
+        if plan.chunk <= max(tokens, start):
             found.setdefault(_layout(plan), plan.chunk)
-    nearest = sorted(found.values(), key=lambda c: abs(math.log2(c / int(default.chunk))))
+    nearest = sorted(found.values(), key=lambda c: abs(math.log2(c / start)))
     return tuple(nearest) if len(nearest) > 1 else ()
 
 

@@ -26,7 +26,7 @@ from tttc.declare.checks import checked_signature
 from tttc.declare.variant import Variant
 from tttc.errors import TuningError
 from tttc.ir.expr import TOKENS
-from tttc.ir.program import Program
+from tttc.ir.program import SEQUENCE, Program
 from tttc.ir.schedule import schedule
 from tttc.runtime.layer import Layer
 from tttc.terminal import budget_bar, plain, table
@@ -257,7 +257,7 @@ class _Subject:
         """Distances at which the carries that are kept take about as much memory as the call itself."""
         plan = self.scheduled.plan
         assert plan is not None
-        if self.forward_only or isinstance(plan.chunk, str):
+        if self.forward_only or plan.chunk is SEQUENCE:
             return ()
         dims = {**self.dims, TOKENS: plan.chunk}
         carry = sum(math.prod(dims[a.size] for a in p.axes) for p in self.scheduled.scans[0].carry)

@@ -41,7 +41,7 @@ from tttc.errors import BackendRefusal, TuningError
 from tttc.explain.costs import plan_lengths, shares
 from tttc.ir import cost
 from tttc.ir.names import own
-from tttc.ir.program import Program, Scan
+from tttc.ir.program import Program, Scan, ScanKind, number_of
 from tttc.terminal import budget_bar, plain, table
 from tttc.tuning import database
 from tttc.tuning.chunks import chunk_choices
@@ -213,7 +213,8 @@ class _Target:
         work = "forward" if forward_only else "training"
         here = key_of(dualized, "triton", BACKENDS["triton"], torch.device("cpu"), dtype, work)
         self.key = replace(here, device=architecture_name(gpu.target))
-        found = chunk_choices(dualized, self.tokens, int(program.plan.chunk) if program.plan.free else None)
+        free = number_of(program.plan.chunk, self.tokens) if program.plan.free else None
+        found = chunk_choices(dualized, self.tokens, free)
         chunks: tuple[Value, ...] = tuple(c for c in found if c == found[0] or c in SHORT_CHUNKS)
         chunks = chunks if len(chunks) > 1 else (None,)
         self._parts: dict[Value, _Parts] = {}
@@ -330,10 +331,10 @@ def _parts(program: Program, dtype: torch.dtype, target: str, tokens: int, forwa
 def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
     """The scans that every mini-batch runs, each with its turns in a call; not what only the beginning of one does."""
     sizes = {**program.dims, own("T"): tokens}
-    for name, share in shares(program).items():
-        if name != f"{program.name}_begin":
-            scan = next(s for s in program.scans if s.name == name)
-            turns = cost.evaluate(share * cost.TOKENS, {}, plan_lengths(program))  # of which one may be "T"
+    found = shares(program)
+    for scan in program.scans:
+        if scan.kind in found and scan.kind is not ScanKind.BEGIN:
+            turns = cost.evaluate(found[scan.kind] * cost.TOKENS, {}, plan_lengths(program))  # one may be all tokens
             yield scan, math.ceil(float(cost.evaluate(turns, sizes)))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from tttc.backends.cost_model import Kernel
+from tttc.backends.nvidia import Resources
 from tttc.ir.names import Wording
 from tttc.ir.program import Program, Scan
 from tttc.ir.structure import written
@@ -33,6 +36,17 @@ class Source:
         """The text, and what it calls the functions of the program, and their variables."""
         made = self.write()
         return Wording(made, {}, {}) if isinstance(made, str) else made
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a program will run: the device of its tensors, and the dtype of its tokens."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+
+HOST = Placement()
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,14 @@ class Backend(Protocol):
         """Why this backend cannot run the program; empty when it can."""
         ...
 
+    def unavailable(self, device: torch.device) -> list[str]:
+        """Why it cannot run on a device, whatever the program; all that it needs is installed."""
+        ...
+
+    def here(self) -> str:
+        """What it does on this machine, in words: `tttc doctor` says it."""
+        ...
+
     def notes(self, program: Program) -> list[str]:
         """What a user should know of how it runs the program; `explain` says it."""
         ...
@@ -141,7 +163,9 @@ class Backend(Protocol):
         """The program of the adjoint stage as source text."""
         ...
 
-    def load(self, source: Source, program: Program, settings: Settings | None = None) -> Mapping[str, CompiledScan]:
+    def load(
+        self, source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+    ) -> Mapping[str, CompiledScan]:
         """Source text as callables, by the names of the scans; settings that are not given are the default."""
         ...
 
@@ -161,4 +185,79 @@ class Backend(Protocol):
 
     def toolchain(self) -> Mapping[str, str]:
         """Names and versions of what makes the kernels fast or slow: what was tuned holds for these."""
+        ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel compiled for a target: files by suffix, and its resources; `outside` are the bytes per head that do
+    not fit on the chip, without those that every token of a call adds, where the kernel says so.
+    """
+
+    resources: Resources
+    files: Mapping[str, bytes]
+    outside: int | None = None
+
+    def write(self, folder: Path) -> None:
+        """The kernel's name with each suffix: source, assembly, machine code, and how to launch it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, content in self.files.items():
+            (folder / f"{self.resources.kernel}{suffix}").write_bytes(content)
+
+
+class Compiler(Protocol):
+    """What a backend has that compiles for GPUs which need not be there."""
+
+    def unbuildable(self, program: Program, target: str) -> list[str]:
+        """Why nothing can be compiled for a target here."""
+        ...
+
+    def build(self, program: Program, target: str, dtype: torch.dtype) -> Iterator[Built]:
+        """The forward and the backward kernel of every scan, for tokens of a dtype."""
+        ...
+
+
+class CompilePool(Protocol):
+    """Processes that compile kernels, several at a time; `end` stops them all, and no other begins."""
+
+    def end(self) -> None: ...
+
+
+class Tunable(Protocol):
+    """The kernels of one program, for which settings may be chosen."""
+
+    @property
+    def refused(self) -> str:
+        """Why its loop is no kernel; empty where it is one."""
+        ...
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """The scans that are no kernels, each with the reason."""
+        ...
+
+    def __len__(self) -> int:
+        """How many kernels there are."""
+        ...
+
+    def identity(self, settings: Settings) -> Hashable:
+        """Equal for settings that make the same kernels."""
+        ...
+
+    def compiled(self, settings: Settings, pool: CompilePool, seconds: float) -> Iterator[Kernel]:
+        """One kernel after the other, in at most so many seconds for all. Raises `NotCompiled`, `TooLate`."""
+        ...
+
+
+class Estimator(Protocol):
+    """What a backend has whose kernels can be ranked for a GPU without running them."""
+
+    def tunable(
+        self, program: Program, turns: Mapping[str, int], dtype: torch.dtype, target: str, forward_only: bool
+    ) -> Tunable:
+        """The kernels of a program for a target; `turns` are how often a call runs each scan that it runs."""
+        ...
+
+    def pool(self) -> CompilePool:
+        """What compiles them."""
         ...

@@ -24,11 +24,12 @@ from rich.progress import track
 
 from benchmarks.measure import ROOT
 from tttc import terminal
+from tttc.backends import triton
 from tttc.backends.target import GPUS
-from tttc.backends.triton.aot import compiled_scans
+from tttc.backends.triton.aot import build
 from tttc.backends.triton.kernel_spec import unfused
 from tttc.cli.loading import library_variants
-from tttc.compiler.driver import program_for
+from tttc.compiler.driver import untuned
 from tttc.declare.read import signature
 from tttc.verification.comparison import default_dims
 
@@ -63,15 +64,13 @@ def measured(work: Work) -> list[dict[str, Any]]:
     """The rows of one variant for one target: a forward and a backward, or why there is no kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
     variant = library_variants()[work.variant]
-    program = program_for(variant, default_dims(signature(variant), work.D), "triton")
+    program = untuned(variant, default_dims(signature(variant), work.D), triton)
     scan = program.scans[0]
     about = {"variant": work.label, "target": work.target}
     if reason := unfused(scan, program):
         return [{**about, "batched": reason}]
     rows = []
-    for found, name in zip(
-        compiled_scans(program, work.target, torch.bfloat16, [scan]), ("forward", "backward"), strict=True
-    ):
+    for found, name in zip(build(program, work.target, torch.bfloat16, [scan]), ("forward", "backward"), strict=True):
         r = found.resources
         rows.append({**about, "pass": name, "registers": r.registers, "spilled": r.spilled, "shared": r.shared})
     return rows

@@ -399,7 +399,7 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
 
 
 def test_on_a_gpu_the_kernels_are_those_for_it(monkeypatch):
-    monkeypatch.setattr("tttc.compiler.driver.unavailable", lambda device: [])
+    monkeypatch.setattr("tttc.backends.tvm_cuda.unavailable", lambda device: [])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     layer = tttc.compile(TTTLinear, {"D": 4}, torch.bfloat16, "cuda", "tvm")
     assert all(isinstance(s, CudaScan) for s in layer._scans.values())

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tttc
+from tttc.backends.cost_model import CONTRACTION, LOAD, STEP, Kernel, Made, Turn, estimate
 from tttc.backends.nvidia import Resources
 from tttc.backends.target import GPUS, architecture, architecture_of
-from tttc.backends.triton.compile_process import Made
-from tttc.backends.triton.cost_model import CONTRACTION, LOAD, STEP, Kernel, Turn, estimate, turn_of
+from tttc.backends.triton.cost_model import turn_of
 from tttc.backends.triton.kernel_spec import form_of
 from tttc.library import GatedDeltaNet, LinearAttention
 from tttc.tuning.ranking import Row, rank, ranked

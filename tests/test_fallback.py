@@ -10,8 +10,9 @@ import torch
 
 import tttc
 from tttc import FallbackWarning
-from tttc.backends import tvm_cpu as tvm_backend
+from tttc.backends import registry, tvm_cuda
 from tttc.compiler import fallback
+from tttc.compiler.driver import untuned
 from tttc.library import LinearAttention
 from tttc.tuning.measured import _Subject
 
@@ -64,7 +65,7 @@ def test_a_native_form_at_another_chunk_is_preferred():
 @needs_tvm
 def test_it_is_preferred_by_name_and_for_a_gpu_too():
     assert quietly(tttc.compile, Online, DIMS, backend="tvm").backend == "tvm"
-    assert tttc.api.program_for(Online, DIMS, "tvm").plan.chunk == 1
+    assert untuned(Online, DIMS, tvm_cuda).plan.chunk == 1
 
 
 @needs_tvm
@@ -98,8 +99,7 @@ def test_what_is_asked_for_is_taken_without_a_word(monkeypatch):
 
 
 def test_what_is_not_installed_is_said_once_in_all(monkeypatch):
-    absent = ["apache-tvm is not installed: pip install 'tttc[tvm]'"]
-    monkeypatch.setattr(tvm_backend, "missing", lambda: absent)
+    monkeypatch.setattr(registry, "find_spec", lambda module: None)
     with pytest.warns(FallbackWarning, match=r"not tvm: apache-tvm is not installed: pip install 'tttc\[tvm\]'"):
         layer = tttc.compile(Online, DIMS)
     assert "not tvm: apache-tvm is not installed" in layer.why

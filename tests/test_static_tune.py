@@ -18,16 +18,16 @@ from tests.test_estimate import BF16, program_of
 from tests.test_tune import run
 from tests.test_tuning import KEY, dualized, entry
 from tttc.backends import nvidia
+from tttc.backends import triton as triton_backend
+from tttc.backends.cost_model import Made, NotCompiled
 from tttc.backends.nvidia import Resources
 from tttc.backends.target import GPUS
 from tttc.backends.triton.aot import order_of
-from tttc.backends.triton.compile_process import Compilers, Crashed, Made, NotCompiled
+from tttc.backends.triton.compile_process import Compilers, Crashed
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.kernel_spec import form_of
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
-from tttc.compiler import driver as api
-from tttc.compiler.driver import BACKENDS
 from tttc.errors import BackendRefusal, TuningError
 from tttc.library import TTTMLP, GatedDeltaNet, LinearAttention, RetNet, TTTLinear
 from tttc.tuning import database
@@ -109,11 +109,11 @@ def on_an_h100(monkeypatch):
     """Layers are compiled as if for one; they cannot be called."""
     monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90" if device.type == "cuda" else "")
     monkeypatch.setattr(tuning, "device_name", lambda device: HERE.device)
-    monkeypatch.setattr(api, "_misplaced", lambda backend, device: [])
+    monkeypatch.setattr(triton_backend, "unavailable", lambda device: [])
 
 
 def keyed(variant, dims, dtype, device):
-    found = tuning.key_of(dualized(variant, dims), "triton", BACKENDS["triton"], torch.device("cpu"), dtype)
+    found = tuning.key_of(dualized(variant, dims), "triton", triton_backend, torch.device("cpu"), dtype)
     return replace(found, device=device)
 
 
@@ -243,7 +243,7 @@ def fixed(monkeypatch, refused=False):
         return Made(Resources(order["kernel"], order["target"], 128, spilled, 1024), False)
 
     monkeypatch.setattr(Compilers, "compiled", compiled)
-    monkeypatch.setattr("tttc.tuning.static.missing_for", lambda backend, target, program: [])
+    monkeypatch.setattr("tttc.tuning.static.refuse_to_compile", lambda unit, target, program: None)
 
 
 @pytest.mark.parametrize("target", GPUS)

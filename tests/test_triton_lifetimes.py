@@ -8,9 +8,10 @@ import pytest
 
 import tttc
 from tests.helpers import LIBRARY, dims_of
+from tttc.backends import triton
 from tttc.backends.triton.kernel_spec import Form
 from tttc.backends.triton.line_schedule import shortened
-from tttc.compiler.driver import program_for
+from tttc.compiler.driver import untuned
 from tttc.ir.adjoint import backward_block
 from tttc.ir.names import spelled
 from tttc.ir.program import Block, cotangent
@@ -19,7 +20,7 @@ from tttc.ir.text import Namer, steps
 
 def both_orders(variant, backward):
     """The lines of the first scan as printed and as emitted, and the variables that are its chunk's alone."""
-    program = program_for(variant, dims_of(variant, 64), "triton")
+    program = untuned(variant, dims_of(variant, 64), triton)
     scan = program.scans[0]
     assigns = tuple(backward_block(program.adjoint_of(scan)) if backward else scan.block.assigns)
     passing = {*scan.sequence, *(map(cotangent, [a.target for a in scan.outputs]) if backward else ())}

@@ -17,10 +17,11 @@ import tttc
 from benchmarks.resources import LIMIT, RESULTS, TARGETS
 from tests.helpers import LIBRARY
 from tttc.backends import nvidia
+from tttc.backends.cost_model import NotCompiled
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton import llvm_flags as frugal
 from tttc.backends.triton.aot import compiled
-from tttc.backends.triton.compile_process import SWITCHES, VARIABLE, Compilers, Crashed, NotCompiled, switches
+from tttc.backends.triton.compile_process import SWITCHES, VARIABLE, Compilers, Crashed, switches
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.kernel_spec import form_of
 from tttc.backends.triton.llvm_flags import order_of_source
@@ -42,7 +43,7 @@ print(json.dumps(measured(Work(sys.argv[1], int(sys.argv[2]), sys.argv[3]))))
 LAUNCH = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
-from tttc.compiler.driver import program_for
+from tttc.compiler.driver import untuned
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton.aot import order_of
 from tttc.backends.triton.emit import emit
@@ -60,7 +61,7 @@ class Absent:
 triton.runtime.driver.set_active(Absent())
 heard = []
 triton.knobs.compilation.listener = lambda **said: heard.append(said["cache_hit"])
-program = program_for(RetNet, {"D": 16, "E": 16}, "triton")
+program = untuned(RetNet, {"D": 16, "E": 16}, triton)
 form = form_of(program.scans[0], program)
 
 module = Module(emit(program), program.name)

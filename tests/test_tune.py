@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import tttc
 from tests.test_tuning import dualized, tuned_for
+from tttc.backends import registry
 from tttc.backends import torch as torch_backend
 from tttc.cli.main import app
-from tttc.compiler.driver import BACKENDS
 from tttc.errors import BackendRefusal, TuningError
 from tttc.library import LinearAttention, TTTLinear
 from tttc.tuning import database
@@ -237,12 +237,13 @@ def test_forward_only_checks_and_times_the_forward(dtype):
 def faulty(fault):
     """The torch backend with a setting; where that is 2 its first output is not what it should be."""
 
-    def load(source, program, settings=None):
+    def load(source, program, settings=None, place=None):
         scans = torch_backend.load(source, program)
         return {n: Faulty(s, fault) for n, s in scans.items()} if (settings or {}).get("fault") == 2 else scans
 
     return SimpleNamespace(
         refusals=torch_backend.refusals,
+        unavailable=torch_backend.unavailable,
         notes=torch_backend.notes,
         emit=torch_backend.emit,
         load=load,
@@ -251,6 +252,10 @@ def faulty(fault):
         identity=lambda program, settings: tuple(settings.items()),
         toolchain=lambda: {},
     )
+
+
+def registered(monkeypatch, backend):
+    monkeypatch.setattr(registry, "_units", [*registry.units(), registry.Unit("faulty", "a fault", lambda: backend)])
 
 
 class Faulty:
@@ -277,7 +282,7 @@ class Faulty:
 
 @pytest.mark.parametrize("fault", ["forward", "backward", "raises"])
 def test_a_wrong_kernel_is_rejected_and_reported(monkeypatch, fault):
-    monkeypatch.setitem(BACKENDS, "faulty", faulty(fault))
+    registered(monkeypatch, faulty(fault))
     monkeypatch.setattr(search_module, "TIMED_SECONDS", 0.1)
     result = tttc.tune(TTTLinear, {"D": 4}, budget=60, backend="faulty", **SMALL)
     (rejected,) = result.search.rejected
@@ -309,10 +314,10 @@ def test_where_torch_itself_rounds_more_a_candidate_may_be_twice_as_far_off(monk
 def test_where_every_candidate_is_wrong_nothing_is_kept(monkeypatch):
     broken = faulty("forward")
     broken.choices = lambda program: {"fault": (2,)}
-    broken.load = lambda source, program, settings=None: {
+    broken.load = lambda source, program, settings=None, place=None: {
         n: Faulty(s, "forward") for n, s in torch_backend.load(source, program).items()
     }
-    monkeypatch.setitem(BACKENDS, "faulty", broken)
+    registered(monkeypatch, broken)
     with pytest.raises(TuningError, match=r"no candidate could be taken: wrong: z 1\.0e-03"):
         tttc.tune(TTTLinear, {"D": 4}, budget=0.1, backend="faulty", **SMALL)
     assert not database.database_path().exists()

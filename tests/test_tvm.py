@@ -30,7 +30,8 @@ from tests.helpers import (
     second_derivative,
 )
 from tests.test_random_variants import outcomes
-from tttc.compiler import driver as api
+from tttc.backends import tvm_cuda
+from tttc.compiler.driver import untuned
 from tttc.errors import BackendRefusal, FallbackWarning, ShapeError
 from tttc.library import GatedDeltaNet, LinearAttention, MomentumDeltaNet, TTTLinear
 from tttc.verification.comparison import random_inputs, relative_error
@@ -349,7 +350,7 @@ def test_a_free_chunk_is_short_while_the_state_stays_in_a_near_cache(variant, D,
 
 def test_a_chunk_that_is_given_stays_and_that_of_a_gpu_is_another():
     assert compiled(LinearAttention, {"D": 64}, chunk=48).stages.program.plan.chunk == 48
-    assert api.program_for(LinearAttention, {"D": 64}, "tvm").plan.chunk == 64
+    assert untuned(LinearAttention, {"D": 64}, tvm_cuda).plan.chunk == 64
 
 
 COMPILES = """

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tttc.backends.interface import Settings, Source
+from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.memory import autocast
 from tttc.backends.torch.emit import emit
 from tttc.backends.torch.opaque import CopiedScan
@@ -134,10 +134,21 @@ class TorchScan:
 Function = Callable[..., Any]
 
 
+def unavailable(device: torch.device) -> list[str]:
+    """It runs wherever PyTorch does."""
+    return []
+
+
+def here() -> str:
+    """What it does on this machine."""
+    return "runs on every device that torch runs on"
+
+
 def load(
     source: Source,
     program: Program,
     settings: Settings | None = None,
+    place: Placement = HOST,
     *,
     steps: Callable[[Function], Function] | None = None,
 ) -> dict[str, TorchScan]:

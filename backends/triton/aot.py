@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from tttc.backends import nvidia
+from tttc.backends.interface import Built
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton import llvm_flags as frugal
-from tttc.backends.triton.emit import emit, rounded
+from tttc.backends.triton.emit import emit, refusals, rounded
 from tttc.backends.triton.kernel_spec import Form, form_of, unfused
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.resources import resources
@@ -24,18 +24,15 @@ DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel: what it takes, and its texts and machine code by suffix."""
-
-    resources: nvidia.Resources
-    files: Mapping[str, bytes]
+def unbuildable(program: Program, target: str) -> list[str]:
+    """Why nothing can be compiled for a target here."""
+    return [*refusals(program), *(nvidia.missing_assembler() if target.startswith("sm_") else [])]
 
 
-def compiled_scans(
-    program: Program, target: str, dtype: torch.dtype, scans: Sequence[Scan] | None = None
-) -> Iterator[Compiled]:
-    """The kernels of every fused scan, or of these, for a target such as sm_90 or gfx942, with tokens of `dtype`."""
+def build(program: Program, target: str, dtype: torch.dtype, scans: Sequence[Scan] | None = None) -> Iterator[Built]:
+    """The kernels of every fused scan, or of these, for a target such as sm_90 or gfx942, with tokens of `dtype`, each
+    with the warps that leave the least outside its registers.
+    """
     if interpreted():
         raise nvidia.ToolkitMissing("Triton interprets here and compiles nothing.\n  Unset TRITON_INTERPRET.")
     source = emit(program)
@@ -49,7 +46,7 @@ def compiled_scans(
             texts = {f".{n}": made.asm[n] for n in ("ttir", "ttgir", "ptx", "amdgcn") if n in made.asm}
             files = {n: text.encode() for n, text in ({".py": source.text} | texts).items()}
             binaries = {f".{n}": made.asm[n] for n in ("cubin", "hsaco") if n in made.asm}
-            yield Compiled(resources(made, target), files | binaries)
+            yield Built(resources(made, target), files | binaries)
 
 
 def compiled(module: Module, form: Form, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
@@ -101,4 +98,4 @@ def stored(of: Expr, scan: Scan, dtype: torch.dtype) -> torch.dtype:
     return dtype if of.name in found else torch.float32
 
 
-__all__ = ["Compiled", "compiled", "compiled_scans", "order_of", "stored"]
+__all__ = ["build", "compiled", "order_of", "stored", "unbuildable"]

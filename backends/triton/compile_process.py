@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tttc.backends import nvidia
+from tttc.backends.cost_model import Made, NotCompiled, TooLate
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton.resources import resources_of
 
@@ -27,24 +28,8 @@ COPIES_AHEAD = "cp.async"  # in PTX: memory is read for a later turn of the loop
 VARIABLE, SWITCHES = "DISABLE_LLVM_OPT", "disable-lsr,sink-insts-to-avoid-spills,nvptx-sched4reg"
 
 
-class NotCompiled(Exception):
-    """Why a kernel could not be compiled."""
-
-
-class TooLate(NotCompiled):
-    """The time for it was over first."""
-
-
 class Crashed(NotCompiled):
     """The compiler took its process with it."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a kernel takes, and whether it reads the tokens of a later chunk while it computes."""
-
-    resources: nvidia.Resources
-    ahead: bool
 
 
 @dataclass
@@ -140,4 +125,4 @@ def _shortened(complaint: str) -> str:
     return (named or lines[-1:] or [""])[0][:200]
 
 
-__all__ = ["Compilers", "Crashed", "Made", "NotCompiled", "TooLate", "switches"]
+__all__ = ["Compilers", "Crashed", "switches"]

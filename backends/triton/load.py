@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.interface import CompiledScan, NotBuilt, Settings, Source, content_of
+from tttc.backends.interface import HOST, CompiledScan, NotBuilt, Placement, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.target import architecture_of
 from tttc.backends.triton import llvm_flags as frugal
@@ -41,11 +40,6 @@ def dot(x, y, operand: tl.constexpr):
 """
 
 
-def missing() -> list[str]:
-    """Why there is no Triton here."""
-    return [] if find_spec("triton") else ["triton is not installed: pip install triton (Linux on x86-64)"]
-
-
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter. Triton looks once, when it is imported."""
     if "triton" in sys.modules:
@@ -55,8 +49,6 @@ def interpreted() -> bool:
 
 def unavailable(device: torch.device) -> list[str]:
     """Why kernels cannot run on this device."""
-    if found := missing():
-        return found
     if device.type == "cpu" and not interpreted():
         return ["it runs on a GPU; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1 set before Python starts"]
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -64,7 +56,17 @@ def unavailable(device: torch.device) -> list[str]:
     return [] if device.type in ("cpu", "cuda") else [f"it runs on a GPU, not on {device}"]
 
 
-def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, CompiledScan]:
+def here() -> str:
+    """What it does on this machine."""
+    if torch.cuda.is_available():
+        return "fused kernels for this GPU"
+    where = "runs in Triton's interpreter with TRITON_INTERPRET=1"
+    return f"no GPU here: compiles for others (tttc compile --target sm_90), {where}"
+
+
+def load(
+    source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+) -> dict[str, CompiledScan]:
     """Every scan: by its kernels, or where it has none as batched operations of PyTorch, whose products are those of
     its libraries and what is between them fused by torch.compile.
     """
@@ -377,4 +379,4 @@ def _leading(p: Expr) -> int:
     return 2 if p.at is None else 3
 
 
-__all__ = ["Module", "TritonScan", "interpreted", "kernel_name", "load", "missing", "unavailable"]
+__all__ = ["Module", "TritonScan", "here", "interpreted", "kernel_name", "load", "unavailable"]

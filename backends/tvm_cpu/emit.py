@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from tttc.backends.interface import Preferred, Source
 from tttc.backends.tvm_common.statements import listing
 from tttc.ir.program import Program
 from tttc.ir.substitution import PAST
 
 
-def missing() -> list[str]:
-    """Why there is no TVM here."""
-    return [] if find_spec("tvm") else ["apache-tvm is not installed: pip install 'tttc[tvm]'"]
-
-
 def refusals(program: Program) -> list[str]:
     """Why these kernels cannot run the program."""
-    found = missing()
     if _finds_rows(program):
-        found.append("the rows of a chunk are found one after the other, each from all before it")
-    return found
+        return ["the rows of a chunk are found one after the other, each from all before it"]
+    return []
 
 
 def only_chunk(program: Program) -> Preferred | None:
@@ -45,4 +37,4 @@ def emit(program: Program) -> Source:
     return Source(lambda: listing(program), "text")
 
 
-__all__ = ["emit", "missing", "notes", "only_chunk", "refusals"]
+__all__ = ["emit", "notes", "only_chunk", "refusals"]

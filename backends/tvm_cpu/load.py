@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import torch
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.garbage import uncollected
-from tttc.backends.interface import CompiledScan, NotBuilt, Settings, Source, content_of
+from tttc.backends.interface import HOST, CompiledScan, NotBuilt, Placement, Settings, Source, content_of
 from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.tvm_common.statements import heads_together
 from tttc.backends.tvm_cpu.machine import Config, Machine, host
@@ -52,7 +53,20 @@ CACHED = 1 << 17  # numbers that a second cache holds: the weights of the heads 
 _lock = RLock()
 
 
-def load(source: Source, program: Program, settings: Settings | None = None) -> dict[str, TVMScan]:
+def unavailable(device: torch.device) -> list[str]:
+    """It runs on any CPU that LLVM knows."""
+    return []
+
+
+def here() -> str:
+    """What it does on this machine."""
+    linked = shutil.which("cc") is not None
+    return "native kernels for this CPU" + ("" if linked else "; without `cc` they are compiled again in every process")
+
+
+def load(
+    source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+) -> dict[str, TVMScan]:
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
     from tttc.backends.tvm_cpu.tiled import StripScan  # made of what is in this file
 

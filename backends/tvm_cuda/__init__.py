@@ -1,1 +1,19 @@
-"""Kernels for a GPU by TensorIR: a block of threads for each batch element and head. README.md says how it is built."""
+"""Kernels for a GPU by TensorIR: a block of threads for each batch element and head. Its statements are those of tvm_cpu.
+
+phases.py       the statements as phases, and what each of them reads and writes
+smem.py         which values lie in shared memory, and where
+kernels.py      a scan as two kernels
+simt.py         a statement done by all threads of a block
+wmma.py         products on tensor cores
+source.py       TensorIR as CUDA source that needs nothing else
+kernel_text.py  that source, and what a launch needs to know
+load.py         kernels kept on disk, compiled by NVRTC, launched on torch tensors
+aot.py          kernels compiled for a GPU that need not be there
+device.py       the GPU: its threads, its memory, its operands
+"""
+
+from tttc.backends.tvm_cpu.emit import emit, notes, refusals
+from tttc.backends.tvm_cuda.load import here, load, unavailable
+from tttc.backends.tvm_cuda.tune import choices, chunk, identity, toolchain
+
+__all__ = ["choices", "chunk", "emit", "here", "identity", "load", "notes", "refusals", "toolchain", "unavailable"]

@@ -6,8 +6,8 @@ called; it runs on torch's current stream, on the tensors where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ import torch
 
 from tttc.backends import nvidia
 from tttc.backends.cache import cached
-from tttc.backends.interface import Preferred, Settings, Source, content_of
-from tttc.backends.tvm_cpu.emit import emit, notes, only_chunk, refusals
+from tttc.backends.interface import HOST, Placement, Settings, Source, content_of
 from tttc.backends.tvm_cpu.load import Stored, TVMScan, _lock, imported_tvm
-from tttc.backends.tvm_cpu.tune import toolchain
 from tttc.backends.tvm_cuda.device import Device, gpu
 from tttc.backends.tvm_cuda.kernel_text import CudaSource, stride_name
 from tttc.ir.expr import Expr
@@ -31,39 +29,19 @@ Launch = Callable[[CudaSource, int, Arguments], None]
 DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-@dataclass(frozen=True)
-class CudaBackend:
-    """This backend on a GPU: the same statements in other kernels, about which nothing may be tuned."""
+def load(
+    source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+) -> dict[str, CudaScan]:
+    """Every scan of a program of the adjoint stage, for the GPU that is there; compiled when first called."""
+    major, minor = torch.cuda.get_device_capability(place.device)
+    blocks = gpu(DTYPES[place.dtype], major * 10 + minor)
+    return {scan.name: CudaScan(scan, program, blocks) for scan in program.scans}
 
-    dtype: torch.dtype
-    device: torch.device
 
-    def refusals(self, program: Program) -> list[str]:
-        return refusals(program)
-
-    def notes(self, program: Program) -> list[str]:
-        return notes(program)
-
-    def emit(self, program: Program) -> Source:
-        return emit(program)
-
-    def load(self, source: Source, program: Program, settings: Settings | None = None) -> dict[str, CudaScan]:
-        """Every scan of a program of the adjoint stage, for the GPU that is there; compiled when first called."""
-        major, minor = torch.cuda.get_device_capability(self.device)
-        blocks = gpu(DTYPES[self.dtype], major * 10 + minor)
-        return {scan.name: CudaScan(scan, program, blocks) for scan in program.scans}
-
-    def chunk(self, program: Program) -> Preferred | None:
-        return only_chunk(program)
-
-    def choices(self, program: Program) -> Mapping[str, Sequence[int]]:
-        return {}
-
-    def identity(self, program: Program, settings: Settings) -> Hashable:
-        return ()
-
-    def toolchain(self) -> Mapping[str, str]:
-        return {**toolchain(), "cuda": str(torch.version.cuda)}
+def here() -> str:
+    """What it does on this machine."""
+    found = unavailable(torch.device("cuda"))
+    return found[0] if found else "native kernels for this GPU"
 
 
 def unavailable(device: torch.device) -> list[str]:
@@ -210,4 +188,4 @@ def _named(p: Expr, suffix: str) -> str:
     return suffixed(name, suffix) if suffix else name
 
 
-__all__ = ["CudaBackend", "CudaScan", "CudaSource", "compiled", "launch", "resources", "unavailable"]
+__all__ = ["CudaScan", "CudaSource", "compiled", "here", "launch", "load", "resources", "unavailable"]

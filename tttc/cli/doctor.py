@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from tttc.backends import triton as triton_backend
+from tttc.backends import registry
 from tttc.backends.cache import cache_dir
 from tttc.backends.cpu import instruction_sets, processor
+from tttc.backends.registry import Package, Unit
 from tttc.tuning.database import database_path, own_entries
 from tttc.tuning.lookup import is_off
 
@@ -71,15 +72,12 @@ def diagnose() -> Diagnosis:
         ],
         packages=[
             _torch(),
-            _triton(),
-            _package("apache-tvm", "tvm", "pip install 'tttc[tvm]'"),
-            _package("onnx", "onnx", "pip install 'tttc[onnx]'"),
-            _package("onnxruntime", "onnxruntime", "pip install 'tttc[onnx]'"),
+            *(_package(p) for p in dict.fromkeys(u.package for u in registry.units() if u.package)),
+            _package(Package("onnx", "onnx", "pip install 'tttc[onnx]'")),
+            _package(Package("onnxruntime", "onnxruntime", "pip install 'tttc[onnx]'")),
         ],
         backends=[
-            Finding("torch", "ok", "runs on every device that torch runs on"),
-            _tvm(),
-            _triton_kernels(),
+            *(_backend(next(u for u in registry.units() if u.name == n)) for n in registry.names()),
             Finding("onnx", "absent", "not built yet in this version of tttc"),
         ],
     )
@@ -152,14 +150,10 @@ def _compiler() -> Finding:
     return Finding("c++ compiler", "absent", "only torch.compile on a CPU needs one", "install g++, or set CXX")
 
 
-def _tvm() -> Finding:
-    if importlib.util.find_spec("tvm") is None:
-        return Finding("tvm", "absent", "native kernels for this CPU", "pip install 'tttc[tvm]'")
-    if shutil.which("cc") is None:
-        return Finding(
-            "tvm", "ok", "native kernels for this CPU; without `cc` they are compiled again in every process"
-        )
-    return Finding("tvm", "ok", "native kernels for this CPU")
+def _backend(unit: Unit) -> Finding:
+    if unit.package is not None and unit.missing():
+        return Finding(unit.name, "absent", unit.reason, unit.package.install)
+    return Finding(unit.name, "ok", unit.backend.here())
 
 
 def _cache() -> Finding:
@@ -189,44 +183,27 @@ def _torch() -> Finding:
     return Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
 
 
-def _triton() -> Finding:
-    """Triton needs NVIDIA's assembler to show what a kernel becomes; its wheels bring one."""
-    found = _package("triton", "triton", "pip install triton (Linux on x86_64 only)")
-    if found.status != "ok":
-        return found
-    own = (Path(folder) / "backends/nvidia/bin/ptxas" for folder in _folders_of("triton"))
-    chosen = os.environ.get("TRITON_PTXAS_PATH")
-    ptxas = next(
-        (str(path) for path in (*([Path(chosen)] if chosen else []), *own) if path.is_file()),
-        shutil.which("ptxas"),
-    )
-    if ptxas:
-        return Finding("triton", "ok", f"{found.found}, has ptxas")
-    remedy = "reinstall triton, or set TRITON_PTXAS_PATH to the ptxas of a CUDA toolkit"
-    return Finding("triton", "problem", f"{found.found}, but no ptxas", remedy)
-
-
-def _triton_kernels() -> Finding:
-    """The backend: on a GPU, or where there is none as a compiler for others."""
-    if found := triton_backend.missing():
-        return Finding("triton", "absent", found[0])
-    if torch.cuda.is_available():
-        return Finding("triton", "ok", "fused kernels for this GPU")
-    where = "runs in Triton's interpreter with TRITON_INTERPRET=1"
-    return Finding("triton", "ok", f"no GPU here: compiles for others (tttc compile --target sm_90), {where}")
-
-
 def _folders_of(module: str) -> list[str]:
     spec = importlib.util.find_spec(module)
     return list(spec.submodule_search_locations or []) if spec else []
 
 
-def _package(distribution: str, module: str, remedy: str) -> Finding:
-    """A package by its metadata; installed but not importable is a problem."""
+def _package(package: Package) -> Finding:
+    """A package by its metadata; installed but not importable, or without a program that it brings, is a problem."""
+    name, module = package.distribution, package.module
     try:
-        version = importlib.metadata.version(distribution)
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(distribution, "absent", "not installed", remedy)
+        return Finding(name, "absent", "not installed", package.install)
     if importlib.util.find_spec(module) is None:
-        return Finding(distribution, "problem", f"{version} is installed, but `import {module}` finds nothing", remedy)
-    return Finding(distribution, "ok", version)
+        remedy = package.install
+        return Finding(name, "problem", f"{version} is installed, but `import {module}` finds nothing", remedy)
+    if package.tool is None:
+        return Finding(name, "ok", version)
+    path, variable = package.tool
+    tool = Path(path).name
+    places = [os.environ.get(variable), *(str(Path(folder) / path) for folder in _folders_of(module))]
+    if any(p and Path(p).is_file() for p in places) or shutil.which(tool):
+        return Finding(name, "ok", f"{version}, has {tool}")
+    remedy = f"reinstall {name}, or set {variable} to the {tool} of a CUDA toolkit"
+    return Finding(name, "problem", f"{version}, but no {tool}", remedy)

@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import torch
 import typer
 import typer.core
+from rich.table import Table
 from rich.text import Text
 
+from tttc.backends.interface import Built
 from tttc.cli.doctor import Diagnosis, diagnose, version
 from tttc.cli.loading import full_dims, library_variants, load_variant
 from tttc.compiler.aot import compile_for
-from tttc.compiler.driver import DTYPES
+from tttc.compiler.driver import DTYPES, source_of
 from tttc.compiler.driver import compile as compile_layer
 from tttc.declare.checks import check as check_declaration
 from tttc.declare.read import read_declaration
@@ -265,9 +267,10 @@ def compile_variant(
         tttc compile ttt_mlp --target sm_90 --dtype bfloat16 -o kernels
     """
     if target is not None:
-        _compile_for(load_variant(variant), dim, target, dtype, "triton" if backend == "auto" else backend, output)
+        _compile_for(load_variant(variant), dim, target, dtype, backend, output)
         return
-    source = _compiled(variant, dim, backend=backend).source
+    found = load_variant(variant)
+    source = source_of(found, full_dims(found, _sizes(dim)), backend=backend).text
     if output is None:
         print_program(source)
     else:
@@ -277,22 +280,30 @@ def compile_variant(
 def _compile_for(
     variant: type[Variant], dim: list[str] | None, target: str, dtype: str, backend: str, folder: Path | None
 ) -> None:
-    outside = ("bytes outside per head",) if backend == "tvm" else ()
-    numbers = ("registers", "spilled bytes", "shared bytes", *outside)
-    found = table("kernel", "target", *numbers, numbers=numbers)
+    kernels = []
     with console(stderr=True).status(f"compiling for {target} ..."):
         for built in compile_for(variant, full_dims(variant, _sizes(dim)), target, dtype, backend):
-            r = built.resources
-            shown = (r.registers, r.spilled, r.shared, built.outside)[: len(numbers)]
-            found.add_row(r.kernel, r.target, *("" if n is None else str(n) for n in shown))
+            kernels.append(built)
             if folder is not None:
                 try:
                     built.write(folder)
                 except OSError as error:
                     raise TTTCError(f"cannot write {folder}: {error.strerror}.") from error
-    console().print(found)
+    console().print(_kernel_table(kernels))
     if folder is not None:
         console(stderr=True).print(f"wrote {folder}", soft_wrap=True)
+
+
+def _kernel_table(kernels: list[Built]) -> Table:
+    """What each takes; what it keeps outside where one of them says that."""
+    outside = ("bytes outside per head",) if any(k.outside is not None for k in kernels) else ()
+    numbers = ("registers", "spilled bytes", "shared bytes", *outside)
+    found = table("kernel", "target", *numbers, numbers=numbers)
+    for built in kernels:
+        r = built.resources
+        shown = (r.registers, r.spilled, r.shared, built.outside)[: len(numbers)]
+        found.add_row(r.kernel, r.target, *("" if n is None else str(n) for n in shown))
+    return found
 
 
 @app.command()

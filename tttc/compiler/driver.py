@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 import torch
 
 from tttc.attention import AttentionLayer, NonParametric, compile_attention
-from tttc.backends import torch as torch_backend
-from tttc.backends import triton as triton_backend
-from tttc.backends import tvm_cpu as tvm_backend
-from tttc.backends.interface import Backend
-from tttc.backends.tvm_cuda.load import CudaBackend, unavailable
+from tttc.backends import registry
+from tttc.backends.interface import Backend, Placement, Source
+from tttc.backends.registry import Unit
 from tttc.compiler.fallback import warn_of_fallback
-from tttc.compiler.pipeline import Entry, Options, run_pipeline
+from tttc.compiler.pipeline import Entry, History, Options, run_pipeline
 from tttc.declare.checks import checked_signature
 from tttc.declare.number import whole
 from tttc.declare.pickling import PickledVariant
@@ -28,12 +27,6 @@ from tttc.runtime.standby import with_standby
 from tttc.tuning.lookup import Lookup
 
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-BACKENDS: dict[str, Backend] = {"torch": torch_backend, "tvm": tvm_backend, "triton": triton_backend}
-REASONS = {
-    "torch": "runs every program, on any device",
-    "tvm": "native kernels for this CPU",
-    "triton": "fused kernels for this GPU",
-}
 
 
 @overload
@@ -110,77 +103,32 @@ def compile(
         raise ShapeError(f'dims is {dims!r}; it must be a dict of sizes, such as {{"D": 64}}')
     if isinstance(variant, type) and issubclass(variant, NonParametric):
         return compile_attention(variant, dims, dtype, device)
-    if config is not None and not isinstance(config, Mapping):
-        raise ShapeError(f"config is {config!r}; it must be a dict of settings of the backend's kernels")
-    declared = checked_signature(variant, dims)
-    sizes = checked_dims(declared, dims)
-    if dtype not in DTYPES:
-        raise DeclarationError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
-    if backend not in ("auto", *BACKENDS):
-        raise _refused(backend, [f"there is no such backend in this version; there are auto, {', '.join(BACKENDS)}"])
-    if chunk is not None and (whole(chunk) or 0) < 1:
-        raise ShapeError(f"chunk is {chunk!r}; it must be a positive int")
-    known = checkpoint is None or (isinstance(checkpoint, str) and checkpoint == "auto")
-    if not known and ((n := whole(checkpoint)) is None or n < 0):
-        raise ShapeError(f'checkpoint is {checkpoint!r}; it must be "auto", None or a number of chunks')
-    chunk, checkpoint = whole(chunk), checkpoint if known else whole(checkpoint)
-    if decode not in ("auto", "sums", "rows"):
-        raise ShapeError(f'decode is {decode!r}; it must be "auto", "sums" or "rows"')
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise DeclarationError(f'device is {device!r}; it is "cpu", "cuda" or a torch.device') from None
-    candidates, asked = _candidates(backend, place)
-    refused: dict[str, str] = {}
-    absent: dict[str, str] = {}
-    for taken in candidates:  # the last one runs, or is refused
-        if not asked and (gone := _missing(taken)):
-            absent[taken] = gone[0]
-            continue
-        chosen = _backend(taken, place, dtype)
-        lookup = Lookup(taken, chosen, place, dtype, chunk, checkpoint, config)
-        numbers = "f64" if dtype == torch.float64 else "f32"
-        stages = run_pipeline(declared, Options(sizes, numbers, chunk, telemetry, lookup.chosen_chunk, chosen.chunk))
-        reasons = [*_misplaced(taken, place), *chosen.refusals(stages.program)]
-        if not reasons:
-            break
-        refused[taken] = reasons[0]
-    if reasons:
-        raise _refused(taken, reasons)
-    warn_of_fallback(declared, taken, refused, absent)
-    declined = [f"not {name}: {reason}" for name, reason in (absent | refused).items()]
-    why = "; ".join([f"{taken}: {asked or REASONS[taken]}", *declined, *chosen.notes(stages.program)])
+    request = _checked(variant, Settings(dims, dtype, device, backend, chunk, checkpoint, config, decode, telemetry))
+    taken = _choose(request, runs=True)
     began = time.perf_counter()
-    source = chosen.emit(stages.program)
-    scans = chosen.load(source, stages.program, _checked_config(lookup, taken, chosen, stages.program))
-    if not asked:
-        scans = with_standby(scans, declared.name, taken)
+    source = taken.backend.emit(taken.program)
+    config = _checked_config(taken.lookup, taken.unit.name, taken.backend, taken.program)
+    scans = taken.backend.load(source, taken.program, config, request.place)
+    if not taken.asked:
+        scans = with_standby(scans, request.declared.name, taken.unit.name)
     milliseconds = (time.perf_counter() - began) * 1e3
-    stages.entries.append(Entry("emit", len(stages) + 1, len(stages) + 1, None, milliseconds, source))
+    last = len(taken.stages) + 1
+    taken.stages.entries.append(Entry("emit", last, last, None, milliseconds, source))
+    given = request.settings
     return Layer(
-        declared,
-        stages,
+        request.declared,
+        taken.stages,
         scans,
         source,
-        dims=sizes,
-        dtype=dtype,
-        device=place,
-        backend=taken,
-        why=why,
-        checkpoint=checkpoint,
-        decode=decode,
-        tuning=lookup.tuning,
-        settings={
-            "dims": sizes,
-            "dtype": dtype,
-            "device": place,
-            "backend": backend,
-            "chunk": chunk,
-            "checkpoint": checkpoint,
-            "config": config,
-            "decode": decode,
-            "telemetry": telemetry,
-        },
+        dims=given.dims,
+        dtype=given.dtype,
+        device=given.device,
+        backend=taken.unit.name,
+        why=taken.why,
+        checkpoint=given.checkpoint,
+        decode=given.decode,
+        tuning=taken.lookup.tuning,
+        settings={f.name: getattr(given, f.name) for f in fields(given)},
         recompile=compiled_again,
     )
 
@@ -190,39 +138,84 @@ def compiled_again(declared: PickledVariant, settings: Mapping[str, Any]) -> Lay
     return compile(declared.variant, **settings)
 
 
-def program_for(variant: type[Variant], dims: Mapping[str, int], backend: str) -> Program:
-    """The program that a backend is given to make kernels for a GPU that need not be there; float32, untuned."""
+def source_of(
+    variant: type[Variant],
+    dims: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> Source:
+    """What `tttc.compile` would generate, on a machine that need not be able to run it. Raises as it does."""
+    taken = _choose(_checked(variant, Settings(dims, dtype, device, backend)), runs=False)
+    return taken.backend.emit(taken.program)
+
+
+def untuned(variant: type[Variant], dims: Mapping[str, int], backend: Backend) -> Program:
+    """The program that a backend is given where nothing was tuned; float32."""
     declared = checked_signature(variant, dims)
-    # tvm's own preference is for the caches of a CPU
-    preferred = tvm_backend.only_chunk if backend == "tvm" else BACKENDS[backend].chunk
-    options = Options(checked_dims(declared, dims), preferred=preferred)
-    return run_pipeline(declared, options).program
+    return run_pipeline(declared, Options(checked_dims(declared, dims), preferred=backend.chunk)).program
 
 
-def _candidates(backend: str, device: torch.device) -> tuple[list[str], str]:
-    """The backends to try, the best first, and how a single one was asked for.
-
-    "auto" is what the environment variable TTTC_BACKEND names, otherwise whatever there is for the device.
-    """
-    if backend != "auto":
-        return [backend], "asked for by name"
-    named = os.environ.get("TTTC_BACKEND", "auto")
-    if named not in ("auto", *BACKENDS):
-        raise _refused(named, [f"TTTC_BACKEND names no backend; there are auto, {', '.join(BACKENDS)}"])
-    if named != "auto":
-        return [named], "TTTC_BACKEND asks for it"
-    native = {"cpu": ["tvm"], "cuda": ["triton"]}
-    return [*native.get(device.type, []), "torch"], ""
+# -- what was asked for ------------------------------------------------------------------------------------------------
 
 
-def _missing(backend: str) -> list[str]:
-    """Why there is no such backend on this machine, whatever the program."""
-    return {"tvm": tvm_backend.missing, "triton": triton_backend.missing}.get(backend, list)()
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `compile` beside the declaration."""
+
+    dims: Mapping[str, int]
+    dtype: torch.dtype
+    device: Any
+    backend: str
+    chunk: int | None = None
+    checkpoint: int | str | None = "auto"
+    config: Mapping[str, int] | None = None
+    decode: str = "auto"
+    telemetry: bool = False
 
 
-def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """What makes the kernels for a device."""
-    return CudaBackend(dtype, device) if name == "tvm" and device.type == "cuda" else BACKENDS[name]
+@dataclass(frozen=True)
+class Request:
+    """A declaration and its settings, found to be right."""
+
+    declared: Signature
+    settings: Settings
+
+    @property
+    def place(self) -> Placement:
+        return Placement(self.settings.device, self.settings.dtype)
+
+
+def _checked(variant: type[Variant], given: Settings) -> Request:
+    """The request with sizes, numbers and the device as such; raises what `compile` does."""
+    if given.config is not None and not isinstance(given.config, Mapping):
+        raise ShapeError(f"config is {given.config!r}; it must be a dict of settings of the backend's kernels")
+    declared = checked_signature(variant, given.dims)
+    sizes = checked_dims(declared, given.dims)
+    if given.dtype not in DTYPES:
+        raise DeclarationError(f"dtype {given.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if given.backend not in ("auto", *registry.names()):
+        known = f"there is no such backend in this version; there are auto, {', '.join(registry.names())}"
+        raise _refused(given.backend, [known])
+    if given.chunk is not None and (whole(given.chunk) or 0) < 1:
+        raise ShapeError(f"chunk is {given.chunk!r}; it must be a positive int")
+    checkpoint = _checked_checkpoint(given.checkpoint)
+    if given.decode not in ("auto", "sums", "rows"):
+        raise ShapeError(f'decode is {given.decode!r}; it must be "auto", "sums" or "rows"')
+    try:
+        place = torch.device(given.device)
+    except (RuntimeError, TypeError):
+        raise DeclarationError(f'device is {given.device!r}; it is "cpu", "cuda" or a torch.device') from None
+    return Request(declared, replace(given, dims=sizes, device=place, chunk=whole(given.chunk), checkpoint=checkpoint))
+
+
+def _checked_checkpoint(given: int | str | None) -> int | str | None:
+    if given is None or (isinstance(given, str) and given == "auto"):
+        return given
+    n = whole(given)
+    if n is None or n < 0:
+        raise ShapeError(f'checkpoint is {given!r}; it must be "auto", None or a number of chunks')
+    return n
 
 
 def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Program) -> dict[str, int]:
@@ -236,14 +229,75 @@ def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Progra
     return config
 
 
-def _misplaced(backend: str, device: torch.device) -> list[str]:
-    """Why a backend cannot run on the device."""
-    if backend == "triton":
-        return triton_backend.unavailable(device)
-    return unavailable(device) if backend == "tvm" and device.type != "cpu" else []
+# -- what is taken -----------------------------------------------------------------------------------------------------
 
 
-def _refused(backend: str, reasons: list[str]) -> BackendRefusal:
+@dataclass(frozen=True)
+class Taken:
+    """The backend that a request gets, the stages that lead to it, and why it is this one."""
+
+    unit: Unit
+    backend: Backend
+    stages: History
+    lookup: Lookup
+    asked: str
+    """How it was asked for; "auto" does not."""
+    why: str
+
+    @property
+    def program(self) -> Program:
+        return self.stages.program
+
+
+def _choose(request: Request, runs: bool) -> Taken:
+    """The first backend that can make kernels of the program; one that `runs` can also run them on the device."""
+    given, device = request.settings, request.settings.device
+    candidates, asked = _candidates(given.backend, device)
+    refused: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    for unit in candidates:  # the last one runs, or is refused
+        if not asked and (gone := unit.missing()):
+            absent[unit.name] = gone[0]
+            continue
+        backend = unit.backend
+        lookup = Lookup(unit.name, backend, device, given.dtype, given.chunk, given.checkpoint, given.config)
+        stages = _staged(request, backend, lookup)
+        reasons = [*(unit.unavailable(device) if runs else ()), *backend.refusals(stages.program)]
+        if not reasons:
+            break
+        refused[unit.name] = reasons[0]
+    if reasons:
+        raise _refused(unit.name, reasons)
+    warn_of_fallback(request.declared, unit.name, refused, absent)
+    declined = [f"not {name}: {reason}" for name, reason in (absent | refused).items()]
+    why = "; ".join([f"{unit.name}: {asked or unit.reason}", *declined, *backend.notes(stages.program)])
+    return Taken(unit, backend, stages, lookup, asked, why)
+
+
+def _staged(request: Request, backend: Backend, lookup: Lookup) -> History:
+    """The stages of a program for a backend."""
+    given = request.settings
+    numbers = "f64" if given.dtype == torch.float64 else "f32"
+    options = Options(given.dims, numbers, given.chunk, given.telemetry, lookup.chosen_chunk, backend.chunk)
+    return run_pipeline(request.declared, options)
+
+
+def _candidates(backend: str, device: torch.device) -> tuple[list[Unit], str]:
+    """The backends to try, the best first, and how a single one was asked for.
+
+    "auto" is what the environment variable TTTC_BACKEND names, otherwise whatever there is for the device.
+    """
+    if backend != "auto":
+        return [registry.named(backend, device)], "asked for by name"
+    named = os.environ.get("TTTC_BACKEND", "auto")
+    if named not in ("auto", *registry.names()):
+        raise _refused(named, [f"TTTC_BACKEND names no backend; there are auto, {', '.join(registry.names())}"])
+    if named != "auto":
+        return [registry.named(named, device)], "TTTC_BACKEND asks for it"
+    return registry.candidates(device), ""
+
+
+def _refused(backend: str, reasons: Sequence[str]) -> BackendRefusal:
     """The error of a backend that was asked for by name."""
     listed = "\n".join(f"  - {r}" for r in reasons)
     return BackendRefusal(f'backend {backend!r} cannot run this program:\n{listed}\n  Use backend="torch" or "auto".')

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from tttc.backends.interface import CompiledScan, Source
 from tttc.backends.memory import fake
+from tttc.backends.registry import named
 from tttc.compiler.pipeline import History
 from tttc.declare.pickling import PickledVariant
 from tttc.declare.specs import initial_value
@@ -68,6 +69,7 @@ class Layer:
         self.backend, self.why, self.checkpoint, self.tuning = backend, why, checkpoint, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._scans, self._settings, self._recompile = scans, settings, recompile
+        self._of_kernels = not named(backend, device).of_torch
         self.halves = self.compute_dtype == torch.float32 and all(s.halves for s in scans.values())
         program = stages.program
         assert program.plan is not None
@@ -381,7 +383,7 @@ class Layer:
         """Whether a graph is being made of the call, or its tensors have no memory that a kernel could read."""
         if torch.compiler.is_compiling():
             return True
-        return self.backend != "torch" and (torch._C._len_torch_dispatch_stack() > 0 or fake(inputs))
+        return self._of_kernels and (torch._C._len_torch_dispatch_stack() > 0 or fake(inputs))
 
     def initial(self, role: str) -> Tensors:
         """What a call starts with that is given no params, or no state: drawn once, as it never changes."""

@@ -21,7 +21,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from tttc.compiler.driver import BACKENDS, compile
+from tttc.backends import registry
+from tttc.compiler.driver import compile
 from tttc.declare.checks import checked_signature
 from tttc.declare.variant import Variant
 from tttc.errors import TuningError
@@ -203,11 +204,13 @@ class _Subject:
         assert dualized is not None
         assert scheduled is not None
         self.dualized, self.scheduled = dualized, scheduled
-        if backend not in ("auto", *BACKENDS):
-            raise TuningError(f"there is no backend {backend!r} to tune; there are auto, {', '.join(BACKENDS)}.")
+        if backend not in ("auto", *registry.names()):
+            raise TuningError(
+                f"there is no backend {backend!r} to tune; there are auto, {', '.join(registry.names())}."
+            )
         with untuned():  # what is refused, or not taken, is said as compile says it
             self.name = compile(variant, dims, dtype, backend=backend).backend
-        self.backend = BACKENDS[self.name]
+        self.backend = registry.named(self.name, torch.device("cpu")).backend
         work = "forward" if forward_only else "training"
         self.key = key_of(dualized, self.name, self.backend, torch.device("cpu"), dtype, work)
         self._layers: dict[Hashable, Layer] = {}

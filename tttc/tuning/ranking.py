@@ -15,9 +15,8 @@ from typing import Protocol
 
 import torch
 
+from tttc.backends.cost_model import Kernel, estimate
 from tttc.backends.target import GPU
-from tttc.backends.triton.compile_process import Compilers
-from tttc.backends.triton.cost_model import Kernel, estimate
 from tttc.tuning.search import Candidate, Value
 
 LONGEST = 120.0  # seconds for what is compiled whatever the budget is
@@ -77,10 +76,14 @@ class Subject(Protocol):
         """Equal for candidates whose kernels are the same."""
         ...
 
-    def row(self, candidate: Candidate, compilers: Compilers, seconds: float, best: float) -> Row:
+    def row(self, candidate: Candidate, seconds: float, best: float) -> Row:
         """A candidate compiled, kernel by kernel, in at most so many seconds, and for as long as its estimate is below
         the best.
         """
+        ...
+
+    def end(self) -> None:
+        """Stop what is being compiled."""
         ...
 
 
@@ -109,7 +112,7 @@ class _Descent:
         report: Callable[[Ranking], None],
     ) -> None:
         self.subject, self.found, self.began, self.report = subject, found, began, report
-        self.pool, self.compilers = ThreadPoolExecutor(workers or _cores()), Compilers()
+        self.pool = ThreadPoolExecutor(workers or _cores())
         self.seen: set[Hashable] = set()
 
     def run(self, known: Sequence[Candidate]) -> None:
@@ -125,7 +128,7 @@ class _Descent:
                 raise
             found.stopped = "interrupted"
         finally:
-            self.compilers.end()
+            self.subject.end()
             self.pool.shutdown(cancel_futures=True)
             found.elapsed = time.perf_counter() - self.began
 
@@ -166,7 +169,7 @@ class _Descent:
         known = self.found.best
         best = float("inf") if known is None or known.seconds is None else known.seconds
         try:
-            return self.subject.row(candidate, self.compilers, max(left, LONGEST) if always else left, best)
+            return self.subject.row(candidate, max(left, LONGEST) if always else left, best)
         except Exception as error:
             return Row(candidate, reason=f"failed: {' '.join(str(error).split()) or type(error).__name__}")
 

@@ -6,7 +6,7 @@
     chunk=16, num_stages=3   153 / 255  0 / 60         20480 / 27136  3 / 2                               0.846  taken
 
 Nothing runs. Kernels compile in processes of their own (backends/triton/compile_process.py); what the estimate is, says
-backends/triton/cost_model.py. What is taken is kept as an entry that says it was not measured, and is taken where there
+backends/cost_model.py. What is taken is kept as an entry that says it was not measured, and is taken where there
 is none that was.
 """
 
@@ -19,25 +19,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
+from tttc.backends import registry
+from tttc.backends.cost_model import Kernel, NotCompiled
+from tttc.backends.interface import Tunable
+from tttc.backends.registry import Unit
 from tttc.backends.target import GPU, GPUS
-from tttc.backends.triton.aot import order_of
-from tttc.backends.triton.compile_process import Compilers, NotCompiled, TooLate
-from tttc.backends.triton.cost_model import Kernel, Turn, turn_of
-from tttc.backends.triton.emit import emit
-from tttc.backends.triton.kernel_spec import Form, form_of, unfused
-from tttc.backends.triton.load import Module
-from tttc.backends.triton.tune import Config, bounded, default_config
-from tttc.compiler.aot import missing_for
-from tttc.compiler.driver import BACKENDS, compile, program_for
+from tttc.compiler.aot import refuse_to_compile
+from tttc.compiler.driver import compile
+from tttc.compiler.driver import untuned as untuned_program
 from tttc.declare.checks import checked_signature
 from tttc.declare.variant import Variant
-from tttc.errors import BackendRefusal, TuningError
+from tttc.errors import TuningError
 from tttc.explain.costs import plan_lengths, shares
 from tttc.ir import cost
 from tttc.ir.names import own
@@ -111,7 +108,7 @@ class StaticTuning:
         faster = "" if self.speedup <= 1 else f", by the estimate {self.speedup:.2f} times as fast as the default"
         count = len(found.rows)
         lines = [
-            f"{self.variant} for {self.gpu.target}, backend triton, {self.settings}",
+            f"{self.variant} for {self.gpu.target}, backend {self.key.backend}, {self.settings}",
             f"taken: {self.choice}{faster}",
             f"{count} candidate{'' if count == 1 else 's'} in {found.elapsed:.0f} s of {found.budget:g}: "
             f"{ends[found.stopped]}",
@@ -146,13 +143,15 @@ def tune_statically(
     `size` is the batch, tokens and heads of the call that is estimated; `workers` kernels compile at a time. All else
     is as for `tttc.tune`.
     """
-    if backend not in ("auto", "triton"):
+    unit = next((u for u in registry.estimators() if backend in ("auto", u.name)), None)
+    if unit is None:
+        known = [u.name for u in registry.estimators()]
         raise TuningError(
-            f"backend {backend!r} has nothing to tune for {target}: only the kernels of triton have.\n"
-            '  Use backend="triton".'
+            f"backend {backend!r} has nothing to tune for {target}: only the kernels of {' and '.join(known)} have.\n"
+            f'  Use backend="{known[0]}".'
         )
     began = time.perf_counter()
-    subject = _Target(variant, dims, dtype, GPUS[target], size, forward_only)
+    subject = _Subject(unit, variant, dims, dtype, GPUS[target], size, forward_only)
     mine = next((e for e in database.own_entries() if e.key == subject.key and e.static), None)
     earlier = None if mine is None else _again(mine.choice, subject.choices)
     with budget_bar(budget) if progress else nullcontext() as bar:
@@ -187,11 +186,12 @@ def _again(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[str, 
     return {n: wanted.get(n, values[0]) for n, values in choices.items()}
 
 
-class _Target:
+class _Subject:
     """A declaration for a GPU: its candidates, as kernels to be compiled and as what they cost."""
 
     def __init__(
         self,
+        unit: Unit,
         variant: type[Variant],
         dims: Mapping[str, int],
         dtype: torch.dtype,
@@ -199,25 +199,25 @@ class _Target:
         size: tuple[int, int, int],
         forward_only: bool,
     ) -> None:
+        assert unit.estimator is not None
         self.name, self.variant, self.dims = checked_signature(variant).name, variant, dims
+        self.unit, self.estimator, self.pool = unit, unit.estimator(), unit.estimator().pool()
         self.dtype, self.gpu, self.forward_only = dtype, gpu, forward_only
         self.batch, self.tokens, self.heads = size
         with untuned():
             stages = compile(variant, dims, dtype, backend="torch").stages
-        dualized, program = stages["dualize"].program, program_for(variant, dims, "triton")
+        dualized, program = stages["dualize"].program, untuned_program(variant, dims, unit.backend)
         assert program.plan is not None
         assert dualized is not None
-        if reasons := missing_for("triton", gpu.target, stages.program):
-            listed = "\n".join(f"  - {r}" for r in reasons)
-            raise BackendRefusal(f"cannot compile for {gpu.target} here:\n{listed}")
+        refuse_to_compile(unit, gpu.target, stages.program)
         work = "forward" if forward_only else "training"
-        here = key_of(dualized, "triton", BACKENDS["triton"], torch.device("cpu"), dtype, work)
+        here = key_of(dualized, unit.name, unit.backend, torch.device("cpu"), dtype, work)
         self.key = replace(here, device=architecture_name(gpu.target))
         free = number_of(program.plan.chunk, self.tokens) if program.plan.free else None
         found = chunk_choices(dualized, self.tokens, free)
         chunks: tuple[Value, ...] = tuple(c for c in found if c == found[0] or c in SHORT_CHUNKS)
         chunks = chunks if len(chunks) > 1 else (None,)
-        self._parts: dict[Value, _Parts] = {}
+        self._made: dict[Value, Tunable] = {}
         first = [self._of(c) for c in chunks]
         if all(p.refused for p in first):
             raise TuningError(
@@ -225,8 +225,8 @@ class _Target:
                 f"operations of PyTorch, because {first[0].refused}."
             )
         self.notes = [f"Not in the estimate: {n}." for n in first[0].left_out]
-        settings = BACKENDS["triton"].choices(program)
         choices = {"chunk": chunks} if len(chunks) > 1 else {}
+        settings = unit.backend.choices(program)
         self.choices: Mapping[str, Sequence[Value]] = choices | {n: (None, *values) for n, values in settings.items()}
 
     @property
@@ -240,8 +240,7 @@ class _Target:
         """What is kept of a candidate. A chunk that was chosen is named even if it is the default, with which the
         settings beside it were compiled.
         """
-        config = {n: v for n, v in candidate.items() if n != "chunk" and v is not None}
-        return Choice(candidate.get("chunk"), None, config)
+        return Choice(candidate.get("chunk"), None, _config(candidate))
 
     def entry(self, found: Ranking, choice: Choice) -> Entry:
         best, default = found.best, found.default or found.best
@@ -254,78 +253,39 @@ class _Target:
         return Entry(self.key, choice, best.seconds, default.seconds, *size, 0, self.name, now, static=True)
 
     def identity(self, candidate: Candidate) -> Hashable:
-        parts = self._of(candidate.get("chunk"))
-        return candidate.get("chunk"), *(_config(p, candidate) for p in parts.kernels)
+        return candidate.get("chunk"), self._of(candidate.get("chunk")).identity(_config(candidate))
 
-    def row(self, candidate: Candidate, compilers: Compilers, seconds: float, best: float) -> Row:
-        parts, kernels = self._of(candidate.get("chunk")), list[Kernel]()
-        if parts.refused:
-            return Row(candidate, reason=f"no kernel: {parts.refused}")
-        began = time.perf_counter()
-        for part in parts.kernels:
-            config = _config(part, candidate)
-            order = {**part.order, "options": bounded(config.options, part.order["target"])}
-            try:
-                made = compilers.compiled(order, max(seconds - (time.perf_counter() - began), 0.0))
-            except TooLate:
-                return Row(candidate, kernels, reason=f"no time was left to compile {order['kernel']}")
-            except NotCompiled as error:
-                return Row(candidate, kernels, reason=f"failed: {order['kernel']}: {error}")
-            kernels.append(Kernel(part.turn, part.turns, made, config.num_warps, part.form.strips))
-            row = ranked(candidate, kernels, self.gpu, self.batch * self.heads, self.dtype)
-            if row.seconds is None:
-                break
-            if row.seconds > best and part is not parts.kernels[-1]:
-                return Row(candidate, kernels, reason="slower than the best before all of it was compiled")
+    def row(self, candidate: Candidate, seconds: float, best: float) -> Row:
+        made, kernels = self._of(candidate.get("chunk")), list[Kernel]()
+        if made.refused:
+            return Row(candidate, reason=f"no kernel: {made.refused}")
+        try:
+            for kernel in made.compiled(_config(candidate), self.pool, seconds):
+                kernels.append(kernel)
+                row = ranked(candidate, kernels, self.gpu, self.batch * self.heads, self.dtype)
+                if row.seconds is None:
+                    break
+                if row.seconds > best and len(kernels) < len(made):
+                    return Row(candidate, kernels, reason="slower than the best before all of it was compiled")
+        except NotCompiled as error:
+            return Row(candidate, kernels, reason=str(error))
         return row
 
-    def _of(self, chunk: Value) -> _Parts:
+    def end(self) -> None:
+        self.pool.end()
+
+    def _of(self, chunk: Value) -> Tunable:
         """The program with a chunk; made before threads ask for it, by whoever asks for the identity first."""
-        if chunk not in self._parts:
+        if chunk not in self._made:
             if chunk is None:
-                program = program_for(self.variant, self.dims, "triton")
+                program = untuned_program(self.variant, self.dims, self.unit.backend)
             else:
                 with untuned():
                     program = compile(self.variant, self.dims, self.dtype, backend="torch", chunk=chunk).stages.program
-            self._parts[chunk] = _parts(program, self.dtype, self.gpu.target, self.tokens, self.forward_only)
-        return self._parts[chunk]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One kernel of a program, and how often a call runs its loop."""
-
-    form: Form
-    backward: bool
-    turns: int
-    turn: Turn
-    order: Mapping[str, Any]
-    """What has to be known to compile it, with its own settings."""
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The kernels that a sequence of whole mini-batches runs, `refused` where its loop is none."""
-
-    program: Program
-    kernels: Sequence[_Part]
-    refused: str
-    left_out: Sequence[str]
-
-
-def _parts(program: Program, dtype: torch.dtype, target: str, tokens: int, forward_only: bool) -> _Parts:
-    module = Module(emit(program), program.name)
-    refused = unfused(program.scans[0], program)
-    found = [] if refused else list(_regular(program, tokens))
-    fused = [(s, turns) for s, turns in found if not unfused(s, program)]
-    left_out = [f"{s.name}, which is batched operations ({w})" for s, _ in found if (w := unfused(s, program))]
-    kernels = []
-    for scan, turns in fused:
-        form = form_of(scan, program)
-        for backward in (False, True) if scan.differentiated and not forward_only else (False,):
-            order = order_of(module, form, backward, dtype, target, default_config(form, backward))
-            kernels.append(_Part(form, backward, turns, turn_of(form, backward, dtype), order))
-    return _Parts(program, kernels, refused, left_out)
+            turns = {scan.name: n for scan, n in _regular(program, self.tokens)}
+            target = self.gpu.target
+            self._made[chunk] = self.estimator.tunable(program, turns, self.dtype, target, self.forward_only)
+        return self._made[chunk]
 
 
 def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
@@ -338,10 +298,9 @@ def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
             yield scan, math.ceil(float(cost.evaluate(turns, sizes)))
 
 
-def _config(part: _Part, candidate: Candidate) -> Config:
-    """The settings of a kernel: those of the candidate, otherwise its own."""
-    given = {n: v for n, v in candidate.items() if n != "chunk" and v is not None}
-    return replace(default_config(part.form, part.backward), **given)
+def _config(candidate: Candidate) -> dict[str, int]:
+    """The settings of kernels that a candidate has."""
+    return {n: v for n, v in candidate.items() if n != "chunk" and v is not None}
 
 
 __all__ = ["StaticTuning", "tune_statically"]

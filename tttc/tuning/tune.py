@@ -39,7 +39,7 @@ def tune(
         variant, dims, dtype: as for `tttc.compile`.
         device: "cpu", or the architecture of a GPU, which need not be there: "sm_80", "sm_90", "sm_100" or "gfx942".
             For one of these nothing is timed: candidates are compiled, and an estimate
-            (backends/triton/cost_model.py) ranks them.
+            (backends/cost_model.py) ranks them.
         budget: seconds, or a text such as "60s" or "2m", everything included. The default is compiled and timed
             whatever that takes, and a candidate that was begun is finished.
         backend: whose kernels; "auto" takes native ones where they can run the program.

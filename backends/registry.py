@@ -1,0 +1,209 @@
+"""Which backends there are, and what is known of each before anything of it is imported.
+
+    named("tvm", torch.device("cuda"))     the one of that name for a device
+    candidates(torch.device("cpu"))        what "auto" tries on it, the best first
+    register(Unit(...))                    one of your own: README.md says what it consists of
+
+The functions here are the one lazy door to the packages: a backend is imported when it is first asked for something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from tttc.backends.interface import Backend, Compiler, Estimator
+
+
+@dataclass(frozen=True)
+class Package:
+    """What has to be installed, and how; `tool` is a program that it brings, and the variable that names another."""
+
+    distribution: str
+    module: str
+    install: str
+    tool: tuple[str, str] | None = None
+
+    def missing(self) -> list[str]:
+        """Why it is not here; empty where it is."""
+        return [] if find_spec(self.module) else [f"{self.distribution} is not installed: {self.install}"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One backend. Several may have one name, each on devices of its own: the name is what users say."""
+
+    name: str
+    reason: str
+    """What speaks for it, where it is taken."""
+    loader: Callable[[], Backend]
+    devices: tuple[str, ...] = ()
+    """The types of device that it runs on; none named are all."""
+    auto: tuple[str, ...] = ()
+    """Those on which "auto" tries it before what runs on all."""
+    package: Package | None = None
+    differentiates: bool = True
+    """Whether its scans have a backward."""
+    of_torch: bool = False
+    """Whether its scans are operations of torch, which need no memory to be traced."""
+    targets: tuple[str, ...] = ()
+    """Whose GPUs it compiles for that need not be there: "NVIDIA", "AMD"."""
+    compiler: Callable[[], Compiler] | None = None
+    """What compiles for these."""
+    estimator: Callable[[], Estimator] | None = None
+    """What ranks kernels for these that were not run."""
+
+    @property
+    def backend(self) -> Backend:
+        """Its functions, imported now."""
+        return self.loader()
+
+    def missing(self) -> list[str]:
+        """Why there is no such backend on this machine, whatever the program."""
+        return [] if self.package is None else self.package.missing()
+
+    def unavailable(self, device: torch.device) -> list[str]:
+        """Why it cannot run on a device, whatever the program."""
+        return self.missing() or self.backend.unavailable(device)
+
+
+_units: list[Unit] = []
+
+
+def register(unit: Unit) -> None:
+    """Add a backend, in the place of one that has its name on the same devices."""
+    _units[:] = [u for u in _units if (u.name, u.devices) != (unit.name, unit.devices)]
+    _units.append(unit)
+
+
+def unregister(name: str) -> None:
+    """Take out what has this name."""
+    _units[:] = [u for u in _units if u.name != name]
+
+
+def names() -> list[str]:
+    """What users may say, each once."""
+    return list(dict.fromkeys(u.name for u in _units))
+
+
+def units() -> tuple[Unit, ...]:
+    """All of them."""
+    return tuple(_units)
+
+
+def named(name: str, device: torch.device) -> Unit:
+    """The backend of that name for a device, or where none is for it the last one, which says why it is not."""
+    found = [u for u in _units if u.name == name]
+    return next((u for u in found if not u.devices or device.type in u.devices), found[-1])
+
+
+def candidates(device: torch.device) -> list[Unit]:
+    """What "auto" tries on a device, the best first; what runs on all comes last."""
+    return [u for u in _units if device.type in u.auto] + [u for u in _units if not u.devices]
+
+
+def compilers() -> list[Unit]:
+    """What compiles for GPUs that need not be there; the first is taken where none is named."""
+    return sorted((u for u in _units if u.compiler), key=lambda u: -len(u.targets))
+
+
+def estimators() -> list[Unit]:
+    """What ranks kernels for GPUs that need not be there."""
+    return [u for u in _units if u.estimator]
+
+
+# -- the backends of this package ------------------------------------------------------------------------------------
+
+TVM = Package("apache-tvm", "tvm", "pip install 'tttc[tvm]'")
+TRITON = Package(
+    "triton",
+    "triton",
+    "pip install triton (Linux on x86-64)",
+    ("backends/nvidia/bin/ptxas", "TRITON_PTXAS_PATH"),
+)
+
+
+def _torch() -> Backend:
+    from tttc.backends import torch
+
+    return torch
+
+
+def _tvm_cpu() -> Backend:
+    from tttc.backends import tvm_cpu
+
+    return tvm_cpu
+
+
+def _tvm_cuda() -> Backend:
+    from tttc.backends import tvm_cuda
+
+    return tvm_cuda
+
+
+def _tvm_cuda_compiler() -> Compiler:
+    from tttc.backends.tvm_cuda import aot
+
+    return aot
+
+
+def _triton() -> Backend:
+    from tttc.backends import triton
+
+    return triton
+
+
+def _triton_compiler() -> Compiler:
+    from tttc.backends.triton import aot
+
+    return aot
+
+
+def _triton_estimator() -> Estimator:
+    from tttc.backends.triton import candidates
+
+    return candidates
+
+
+register(Unit("torch", "runs every program, on any device", _torch, of_torch=True))
+register(Unit("tvm", "native kernels for this CPU", _tvm_cpu, ("cpu",), ("cpu",), TVM))
+register(
+    Unit(
+        "tvm",
+        "native kernels for this GPU",
+        _tvm_cuda,
+        ("cuda",),
+        package=TVM,
+        targets=("NVIDIA",),
+        compiler=_tvm_cuda_compiler,
+    )
+)
+register(
+    Unit(
+        "triton",
+        "fused kernels for this GPU",
+        _triton,
+        ("cuda", "cpu"),
+        ("cuda",),
+        TRITON,
+        targets=("NVIDIA", "AMD"),
+        compiler=_triton_compiler,
+        estimator=_triton_estimator,
+    )
+)
+
+__all__ = [
+    "Package",
+    "Unit",
+    "candidates",
+    "compilers",
+    "estimators",
+    "named",
+    "names",
+    "register",
+    "units",
+    "unregister",
+]

@@ -1,0 +1,35 @@
+"""What may be tuned about these kernels: nothing of their own, only the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+
+from tttc.backends.interface import Preferred, Settings
+from tttc.backends.tvm_cpu import tune as of_cpu
+from tttc.backends.tvm_cpu.emit import only_chunk
+from tttc.ir.program import Program
+
+
+def choices(program: Program) -> Mapping[str, Sequence[int]]:
+    """No settings."""
+    return {}
+
+
+def chunk(program: Program) -> Preferred | None:
+    """The only one that these kernels have, where there is but one; what a CPU prefers is for its caches."""
+    return only_chunk(program)
+
+
+def identity(program: Program, settings: Settings) -> Hashable:
+    """All settings are the same."""
+    return ()
+
+
+def toolchain() -> dict[str, str]:
+    """The compiler, and whose machine code it is."""
+    return {**of_cpu.toolchain(), "cuda": str(torch.version.cuda)}
+
+
+__all__ = ["choices", "chunk", "identity", "toolchain"]

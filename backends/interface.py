@@ -42,11 +42,11 @@ class Source:
 class Placement:
     """Where a program will run: the device of its tensors, and the dtype of its tokens."""
 
-    device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32
+    device: torch.device
+    dtype: torch.dtype
 
 
-HOST = Placement()
+HOST = Placement(torch.device("cpu"), torch.float32)
 
 
 @dataclass(frozen=True)

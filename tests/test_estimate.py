@@ -186,10 +186,13 @@ class Fake:
     def identity(self, candidate):
         return tuple(candidate.items())
 
-    def row(self, candidate, compilers, seconds, best):
+    def row(self, candidate, seconds, best):
         with self.lock:
             self.compiled.append(dict(candidate))
         return Row(candidate, (), self.seconds(candidate))
+
+    def end(self):
+        self.ended = True
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -199,6 +202,7 @@ def test_the_lowest_estimate_is_found_coordinate_by_coordinate(workers):
     assert found.best.candidate == {"a": 3, "b": 20}
     assert found.default.candidate == {"a": 1, "b": 10}
     assert found.stopped == "exhausted"
+    assert fake.ended
     assert len(fake.compiled) == len({str(c) for c in fake.compiled}) == len(found.rows) < 12
 
 

@@ -23,6 +23,7 @@ from tests.helpers import (
     result_of,
     split_call,
 )
+from tttc.backends import torch as torch_backend
 from tttc.ir import build as b
 from tttc.ir.expr import OPS, Expr, transform
 from tttc.ir.names import prefixed
@@ -34,7 +35,6 @@ from tttc.runtime.state import State
 from tttc.verification.comparison import Row, verify
 
 compiler = import_module("tttc.compiler.pipeline")  # the attribute `tttc.compile` is the function
-api = import_module("tttc.compiler.driver")
 layer_module = import_module("tttc.runtime.layer")
 torch_ops = import_module("tttc.backends.torch.ops")
 TOKENS = 10  # two mini-batches of 4 and a tail of 2

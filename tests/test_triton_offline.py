@@ -43,6 +43,7 @@ print(json.dumps(measured(Work(sys.argv[1], int(sys.argv[2]), sys.argv[3]))))
 LAUNCH = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
+from tttc.backends import triton as triton_backend
 from tttc.compiler.driver import untuned
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton.aot import order_of
@@ -61,7 +62,7 @@ class Absent:
 triton.runtime.driver.set_active(Absent())
 heard = []
 triton.knobs.compilation.listener = lambda **said: heard.append(said["cache_hit"])
-program = untuned(RetNet, {"D": 16, "E": 16}, triton)
+program = untuned(RetNet, {"D": 16, "E": 16}, triton_backend)
 form = form_of(program.scans[0], program)
 
 module = Module(emit(program), program.name)

@@ -15,7 +15,7 @@ import torch
 
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result
-from tttc.backends import registry
+from tttc.backends import registry, triton
 from tttc.cli import doctor
 from tttc.errors import ShapeError, TuningError
 from tttc.ir.structure import structure
@@ -25,6 +25,7 @@ from tttc.tuning import records as tuning_module
 from tttc.tuning.records import Choice, Entry, Key, found_for
 
 needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
+CPU = torch.device("cpu")
 READ_SHIPPED = database._shipped
 
 
@@ -236,9 +237,7 @@ def test_what_comes_with_the_package_is_readable():
 def tuned_for(variant, dims, choice, dtype=torch.float64, backend="torch", **settings):
     """Write an entry for a program, and return it."""
     program = dualized(variant, dims)
-    key = tuning_module.key_of(
-        program, backend, registry.named(backend, torch.device("cpu")).backend, torch.device("cpu"), dtype
-    )
+    key = tuning_module.key_of(program, backend, registry.named(backend, CPU).backend, CPU, dtype)
     found = entry(key, choice, **settings)
     database.add([found], replace=True)
     return found
@@ -263,9 +262,7 @@ def test_what_was_tuned_wins_over_what_a_backend_prefers():
     place = (torch.float32, "cuda" if torch.cuda.is_available() else "cpu", "triton")
     assert tttc.compile(LinearAttention, {"D": 16}, *place).stages.program.plan.chunk == 32
     device = torch.device(place[1])
-    key = tuning_module.key_of(
-        dualized(LinearAttention, {"D": 16}), "triton", registry.named("triton", device).backend, device, place[0]
-    )
+    key = tuning_module.key_of(dualized(LinearAttention, {"D": 16}), "triton", triton, device, place[0])
     database.add([entry(key, Choice(chunk=64))])
     layer = tttc.compile(LinearAttention, {"D": 16}, *place)
     assert (layer.tuning.how, layer.stages.program.plan.chunk) == ("exact", 64)

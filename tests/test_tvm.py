@@ -168,7 +168,7 @@ UNITS = {
 
 
 def elementwise(name, values):
-    """A function of tttc.backends.tvm.ops on an array whose length is a whole number of vectors."""
+    """A function of tttc.backends.tvm_cpu.ops on an array whose length is a whole number of vectors."""
     from tttc.backends.tvm_cpu.load import LEFT_OUT, SETTINGS, imported_tvm
 
     tvm = imported_tvm()

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from tttc.backends.triton.compile_process import Compilers, Crashed, NotCompiled, switches
+from tttc.backends.cost_model import NotCompiled
+from tttc.backends.triton.compile_process import Compilers, Crashed, switches
 
 Order = Mapping[str, Any]
 

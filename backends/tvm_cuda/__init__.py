@@ -1,4 +1,4 @@
-"""Kernels for a GPU by TensorIR: a block of threads for each batch element and head. Its statements are those of tvm_cpu.
+"""Kernels for a GPU by TensorIR: a block of threads for each batch element and head.
 
 phases.py       the statements as phases, and what each of them reads and writes
 smem.py         which values lie in shared memory, and where

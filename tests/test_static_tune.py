@@ -107,7 +107,7 @@ def test_an_entry_without_the_mark_was_measured():
 @pytest.fixture
 def on_an_h100(monkeypatch):
     """Layers are compiled as if for one; they cannot be called."""
-    monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90" if device.type == "cuda" else "")
+    monkeypatch.setattr("tttc.tuning.lookup.architecture_of", lambda device: "sm_90" if device.type == "cuda" else "")
     monkeypatch.setattr(tuning, "device_name", lambda device: HERE.device)
     monkeypatch.setattr(triton_backend, "unavailable", lambda device: [])
 

@@ -110,8 +110,16 @@ def test_list_has_every_variant_with_its_first_line() -> None:
 
 def test_explain_prints_the_explanation_whole_and_unwrapped() -> None:
     layer = tttc.compile(tttc.library.TTTLinear, dims={"D": 64})
-    lines = output("explain", "ttt_linear").splitlines()
-    assert len(lines) >= 0.9 * len(layer.explain().splitlines())
+    for asked in ("--stages", "--all"):
+        lines = output("explain", "ttt_linear", asked).splitlines()
+        assert len(lines) >= 0.9 * len(layer.explain().splitlines())
+
+
+def test_explain_is_one_page_unless_stages_are_asked_for() -> None:
+    text = output("explain", "ttt_mlp")
+    assert len(text.splitlines()) <= 60
+    assert "stage 1 of 8" not in text
+    assert text == output("explain", "ttt_mlp", "--summary")
 
 
 @pytest.mark.parametrize("stage", STAGES)

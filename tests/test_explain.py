@@ -17,7 +17,7 @@ import sympy
 import tttc
 from tests.helpers import LIBRARY, compiled, dims_of, inputs_for, keywords
 from tttc.explain.costs import StageCost, layer_cost, stage_costs
-from tttc.explain.report import explain
+from tttc.explain.report import explain, summary
 from tttc.explain.update_rule import Rule, chunk_formulas, end_equations, rules, token_equations
 from tttc.ir import build as b
 from tttc.ir import cost
@@ -159,6 +159,24 @@ def test_class_and_the_operation_that_decided_it(name: str) -> None:
 def test_the_head_of_an_explanation_word_for_word(name: str, golden: Callable[[str, str], None]) -> None:
     """`--update-golden` accepts the new text; that of the stages is golden elsewhere."""
     golden(f"explain/{name}", explain(layer(name), stages=[]))
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_summary_is_a_page_that_says_what_the_whole_says(name: str) -> None:
+    """The rule, the class, the form, the costs and the backend, each as the explanation has it."""
+    text = summary(layer(name))
+    assert len(text.splitlines()) <= 60
+    items = re.split(r"^(?=\w)", text.partition("\n\n")[2], flags=re.MULTILINE)
+    said = {item[:15].strip(): " ".join(item[15:].split()) for item in items if item}
+    own = {"loss", "output", "costs", "token by token"}
+    assert own | {"update", "read", "class", "form", "backend", "forward", "backward", "state"} <= set(said)
+    assert [item for item, words in said.items() if item not in own and f"{item} {words}" not in flat(name)] == []
+
+
+def test_the_summary_has_the_loss_and_the_output_as_formulas() -> None:
+    lines = summary(layer("TTTLinear")).splitlines()
+    assert "loss           0.5 * sum((k + layer_norm(k @ W1 + b1, gamma, beta, eps=1e-06) - v) ** 2)" in lines
+    assert "output         q + layer_norm(q @ W1 + b1, gamma, beta, eps=1e-06)" in lines
 
 
 @pytest.mark.parametrize("name", VARIANTS)

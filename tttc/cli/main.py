@@ -28,6 +28,7 @@ from tttc.declare.checks import check as check_declaration
 from tttc.declare.read import read_declaration
 from tttc.declare.variant import Variant
 from tttc.errors import TTTCError, TuningError
+from tttc.explain.report import summary
 from tttc.runtime.layer import Layer
 from tttc.terminal import console, error_table, print_program, table
 from tttc.tuning.database import database_path, export_to, import_from
@@ -120,6 +121,9 @@ def _first_line(variant: type[Variant]) -> str:
 @app.command()
 def explain(
     variant: VariantArgument,
+    whole: Annotated[
+        bool, typer.Option("--stages/--summary", "--all", help="Print every stage with its costs, or one page.")
+    ] = False,
     stage: Annotated[str | None, typer.Option(metavar="NAME", help="Print this stage alone.")] = None,
     dim: DimOption = None,
     latex: Annotated[
@@ -130,11 +134,13 @@ def explain(
         typer.Option(metavar="STAGE STAGE", help="Print what changes from one stage to another."),
     ] = None,
 ) -> None:
-    """Print the mathematics of a variant, stage by stage, its costs, and what each backend says.
+    """Print a page about a variant: its rule in formulas, the form that was found, the costs, and why this backend.
 
-    The stages are declare, differentiate, simplify, primal, dualize, schedule, adjoint and emit.
+    --stages prints all that the compiler did, stage by stage: declare, differentiate, simplify, primal, dualize,
+    schedule, adjoint and emit.
 
         tttc explain ttt_mlp
+        tttc explain ttt_mlp --stages
         tttc explain ttt_mlp --stage dualize
         tttc explain mine.py:Mine --diff primal dualize
         tttc explain mine.py:Mine --dim D=128 --latex mine.tex
@@ -146,8 +152,10 @@ def explain(
         print_program(layer.stages.diff(*(_stage(layer, name) for name in diff)))
     elif stage is not None:
         print_program(str(layer.stages[_stage(layer, stage)]))
-    else:
+    elif whole:
         print_program(layer.explain())
+    else:
+        console().print(Text(summary(layer)), soft_wrap=True, end="")
 
 
 def _compiled(name: str, dim: list[str] | None, **settings: Any) -> Layer:

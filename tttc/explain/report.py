@@ -16,12 +16,12 @@ import sympy
 
 from tttc.compiler.pipeline import Entry
 from tttc.explain.costs import LayerCost, kept, layer_cost, pieces_depth, plan_lengths, program_costs
+from tttc.explain.latex_document import latex_document
 from tttc.explain.update_rule import Line, form_lines, read_text, update_lines
 from tttc.ir import cost
 from tttc.ir.cost import CHUNK, EVERY, TOKENS, Formula, Work
 from tttc.ir.dualize import GradientClass, gradient_class
 from tttc.ir.expr import Expr, postorder
-from tttc.ir.latex import program_latex
 from tttc.ir.linearity import Dependence, Finding, dependence
 from tttc.ir.names import spelled
 from tttc.ir.online import the_unknown
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 
 WIDTH = 108
 SHOWN_TOKENS = 4096  # length of the sequence in the examples that need one
-LATEX_STAGES = {
-    "declare": "Declaration",
-    "simplify": "Gradient of the loss",
-    "primal": "Update rule, token by token",
-    "dualize": "Dual form",
-}
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -58,6 +52,34 @@ def explain(layer: Layer, latex: bool = False, stages: Iterable[str] | None = No
     parts = ["\n".join(_header(layer)), "\n".join(_summary(layer))]
     parts += [_stage_text(layer.stages[name]) for name in wanted]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(layer: Layer) -> str:
+    """One page: what is learned, the rule in words and formulas, the class of its gradients, the form that was found,
+    why this backend, and what it costs.
+    """
+    c, program = layer_cost(layer), layer.stages.program
+    assert program.plan is not None
+    header = _header(layer)
+    title = header.index("#")
+    lines = [*header[: title + 1], *_declared_lines(layer), *header[title + 1 :], "#"]
+    lines += _item("costs", f"for one head, {_bindings(plan_lengths(program))}; T tokens in a call")
+    lines += _work_lines("forward", c.forward) + _work_lines("backward", c.backward)
+    lines += _item("token by token", f"{_number(c.primal.flops)} FLOPs. {_saved_text(c, program.plan)}")
+    lines += _state_lines(layer, c) + _item("critical path", _critical_text(program, c))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines) + "\n"
+
+
+def _declared_lines(layer: Layer) -> list[str]:
+    """The loss and the output, each as one formula."""
+    program = layer.stages["declare"].program
+    assert program is not None
+    lines: list[str] = []
+    for name in ("loss", "output"):
+        (block,) = blocks(program[name].body)
+        (value,) = (a.value for a in block.assigns)
+        lines += _item(name, textwrap.shorten(Printer()(value), 3 * WIDTH, placeholder=" ..."))
+    return lines
 
 
 def _stage_text(entry: Entry) -> str:
@@ -364,41 +386,3 @@ def _number(formula: Formula) -> str:
         large = {r: sympy.Integer(round(r)) for r in value.atoms(sympy.Rational) if abs(r) > 100}
         return re.sub(r"\d{4,}", lambda digits: f"{int(digits[0]):,}", str(sympy.expand(value.xreplace(large))))
     return f"{int(value):,}" if value == int(value) else f"{float(value):,.1f}"
-
-
-# -- LaTeX ---------------------------------------------------------------------------------------------------
-
-_DOCUMENT = r"""\documentclass[a4paper]{article}
-\usepackage[margin=15mm]{geometry}
-\usepackage{amsmath,amssymb}
-\allowdisplaybreaks
-\begin{document}
-\section*{%s}
-Tokens are rows: a vector over features is a row, a vector over tokens a column, $\mathbf{1}$ the column of ones,
-and a number that is added to a matrix is added to each of its entries. $\odot$ is elementwise and binds looser
-than a matrix product.
-%s
-%s
-\end{document}
-"""
-
-
-_LEGEND = {
-    "segprod": r"$\operatorname{segprod}(x)_{ts} = x_{s+1} \cdots x_t$ where $s \le t$, otherwise $0$.",
-    "cumprod": r"$\operatorname{cumprod}(x)_t = x_1 \cdots x_t$.",
-    "shift": r"$\operatorname{shift}_f(x)_t = x_{t-1}$, and $f$ for the first token.",
-    "last": r"$\operatorname{last}(x)$ is the row of the last token.",
-}
-
-
-def latex_document(layer: Layer) -> str:
-    """The mathematics, from the declaration to the dual form, as a LaTeX document that compiles by itself."""
-    sections = []
-    for stage, title in LATEX_STAGES.items():
-        program = layer.stages[stage].program
-        assert program is not None
-        sections.append(f"\\subsection*{{{title}}}\n{program_latex(program)}")
-    name = layer.signature.name.replace("_", r"\_")
-    body = "\n\n".join(sections)
-    legend = [text for operation, text in _LEGEND.items() if rf"\operatorname{{{operation}}}" in body]
-    return _DOCUMENT % (name, "\n".join(legend), body)

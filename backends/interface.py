@@ -13,7 +13,7 @@ import torch
 from tttc.backends.cost_model import Kernel
 from tttc.backends.nvidia import Resources
 from tttc.ir.names import Wording
-from tttc.ir.program import Program, Scan
+from tttc.ir.program import AdjointProgram, Scan, ScanProgram
 from tttc.ir.structure import written
 
 Settings = Mapping[str, int]
@@ -134,7 +134,7 @@ class OpaqueScan(CompiledScan, Protocol):
         ...
 
 
-def content_of(scan: Scan, program: Program, *kernels: object) -> str:
+def content_of(scan: Scan, program: AdjointProgram, *kernels: object) -> str:
     """The `content` of a scan: its program and adjoint, and what else decides how its kernels are made."""
     what = program.adjoint_of(scan) if scan.differentiated else scan
     return "\n".join([written((scan, what, sorted(program.dims.items()), program.dtype)), *map(str, kernels)])
@@ -143,7 +143,7 @@ def content_of(scan: Scan, program: Program, *kernels: object) -> str:
 class Backend(Protocol):
     """The functions of a backend package: those that make kernels, and those that say what about them may be chosen."""
 
-    def refusals(self, program: Program) -> list[str]:
+    def refusals(self, program: ScanProgram) -> list[str]:
         """Why this backend cannot run the program; empty when it can."""
         ...
 
@@ -155,31 +155,31 @@ class Backend(Protocol):
         """What it does on this machine, in words: `tttc doctor` says it."""
         ...
 
-    def notes(self, program: Program) -> list[str]:
+    def notes(self, program: ScanProgram) -> list[str]:
         """What a user should know of how it runs the program; `explain` says it."""
         ...
 
-    def emit(self, program: Program) -> Source:
+    def emit(self, program: AdjointProgram) -> Source:
         """The program of the adjoint stage as source text."""
         ...
 
     def load(
-        self, source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+        self, source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
     ) -> Mapping[str, CompiledScan]:
         """Source text as callables, by the names of the scans; settings that are not given are the default."""
         ...
 
-    def chunk(self, program: Program) -> Preferred | None:
+    def chunk(self, program: ScanProgram) -> Preferred | None:
         """Of a scheduled program whose chunk is free: a better one for these kernels, None where there is none. A chunk
         that the user gave, or that tuning found, is not asked about.
         """
         ...
 
-    def choices(self, program: Program) -> Mapping[str, Sequence[int]]:
+    def choices(self, program: ScanProgram) -> Mapping[str, Sequence[int]]:
         """The settings that kernels have and the values worth trying for this program, the default first."""
         ...
 
-    def identity(self, program: Program, settings: Settings) -> Hashable:
+    def identity(self, program: ScanProgram, settings: Settings) -> Hashable:
         """Equal for settings that make the same kernels of this program."""
         ...
 
@@ -208,11 +208,11 @@ class Built:
 class Compiler(Protocol):
     """What a backend has that compiles for GPUs which need not be there."""
 
-    def unbuildable(self, program: Program, target: str) -> list[str]:
+    def unbuildable(self, program: ScanProgram, target: str) -> list[str]:
         """Why nothing can be compiled for a target here."""
         ...
 
-    def build(self, program: Program, target: str, dtype: torch.dtype) -> Iterator[Built]:
+    def build(self, program: AdjointProgram, target: str, dtype: torch.dtype) -> Iterator[Built]:
         """The forward and the backward kernel of every scan, for tokens of a dtype."""
         ...
 
@@ -253,7 +253,7 @@ class Estimator(Protocol):
     """What a backend has whose kernels can be ranked for a GPU without running them."""
 
     def tunable(
-        self, program: Program, turns: Mapping[str, int], dtype: torch.dtype, target: str, forward_only: bool
+        self, program: AdjointProgram, turns: Mapping[str, int], dtype: torch.dtype, target: str, forward_only: bool
     ) -> Tunable:
         """The kernels of a program for a target; `turns` are how often a call runs each scan that it runs."""
         ...

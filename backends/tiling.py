@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tttc.ir.adjoint import scan_adjoint
 from tttc.ir.free import FreeAxis, free_axis
-from tttc.ir.program import Program, Scan
+from tttc.ir.program import AdjointProgram, Scan, ScanProgram
 
 
-def cut_axis(scan: Scan, program: Program) -> FreeAxis | None:
+def cut_axis(scan: Scan, program: ScanProgram) -> FreeAxis | None:
     """The axis that may be cut; None too where there is no derivative to take of a strip."""
     found = free_axis(scan) if scan.differentiated else None
     return found if found is not None and found.size in program.dims else None
 
 
-def cut_program(scan: Scan, program: Program, axis: FreeAxis) -> Program:
+def cut_program(scan: Scan, program: ScanProgram, axis: FreeAxis) -> AdjointProgram:
     """The program of a strip, of whatever width: its scan and the adjoint of that. The dim of a strip is that of the
     whole axis until a backend says otherwise.
 
@@ -25,7 +23,7 @@ def cut_program(scan: Scan, program: Program, axis: FreeAxis) -> Program:
     strip = axis.cut(scan)
     adjoint = scan_adjoint(strip, program, dict(program.names))
     dims = {**program.dims, axis.strip: program.dims[axis.size]}
-    return replace(program, dims=dims, scans=(strip,), adjoints=(adjoint,))
+    return AdjointProgram.of(program, program.stage, dims=dims, scans=(strip,), adjoints=(adjoint,))
 
 
 __all__ = ["cut_axis", "cut_program"]

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 from tttc.ir import cost
 from tttc.ir.expr import TOKENS, Axis, Expr, postorder
-from tttc.ir.program import Program, Scan, number_of
+from tttc.ir.program import Scan, ScanProgram, number_of
 from tttc.runtime.layer import Layer
 
 Pair = frozenset[Axis]
@@ -41,12 +41,12 @@ def useful_flops(layer: Layer, batch: int, heads: int, tokens: int, *, backward:
     return 3 * forward if backward else forward
 
 
-def _run(program: Program) -> list[Scan]:
+def _run(program: ScanProgram) -> list[Scan]:
     """The scans that a sequence of whole mini-batches runs."""
     return [s for s in program.scans if s.name in (program.name, f"{program.name}_begin")]
 
 
-def _of_scan(scan: Scan, program: Program, tokens: int) -> float:
+def _of_scan(scan: Scan, program: ScanProgram, tokens: int) -> float:
     chunk = number_of(scan.chunk, tokens)
     flops = products([a.value for a in scan.block.assigns], {**program.dims, TOKENS: chunk})
     return flops * (tokens / chunk if scan.loops else 1)

@@ -10,15 +10,14 @@ for c in chunks(T, 16):                     for c in chunks(T, 16):             
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from tttc.ir import build as b
 from tttc.ir.differentiate import collected, lower_composites, vjp
-from tttc.ir.dualize import finished
 from tttc.ir.expr import Expr, const, depends_on, leaf, leaves, postorder, substitute
 from tttc.ir.names import differential, spelled, suffixed
 from tttc.ir.program import (
     SEQUENCE,
+    AdjointProgram,
     Allocate,
     Assign,
     Block,
@@ -29,18 +28,20 @@ from tttc.ir.program import (
     Save,
     Scan,
     ScanAdjoint,
+    ScanProgram,
     Statement,
     cotangent,
 )
+from tttc.ir.simplify import simplify_assigns
 from tttc.ir.text import Namer, core
 
 
-def adjoint(program: Program) -> Program:
+def adjoint(program: ScanProgram) -> AdjointProgram:
     """Differentiate every scan; the functions of the stage are the reverse sweeps."""
     names = dict(program.names)
     adjoints = tuple(scan_adjoint(scan, program, names) for scan in program.scans if scan.differentiated)
     functions = tuple(adjoint_function(a) for a in adjoints)
-    return replace(program, stage="adjoint", functions=functions, names=names, adjoints=adjoints)
+    return AdjointProgram.of(program, "adjoint", functions=functions, names=names, adjoints=adjoints)
 
 
 def scan_adjoint(scan: Scan, program: Program, names: dict[Expr, str]) -> ScanAdjoint:
@@ -52,7 +53,7 @@ def scan_adjoint(scan: Scan, program: Program, names: dict[Expr, str]) -> ScanAd
     found, named = vjp(list(zip(lowered, incoming, strict=True)), inputs, names, prefix="d_")
     backward = _collect(scan, dict(zip(inputs, found, strict=True)))
     forward = [Assign(a.target, v) for a, v in zip(results, lowered, strict=True)]
-    done, all_names, _ = finished([*forward, *backward], {**names, **named})
+    done, all_names, _ = simplify_assigns([*forward, *backward], {**names, **named})
     names.update(all_names)
     forward, backward = list(done[: len(forward)]), list(done[len(forward) :])
     return _cut(scan, program, names, forward, backward)

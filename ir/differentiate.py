@@ -10,13 +10,12 @@ db = r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from tttc.ir import build as b
 from tttc.ir.expr import OPS, Expr, const, depends_on, leaf, leaves, postorder, transform
 from tttc.ir.expr import rebuild as rebuilt
 from tttc.ir.names import differential
-from tttc.ir.program import Assign, Block, Function, Program, blocks
+from tttc.ir.program import Assign, Block, Function, GradientProgram, TokenProgram, blocks
 
 
 class NoGradient(Exception):
@@ -27,9 +26,8 @@ class NoAdjoint(Exception):
     """Internal: an op without a derivative was reached."""
 
 
-def differentiate(program: Program) -> Program:
+def differentiate(program: TokenProgram) -> GradientProgram:
     """loss -> gradient: the derivative of the loss with respect to every state, kept as products."""
-    assert program.update is not None
     states = program.update.states
     (block,) = blocks(program["loss"].body)
     (loss,) = lower_composites([block.assigns[0].value], states)
@@ -47,8 +45,7 @@ def differentiate(program: Program) -> Program:
     gradient = Function("gradient", params, (Block(tuple(assigns)),), tuple(a.target for a in assigns))
     names = {**program.names, **named}
     functions = (gradient, program["output"])
-    kept = program["loss"] if program.telemetry else None
-    return replace(program, stage="differentiate", functions=functions, names=names, loss=kept)
+    return GradientProgram.of(program, "differentiate", functions=functions, names=names, loss=program["loss"])
 
 
 def collected(variable: Expr, found: Iterable[tuple[Expr, Expr | None]]) -> Expr | None:

@@ -26,7 +26,8 @@ from tttc.ir.program import (
     Block,
     For,
     Function,
-    Program,
+    GradientProgram,
+    LoopProgram,
     Statement,
     Update,
     blocks,
@@ -52,20 +53,20 @@ from tttc.ir.update import (
 )
 
 
-def token_loop(program: Program) -> Program:
+def token_loop(program: GradientProgram) -> LoopProgram:
     """Put the per-token functions `gradient` and `output` into the loops of the update rule."""
-    program = replace(program, per_token=program.functions)
-    loop = _Loop(program)
+    made = LoopProgram.of(program, "primal", gradient=program["gradient"], output=program["output"])
+    loop = _Loop(made)
     function = loop.function()
     names = {**program.names, **renamed_hints(program.names, loop.moved)}
-    return simplify_program(replace(program, stage="primal", functions=(function,), names=names))
+    return simplify_program(replace(made, functions=(function,), names=names))
 
 
 class _Loop:
     """The loops of one update rule over per-token expressions."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.update = program, _update(program)
+    def __init__(self, program: LoopProgram) -> None:
+        self.program, self.update = program, program.update
         self.gradients, self.z = per_token(program)
         self.moved: dict[Expr, Expr] = {}
         self.states = {w.name: w for w in self.update.states}
@@ -195,7 +196,7 @@ class _Loop:
         return Block(ended(update, ends, means))
 
 
-def token_block(program: Program) -> tuple[Assign, ...]:
+def token_block(program: LoopProgram) -> tuple[Assign, ...]:
     """The block of one token inside an open mini-batch, by itself: it reads k and not k[t], and W for W_start."""
     loop = _Loop(program)
     assigns = loop.token()
@@ -225,15 +226,15 @@ def rates_at_token(update: Update) -> Update:
     return replace(update, **groups)  # type: ignore[arg-type]
 
 
-def loop_params(program: Program) -> tuple[Expr, ...]:
+def loop_params(program: LoopProgram) -> tuple[Expr, ...]:
     """States, params, then tokens and gates of the per-token functions, each once; at least one that has tokens."""
-    found: dict[str, Expr] = {w.name: w for w in _update(program).states}
+    found: dict[str, Expr] = {w.name: w for w in program.update.states}
     for role in ("param", "token", "gate"):
         for function in program.per_token:
             for p in function.params:
                 if p.role == role:
                     found.setdefault(p.name, p)
-        for rate in leaves(_update(program).rates):
+        for rate in leaves(program.update.rates):
             if rate.role == role:
                 found.setdefault(rate.name, rate)
     if all(p.role in ("state", "param") for p in found.values()):
@@ -244,12 +245,10 @@ def loop_params(program: Program) -> tuple[Expr, ...]:
     return tuple(found[n] for n in order)
 
 
-def per_token(program: Program) -> tuple[dict[str, Expr], Assign]:
+def per_token(program: LoopProgram) -> tuple[dict[str, Expr], Assign]:
     """The gradient of each state, and the output, of one token."""
-    states = {differential(w.name): w.name for w in _update(program).states}
-    functions = {f.name: f for f in program.per_token}
-    (gradient,) = blocks(functions["gradient"].body)
-    (output,) = blocks(functions["output"].body)
+    states = {differential(w.name): w.name for w in program.update.states}
+    (gradient,), (output,) = (blocks(f.body) for f in program.per_token)
     return {states[a.leaf.name]: a.value for a in gradient.assigns}, output.assigns[0]
 
 
@@ -274,8 +273,3 @@ def at_token(e: Expr, weights: Mapping[Expr, Expr], moved: dict[Expr, Expr]) -> 
 def _at(e: Expr, at: str) -> Expr:
     found, axes = e.arg
     return Expr("leaf", (), (Leaf(found.name, found.role, at), axes))
-
-
-def _update(program: Program) -> Update:
-    assert program.update is not None
-    return program.update

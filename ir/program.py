@@ -11,12 +11,13 @@ node. `ir/text.py` prints a program as Python that runs, `ir/interpret.py` runs 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from tttc.ir.expr import TOKENS, Axis, Expr, Leaf, leaf
+from tttc.ir.linearity import Finding
 from tttc.ir.names import differential, own, prefixed
 
 T_AXIS = Axis(own("t"), TOKENS)  # the reading tokens of a chunk
@@ -281,7 +282,11 @@ def cotangent(e: Expr) -> Expr:
 
 @dataclass(frozen=True)
 class Program:
-    """What a stage makes: its functions, the sizes of its dims, and the names that the user gave to values."""
+    """What a stage makes: its functions, the sizes of its dims, and the names that the user gave to values.
+
+    Every stage that makes more than functions has a type of its own, which adds what it makes to that of the stage
+    before: no part of a program is ever empty until some later stage fills it.
+    """
 
     name: str
     stage: str
@@ -289,28 +294,12 @@ class Program:
     dims: Mapping[str, int]
     dtype: str = "f64"
     names: Mapping[Expr, str] = field(default_factory=lambda: MappingProxyType({}))
-    update: Update | None = None
-    title: str = ""
-    """The name of the declaration, for messages."""
-    loss: Function | None = None
-    """The loss of one token, kept from differentiation on where the chunks are to report it."""
-    telemetry: bool = False
-    """Whether chunks report what the inner loop does: the loss before and after, and the norms of its steps."""
-    per_token: tuple[Function, ...] = ()
-    """The functions `gradient` and `output` of one token, kept from the primal stage on for those that rearrange
-    them.
-    """
-    scans: tuple[Scan, ...] = ()
-    plan: Plan | None = None
-    adjoints: tuple[ScanAdjoint, ...] = ()
 
-    def adjoint_of(self, scan: Scan) -> ScanAdjoint:
-        """The adjoint of one of the scans that have one."""
-        return next(a for a in self.adjoints if a.scan is scan)
-
-    def scan(self, kind: ScanKind) -> Scan | None:
-        """The scan of a kind, where there is one."""
-        return next((s for s in self.scans if s.kind is kind), None)
+    @classmethod
+    def of(cls, program: Program, stage: str, **made: Any) -> Self:
+        """What a stage makes of the program of the stage before: the same, but for the parts `made`."""
+        known = {f.name: getattr(program, f.name) for f in fields(program)}
+        return cls(**(known | {"stage": stage} | made))
 
     def __getitem__(self, name: str) -> Function:
         return next(f for f in self.functions if f.name == name)
@@ -319,6 +308,82 @@ class Program:
         from tttc.ir.text import program_text
 
         return program_text(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenProgram(Program):
+    """The functions `loss` and `output` of one token, as declared, and the update rule."""
+
+    update: Update
+    title: str
+    """The name of the declaration, for messages."""
+    telemetry: bool = False
+    """Whether chunks report what the inner loop does: the loss before and after, and the norms of its steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientProgram(TokenProgram):
+    """The functions `gradient` and `output` of one token."""
+
+    loss: Function
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopProgram(GradientProgram):
+    """The loops of the update rule."""
+
+    gradient: Function
+    output: Function
+
+    @property
+    def per_token(self) -> tuple[Function, Function]:
+        """The functions of one token, which the loops are made of."""
+        return self.gradient, self.output
+
+
+@dataclass(frozen=True)
+class GradientClass:
+    """How the gradients of a chunk are found: `kind` is "constant" (the weights do not matter), "frozen" (at the
+    mini-batch's start), "affine" (online, by a triangular system) or "sequential" (online, token by token).
+    """
+
+    kind: str
+    finding: Finding
+    why: str
+
+    @property
+    def sequential(self) -> bool:
+        return self.kind == "sequential"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualProgram(LoopProgram):
+    """The dual form, or the loop again where that is the form."""
+
+    gradients: GradientClass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanProgram(DualProgram):
+    """The scans that cover every length and every split of a sequence; the first makes the outputs."""
+
+    scans: tuple[Scan, ...]
+    plan: Plan
+
+    def scan(self, kind: ScanKind) -> Scan | None:
+        """The scan of a kind, where there is one."""
+        return next((s for s in self.scans if s.kind is kind), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdjointProgram(ScanProgram):
+    """Scans with their adjoints: what a backend makes kernels of."""
+
+    adjoints: tuple[ScanAdjoint, ...]
+
+    def adjoint_of(self, scan: Scan) -> ScanAdjoint:
+        """The adjoint of one of the scans that have one."""
+        return next(a for a in self.adjoints if a.scan is scan)
 
 
 def blocks(statements: tuple[Statement, ...]) -> Iterator[Block]:

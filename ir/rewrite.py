@@ -1,13 +1,15 @@
 """Rewriting: named rules with Python's `match` as the pattern language, applied until nothing changes.
 
-A rule is a function `Expr -> Expr | None` with the rewriting written in words and the operations that it is about; the
-engine records which rules fired.
+A rule is a function `Expr -> Expr | None` with the rewriting written in words and the operations that it is about; who
+wants to know which rules fire watches them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -29,15 +31,32 @@ def rule(title: str, *ops: str) -> Callable[[Callable[[Expr], Expr | None]], Rul
     return lambda function: Rule(title, function, ops)
 
 
-def rewrite(
-    roots: Iterable[Expr],
-    rules: Sequence[Rule],
-    fired: Counter[str] | None = None,
-    moved: dict[Expr, Expr] | None = None,
-) -> list[Expr]:
+Watch = Callable[[Rule, Expr, Expr], object]
+_watch: ContextVar[Watch] = ContextVar("_watch", default=lambda rule, before, after: None)
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Call `watch(rule, before, after)` for every node that a rule replaces meanwhile."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often each rule fires meanwhile, by its title."""
+    count: Counter[str] = Counter()
+    with watched(lambda rule, before, after: count.update((rule.title,))):
+        yield count
+
+
+def rewrite(roots: Iterable[Expr], rules: Sequence[Rule], moved: dict[Expr, Expr] | None = None) -> list[Expr]:
     """Apply the rules bottom-up until none matches. `moved` collects what each node became."""
     roots = list(roots)
-    count: Counter[str] = fired if fired is not None else Counter()
+    watch = _watch.get()
     of_op = cache(lambda op: [r for r in rules if not r.ops or op in r.ops])
     settled: set[Expr] = set()  # no rule matches, whatever is above
 
@@ -48,7 +67,7 @@ def rewrite(
             for one in of_op(node.op):
                 replaced = one.apply(node)
                 if replaced is not None and replaced is not node:
-                    count[one.title] += 1
+                    watch(one, node, replaced)
                     node = replaced
                     break
             else:

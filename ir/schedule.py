@@ -16,15 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.dualize import (
-    DEFAULT_CHUNK,
-    ChunkForm,
-    chunk_substitution,
-    finished,
-    gradient_class,
-    open_form,
-    whole_form,
-)
+from tttc.ir.chunk import DEFAULT_CHUNK, ChunkForm, chunk_substitution, open_form, whole_form
 from tttc.ir.expr import TOKENS, Expr, Leaf, const, leaf, leaves, substitute
 from tttc.ir.primal import loop_params, token_block
 from tttc.ir.program import (
@@ -34,17 +26,18 @@ from tttc.ir.program import (
     Allocate,
     Assign,
     Block,
+    DualProgram,
     For,
     Function,
     Plan,
-    Program,
     Scan,
     ScanKind,
+    ScanProgram,
     Statement,
     Update,
 )
 from tttc.ir.reading import NoExactForm, at_chunk
-from tttc.ir.simplify import renamed_hints
+from tttc.ir.simplify import renamed_hints, simplify_assigns
 from tttc.ir.substitution import is_row
 from tttc.ir.update import (
     COUNT,
@@ -65,7 +58,7 @@ SUBSTITUTED_CHUNK = 16  # every token reads all rows of its chunk
 CHANNEL_CHUNK = 16  # decays of single channels take a product for each pair of tokens and each channel
 
 
-def schedule(program: Program, chunk: int | None = None) -> Program:
+def schedule(program: DualProgram, chunk: int | None = None) -> ScanProgram:
     """Choose the chunk, and lay the mini-batch out as scans."""
     plan = choose_plan(program, chunk)
     sizes = {**program.dims, TOKENS: plan.chunk if isinstance(plan.chunk, int) else DEFAULT_CHUNK}
@@ -85,17 +78,16 @@ def schedule(program: Program, chunk: int | None = None) -> Program:
         scans.append(beginning)
     main = layout.tiled_function(scans) if plan.tiled else layout.whole_function(scans[0])
     functions = (main, *(s.function() for s in scans if s.kind is not ScanKind.WHOLE))
-    return replace(program, stage="schedule", functions=functions, names=names, scans=tuple(scans), plan=plan)
+    return ScanProgram.of(program, "schedule", functions=functions, names=names, scans=tuple(scans), plan=plan)
 
 
-def choose_plan(program: Program, chunk: int | None) -> Plan:
+def choose_plan(program: DualProgram, chunk: int | None) -> Plan:
     """The chunk: free where no mini-batch can be observed, otherwise the mini-batch or a tile of it."""
     update = program.update
-    assert update is not None
     b_ = update.mini_batch
     if program.telemetry and isinstance(b_, int):
         chunk = b_  # of each mini-batch, also where its boundaries change nothing else
-    found = gradient_class(program)
+    found = program.gradients
     if found.sequential and update.read == "end" and b_ != 1:
         raise NoExactForm(
             f'read="end" reads the weights at the mini-batch\'s end, and {found.why}',
@@ -126,7 +118,7 @@ def choose_plan(program: Program, chunk: int | None) -> Plan:
     return Plan(wanted, b_, f"the mini-batch of {b_} tokens is cut into tiles")
 
 
-def _substitutable(program: Program) -> bool:
+def _substitutable(program: DualProgram) -> bool:
     """Whether tokens can read the rows of those before them: a matrix used nonlinearly cannot be read through rows."""
     sizes = {**program.dims, TOKENS: SUBSTITUTED_CHUNK}
     try:
@@ -145,8 +137,7 @@ def _free_chunk(update: Update) -> int:
 class _Layout:
     """The scans of one program; `names` collects what their values are called."""
 
-    def __init__(self, program: Program, plan: Plan, sizes: Mapping[str, int], names: dict[Expr, str]) -> None:
-        assert program.update is not None
+    def __init__(self, program: DualProgram, plan: Plan, sizes: Mapping[str, int], names: dict[Expr, str]) -> None:
         self.program, self.plan, self.sizes, self.names = program, plan, sizes, names
         self.update = program.update
         self.memory = tuple(m.variable for m in memories(self.update))
@@ -166,7 +157,7 @@ class _Layout:
 
     def _scan(self, kind: ScanKind, form: ChunkForm, carry: tuple[Expr, ...], doc: str) -> Scan:
         stores = [form.z, *form.measures]
-        assigns, named, _ = finished([*stores, *form.updates], renamed_hints(self.program.names, form.moved))
+        assigns, named, _ = simplify_assigns([*stores, *form.updates], renamed_hints(self.program.names, form.moved))
         self.names.update(named)
         stored = assigns[: len(stores)]
         kept = {a.target: a for a in assigns[len(stores) :]}
@@ -195,7 +186,7 @@ class _Layout:
         found = chunk_substitution(self.program, self.sizes)
         parts = []
         for assigns in (found.coefficients, (*found.rows, *found.past)):
-            done, named, _ = finished(assigns, self.program.names)
+            done, named, _ = simplify_assigns(assigns, self.program.names)
             self.names.update(named)
             parts.append(done)
         coefficients, loop = parts
@@ -221,7 +212,7 @@ class _Layout:
         kept = memories(self.update)
         if not kept:
             return None
-        done, named, _ = finished([Assign(m.variable, m.begins) for m in kept], {})
+        done, named, _ = simplify_assigns([Assign(m.variable, m.begins) for m in kept], {})
         self.names.update(named)
         doc = "What a sequence carries beside its weights, from the weights that it begins with."
         return self._once(ScanKind.BEGIN, self.update.states, (), done, doc)
@@ -234,7 +225,7 @@ class _Layout:
             tau = update.tau.get(w.name)
             ends[w.name] = Ending(base if scale is None else b.mul(scale, base), added_leaf(w), tau)
         means = {g: b.div(s, COUNT) for g, s in averaged_gates(update).items()}
-        done, named, _ = finished(ended(update, ends, means), {})
+        done, named, _ = simplify_assigns(ended(update, ends, means), {})
         self.names.update(named)
         carry = tuple(a.target for a in done)
         read = {e.name: e for e in leaves(a.value for a in done)}
@@ -261,7 +252,7 @@ class _Layout:
             closing = tuple(a for a in closing if a.target in update.states)
         else:
             block = tuple(a for a in block if a.target not in carried)
-        done, named, _ = finished([*block, *closing], program.names)
+        done, named, _ = simplify_assigns([*block, *closing], program.names)
         self.names.update(named)
         read = {e.name for e in leaves(a.value for a in done)}
         made = {a.target for a in done}

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from tttc.ir.expr import OPS, Axis, Expr, const, is_const
 from tttc.ir.program import Assign, Block, For, Program, Statement
 from tttc.ir.rewrite import Rule, rewrite, rule
 from tttc.ir.scalars import SCALARS
+
+P = TypeVar("P", bound=Program)
 
 
 def _scalar(e: Expr) -> bool:
@@ -445,15 +447,13 @@ RULES: tuple[Rule, ...] = (
 FINISHING: tuple[Rule, ...] = (number_to_smallest,)
 
 
-def simplify(
-    roots: Iterable[Expr], fired: Counter[str] | None = None, moved: dict[Expr, Expr] | None = None
-) -> list[Expr]:
+def simplify(roots: Iterable[Expr], moved: dict[Expr, Expr] | None = None) -> list[Expr]:
     """The shortest form that the rules reach; every root keeps its set of axes.
 
     Numbers are first gathered in front, so that they meet, and then put where they cost least.
     """
-    gathered = rewrite(roots, RULES, fired, moved)
-    return rewrite(gathered, FINISHING, fired, moved)
+    gathered = rewrite(roots, RULES, moved)
+    return rewrite(gathered, FINISHING, moved)
 
 
 def renamed_hints(hints: Mapping[Expr, str], moved: Mapping[Expr, Expr]) -> dict[Expr, str]:
@@ -464,8 +464,18 @@ def renamed_hints(hints: Mapping[Expr, str], moved: Mapping[Expr, Expr]) -> dict
     return result
 
 
-def simplify_program(program: Program) -> Program:
-    """Every block of a program simplified, the values of one together, so that what they share stays one node."""
+def simplify_assigns(
+    assigns: Sequence[Assign], names: Mapping[Expr, str]
+) -> tuple[tuple[Assign, ...], dict[Expr, str], dict[Expr, Expr]]:
+    """Simplify assignments together, so that what they share stays one node; names follow their values."""
+    moved: dict[Expr, Expr] = {}
+    values = simplify([a.value for a in assigns], moved)
+    done = tuple(Assign(a.target, v) for a, v in zip(assigns, values, strict=True))
+    return done, {**names, **renamed_hints(names, moved)}, moved
+
+
+def simplify_program(program: P) -> P:
+    """Every block of a program simplified, the values of one together."""
     names = dict(program.names)
 
     def statement(s: Statement) -> Statement:
@@ -473,10 +483,9 @@ def simplify_program(program: Program) -> Program:
             return replace(s, body=tuple(statement(x) for x in s.body))
         if not isinstance(s, Block):
             return s
-        moved: dict[Expr, Expr] = {}
-        values = simplify([a.value for a in s.assigns], moved=moved)
+        done, _, moved = simplify_assigns(s.assigns, {})
         names.update(renamed_hints(program.names, moved))
-        return Block(tuple(Assign(a.target, v) for a, v in zip(s.assigns, values, strict=True)))
+        return Block(done)
 
     functions = tuple(replace(f, body=tuple(statement(s) for s in f.body)) for f in program.functions)
     return replace(program, functions=functions, names=names)

@@ -8,10 +8,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from tttc.ir.expr import Expr, postorder
-from tttc.ir.program import Program
+from tttc.ir.program import LoopProgram
 
 
-def structure(program: Program) -> str:
+def structure(program: LoopProgram) -> str:
     """A checksum of the functions of one token and of the update rule: nothing that a schedule chooses is in it.
 
     The program is that of any stage from the primal on. Names of states, gates and params count, the order of their

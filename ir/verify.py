@@ -8,7 +8,20 @@ from collections.abc import Iterable
 
 from tttc.ir.expr import OPS, Expr, postorder
 from tttc.ir.names import is_declared, own
-from tttc.ir.program import SEQUENCE, T_AXIS, Allocate, Block, For, Program, Restore, Save, Scan, Statement, values
+from tttc.ir.program import (
+    SEQUENCE,
+    T_AXIS,
+    Allocate,
+    Block,
+    For,
+    Program,
+    Restore,
+    Save,
+    Scan,
+    ScanProgram,
+    Statement,
+    values,
+)
 
 DECLARED = ("state", "param", "token", "gate")  # what a user names
 
@@ -26,7 +39,7 @@ def verify(program: Program, forbidden: Iterable[str] = ()) -> None:
         missing = [r.name for r in function.returns if r.name not in scope]
         if missing:
             raise MalformedProgram(f"stage {program.stage!r}: {function.name!r} returns undefined {', '.join(missing)}")
-    for scan in program.scans:
+    for scan in program.scans if isinstance(program, ScanProgram) else ():
         _given_tokens(scan, f"stage {program.stage!r}, scan {scan.name!r}")
 
 

@@ -17,7 +17,7 @@ import tttc
 from tests.helpers import LIBRARY, READS, dims_of
 from tttc.declare.read import signature
 from tttc.errors import DeclarationError
-from tttc.ir.dualize import gradient_class
+from tttc.ir.gradient_class import gradient_class
 
 Options = import_module("tttc.compiler.pipeline").Options  # the attribute `tttc.compile` is the function
 DIMS = {"D": 3, "E": 2, "F": 4}

@@ -22,9 +22,10 @@ from tttc.compiler.stage_check import random_arguments
 from tttc.errors import PassChangedMeaning
 from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, leaf
+from tttc.ir.gradient_class import classified
 from tttc.ir.interpret import interpret
 from tttc.ir.names import own, spelled
-from tttc.ir.program import Assign, Block, For, cotangent
+from tttc.ir.program import Assign, Block, DualProgram, For, cotangent
 from tttc.ir.update import openings
 from tttc.ir.verify import MalformedProgram, verify
 from tttc.verification.comparison import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
@@ -351,7 +352,12 @@ def test_a_pass_that_changes_the_rule_is_named(monkeypatch, fault, stage):
     monkeypatch.setenv("TTTC_CHECK", "1")
 
     def faulty(run):
-        return lambda p, o: replace(run(replace(p, update=change(p.update)), o), update=p.update)
+        def wrong(p, o):
+            other = replace(p, update=change(p.update))
+            other = classified(other) if isinstance(other, DualProgram) else other
+            return replace(run(other, o), update=p.update)
+
+        return wrong
 
     stages = [replace(s, run=faulty(s.run)) if s.name == stage else s for s in compiler.PIPELINE]
     monkeypatch.setattr(compiler, "PIPELINE", tuple(stages))

@@ -18,7 +18,7 @@ from tttc.ir.expr import OPS, TOKENS, Axes, Expr, postorder
 from tttc.ir.formulas import formula_text
 from tttc.ir.names import function, inner, marked, own, renamed, size_of, spelled, suffixed, unmarked, worded
 from tttc.ir.ops import einsum_spec
-from tttc.ir.program import Block, Program, Scan, ScanAdjoint, cotangent
+from tttc.ir.program import AdjointProgram, Block, Scan, ScanAdjoint, ScanProgram, cotangent
 from tttc.ir.scalars import SCALARS
 from tttc.ir.text import Namer, Printer, Text, core, formulas, steps, type_text
 
@@ -33,17 +33,17 @@ CHUNK, HEADS = marked(own("C")), marked(own("G"))  # the tokens of a chunk; batc
 X = marked(inner("x"))
 
 
-def refusals(program: Program) -> list[str]:
+def refusals(program: ScanProgram) -> list[str]:
     """PyTorch runs every program."""
     return []
 
 
-def notes(program: Program) -> list[str]:
+def notes(program: ScanProgram) -> list[str]:
     """Nothing: every scan runs in the same way."""
     return []
 
 
-def emit(program: Program) -> Source:
+def emit(program: AdjointProgram) -> Source:
     """The whole program as one Python file."""
     every_block = [s.block for s in program.scans] + [b for a in program.adjoints for b in (a.forward, a.backward)]
     roots = [x.value for b in every_block for x in b.assigns]
@@ -65,12 +65,12 @@ def emit(program: Program) -> Source:
 # -- one chunk ---------------------------------------------------------------------------------------------------------
 
 
-def _step(scan: Scan, program: Program) -> str:
+def _step(scan: Scan, program: AdjointProgram) -> str:
     doc = "One chunk." if scan.loops else scan.doc
     return _function(f"{scan.name}_step", scan.params, doc, scan.block, _names(scan.results), program)
 
 
-def _step_saving(a: ScanAdjoint, program: Program) -> str:
+def _step_saving(a: ScanAdjoint, program: AdjointProgram) -> str:
     """The forward chunk of the adjoint, with the outputs, so that it can stand for the forward."""
     block = Block((*a.outputs, *a.forward.assigns))
     returns = _names([x.target for x in (*a.outputs, *a.scan.updates)])
@@ -83,7 +83,7 @@ def _step_saving(a: ScanAdjoint, program: Program) -> str:
     return head + "\n".join(saved) + "\n    return " + tail
 
 
-def _step_adjoint(a: ScanAdjoint, program: Program) -> str:
+def _step_adjoint(a: ScanAdjoint, program: AdjointProgram) -> str:
     parameters = (*_inputs_of(a), *a.cotangents, *a.accumulated)
     residuals = _names(a.residuals)
     opening = _wrap("    (", residuals, ",) = saved") if residuals else []
@@ -104,7 +104,7 @@ def _function(
     doc: str,
     block: Block,
     returns: list[str],
-    program: Program,
+    program: AdjointProgram,
     kept: tuple[str, Sequence[str], Sequence[str]] | None = None,
 ) -> str:
     """A function of tensors; `kept` is a first parameter, what it holds, and the lines that take it apart."""
@@ -120,7 +120,7 @@ def _function(
     return "\n".join([*lines, ""])
 
 
-def _body(block: Block, parameters: Sequence[Expr], taken: set[str], program: Program) -> list[str]:
+def _body(block: Block, parameters: Sequence[Expr], taken: set[str], program: AdjointProgram) -> list[str]:
     variables = {*taken, *_names([x.target for x in block.assigns]), CHUNK, HEADS, "F", "torch", "aten"}
     namer = Namer(map(unmarked, variables), program.names)
     like = _name(parameters[0])

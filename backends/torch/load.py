@@ -17,7 +17,7 @@ from tttc.backends.memory import autocast
 from tttc.backends.torch.emit import emit
 from tttc.backends.torch.opaque import CopiedScan
 from tttc.ir.names import function
-from tttc.ir.program import Program, Scan, number_of
+from tttc.ir.program import AdjointProgram, Scan, number_of
 
 Tensors = Sequence[torch.Tensor]
 
@@ -57,7 +57,7 @@ class TorchScan:
     scan: Scan
     module: ModuleType
     called: Mapping[str, str]
-    program: Program
+    program: AdjointProgram
     compiled: bool = False
     """Whether its steps were given to torch.compile, whose functions are differentiated once."""
 
@@ -146,7 +146,7 @@ def here() -> str:
 
 def load(
     source: Source,
-    program: Program,
+    program: AdjointProgram,
     settings: Settings | None = None,
     place: Placement = HOST,
     *,

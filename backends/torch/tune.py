@@ -7,20 +7,20 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 
 from tttc.backends.interface import Preferred, Settings
-from tttc.ir.program import Program
+from tttc.ir.program import ScanProgram
 
 
-def choices(program: Program) -> Mapping[str, Sequence[int]]:
+def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     """No settings."""
     return {}
 
 
-def chunk(program: Program) -> Preferred | None:
+def chunk(program: ScanProgram) -> Preferred | None:
     """The one that costs the least."""
     return None
 
 
-def identity(program: Program, settings: Settings) -> Hashable:
+def identity(program: ScanProgram, settings: Settings) -> Hashable:
     """All settings are the same."""
     return ()
 

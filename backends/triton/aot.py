@@ -18,18 +18,20 @@ from tttc.backends.triton.resources import resources
 from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import suffixed
-from tttc.ir.program import Program, Scan, cotangent
+from tttc.ir.program import AdjointProgram, Scan, ScanProgram, cotangent
 
 DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def unbuildable(program: Program, target: str) -> list[str]:
+def unbuildable(program: ScanProgram, target: str) -> list[str]:
     """Why nothing can be compiled for a target here."""
     return [*refusals(program), *(nvidia.missing_assembler() if target.startswith("sm_") else [])]
 
 
-def build(program: Program, target: str, dtype: torch.dtype, scans: Sequence[Scan] | None = None) -> Iterator[Built]:
+def build(
+    program: AdjointProgram, target: str, dtype: torch.dtype, scans: Sequence[Scan] | None = None
+) -> Iterator[Built]:
     """The kernels of every fused scan, or of these, for a target such as sm_90 or gfx942, with tokens of `dtype`, each
     with the warps that leave the least outside its registers.
     """

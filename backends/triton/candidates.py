@@ -18,7 +18,7 @@ from tttc.backends.triton.emit import emit
 from tttc.backends.triton.kernel_spec import Form, form_of, unfused
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config, bounded, default_config
-from tttc.ir.program import Program
+from tttc.ir.program import AdjointProgram
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TunableKernels:
 
 
 def tunable(
-    program: Program, turns: Mapping[str, int], dtype: torch.dtype, target: str, forward_only: bool
+    program: AdjointProgram, turns: Mapping[str, int], dtype: torch.dtype, target: str, forward_only: bool
 ) -> TunableKernels:
     """The kernels of the scans that a call runs, each so many times, for a target."""
     module = Module(emit(program), program.name)

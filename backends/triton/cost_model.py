@@ -23,7 +23,7 @@ def turn_of(form: Form, backward: bool, dtype: torch.dtype) -> Turn:
     """
     scan, program = form.scan, form.program
     forward = [scan.updates] if scan.loops else []
-    sweeps = [*forward, backward_block(program.adjoint_of(scan))] if backward else [scan.block.assigns]
+    sweeps = [*forward, backward_block(form.adjoint)] if backward else [scan.block.assigns]
     chunk = form.chunk
     blocks = {d: form.block(Axis(d, d)) for d in program.dims}
     dims = {**program.dims, **({form.cut: form.width} if form.cut else {})}

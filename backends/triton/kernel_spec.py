@@ -19,7 +19,7 @@ from math import prod
 from tttc.backends.tiling import cut_axis, cut_program
 from tttc.ir.expr import TOKENS, Axes, Axis, Expr, postorder
 from tttc.ir.names import suffixed
-from tttc.ir.program import SEQUENCE, Program, Scan, cotangent, values
+from tttc.ir.program import SEQUENCE, AdjointProgram, Scan, ScanAdjoint, ScanProgram, cotangent, values
 from tttc.ir.split import split
 from tttc.ir.substitution import PAST
 
@@ -76,7 +76,7 @@ class Form:
     """
 
     scan: Scan
-    program: Program
+    program: ScanProgram
     cut: str = ""
     width: int = 0
     alone: bool = False
@@ -156,11 +156,17 @@ class Form:
             return None
         return shared, (own[0][0], own[1][0])
 
+    @property
+    def adjoint(self) -> ScanAdjoint:
+        """The adjoint of the scan, whose program has come that far."""
+        assert isinstance(self.program, AdjointProgram)
+        return self.program.adjoint_of(self.scan)
+
     def largest_value(self) -> int:
         """The numbers of the largest block that its kernels make, forward or backward."""
         blocks = [self.scan.block]
-        for a in self.program.adjoints:  # none before that stage, when a chunk is chosen
-            blocks += [a.forward, a.backward] if a.scan is self.scan else []
+        if isinstance(self.program, AdjointProgram) and self.scan.differentiated:  # not when a chunk is chosen
+            blocks += [self.adjoint.forward, self.adjoint.backward]
         largest = 1
         for e in postorder([x for block in blocks for x in values(block)]):
             whole = e.op == "contract" and self.factors(e) is None  # every product is made, and then added up
@@ -185,7 +191,7 @@ class Form:
         return ""
 
 
-def half_of(scan: Scan, program: Program) -> Form | None:
+def half_of(scan: Scan, program: ScanProgram) -> Form | None:
     """The form of a strip that is half of a head, or a power of two near it; None where nothing may be cut."""
     axis = cut_axis(scan, program)
     width = 0 if axis is None else block_size(program.dims[axis.size]) // 2
@@ -195,7 +201,7 @@ def half_of(scan: Scan, program: Program) -> Form | None:
     return Form(program.scans[0], program, axis.strip, width)
 
 
-def form_of(scan: Scan, program: Program) -> Form:
+def form_of(scan: Scan, program: ScanProgram) -> Form:
     """A whole head where one program can hold it, otherwise the widest strip that fits well, if there is one."""
     whole = Form(scan, program)
     strip = half_of(scan, program) if whole.too_large() else None
@@ -214,7 +220,7 @@ def halves_of(form: Form) -> tuple[Form, Form] | None:
     return replace(form, scan=found.states), replace(form, scan=found.outputs, alone=True)
 
 
-def unfused(scan: Scan, program: Program) -> str:
+def unfused(scan: Scan, program: ScanProgram) -> str:
     """Why a scan is no kernel but a sequence of batched operations; "" where it is one."""
     axes = {a for p in (*scan.params, *scan.results) for a in p.axes}
     if PAST in axes:

@@ -27,7 +27,7 @@ from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, h
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import function, suffixed
-from tttc.ir.program import Program, Scan, number_of
+from tttc.ir.program import AdjointProgram, Scan, number_of
 
 Tensors = Sequence[torch.Tensor]
 SHORT = 256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
@@ -65,7 +65,7 @@ def here() -> str:
 
 
 def load(
-    source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+    source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, CompiledScan]:
     """Every scan: by its kernels, or where it has none as batched operations of PyTorch, whose products are those of
     its libraries and what is between them fused by torch.compile.
@@ -201,7 +201,7 @@ def _write(path: Path, text: str) -> None:
 class TritonScan:
     """One scan, run by its forward and its backward kernel: a program for each head, or for each strip of one."""
 
-    def __init__(self, scan: Scan, program: Program, module: Module, settings: Settings) -> None:
+    def __init__(self, scan: Scan, program: AdjointProgram, module: Module, settings: Settings) -> None:
         self.scan, self.program, self.settings = scan, program, settings
         self.kernels = Kernels(form_of(scan, program), module, settings)
         self._narrower: dict[int, Kernels] = {}

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tttc.backends.interface import Preferred, Settings
 from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, Form, form_of, unfused
-from tttc.ir.program import SEQUENCE, Program
+from tttc.ir.program import SEQUENCE, ScanProgram
 
 THREADS = 32
 REGISTERS = 1 << 16  # of a multiprocessor
@@ -51,9 +51,8 @@ def default_config(form: Form, backward: bool) -> Config:
     return Config(warps, 2 if warps == 4 and not backward else 1)
 
 
-def chunk(program: Program) -> Preferred | None:
+def chunk(program: ScanProgram) -> Preferred | None:
     """Of a free chunk no more than what keeps a backward in registers, or nearly, beside the state."""
-    assert program.plan is not None
     least = program.plan.chunk
     for tokens, most in CHUNKS.items():
         scan = replace(program.scans[0], chunk=tokens)
@@ -65,13 +64,13 @@ def chunk(program: Program) -> Preferred | None:
     return None
 
 
-def choices(program: Program) -> Mapping[str, Sequence[int]]:
+def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     """The fields of a `Config`, each with what the forward of whole mini-batches has by default, and other values."""
     default = asdict(default_config(form_of(program.scans[0], program), False))
     return {n: (default[n], *(v for v in values if v != default[n])) for n, values in VALUES.items()}
 
 
-def identity(program: Program, settings: Settings) -> Hashable:
+def identity(program: ScanProgram, settings: Settings) -> Hashable:
     """The settings that are given: where they are the default of one kernel, they need not be that of another."""
     return tuple(sorted(settings.items()))
 

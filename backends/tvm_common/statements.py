@@ -22,7 +22,7 @@ from tttc.ir.adjoint import backward_block
 from tttc.ir.differentiate import lower_composites
 from tttc.ir.expr import TOKENS, Axes, Axis, Expr, leaf, leaves, postorder, rebuild, substitute, transform
 from tttc.ir.names import Word, marked, own, size_of, spelled, suffixed, worded
-from tttc.ir.program import T_AXIS, Assign, Program, Scan
+from tttc.ir.program import T_AXIS, AdjointProgram, Assign, Scan, ScanProgram
 from tttc.ir.text import Namer, Printer, core
 
 WALKS = ("cumprod", "segprod", "shift", "shift_back", "solve")
@@ -120,7 +120,7 @@ def read(value: Expr) -> Iterator[tuple[Expr, Axes]]:
 
 
 def statements(
-    assigns: Sequence[Assign], program: Program, taken: Iterable[str] = (), *, turned: bool = True
+    assigns: Sequence[Assign], program: ScanProgram, taken: Iterable[str] = (), *, turned: bool = True
 ) -> list[Statement]:
     """The assignments of a block one by one, new values of variables last, when nothing reads the old ones.
 
@@ -390,7 +390,7 @@ def heads_together(scan: Scan, dims: Mapping[str, int], lanes: int) -> bool:
     return scan.loops and whole and {a.target for a in scan.updates} == set(scan.carry)
 
 
-def listing(program: Program) -> str:
+def listing(program: AdjointProgram) -> str:
     """Every kernel as the statements that it is made of."""
     lines = [f"# Kernels of the variant `{program.name}`: for each batch element and head, in parallel, ..."]
     for scan in program.scans:

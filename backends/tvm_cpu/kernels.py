@@ -32,7 +32,7 @@ from tttc.backends.tvm_cpu.ops import Functions
 from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Expr
 from tttc.ir.names import spelled, suffixed
-from tttc.ir.program import Assign, Program, Scan, ScanAdjoint, cotangent, number_of
+from tttc.ir.program import Assign, Scan, ScanAdjoint, ScanProgram, cotangent, number_of
 
 FETCHED = 1 << 14  # numbers of a chunk that are asked for while the one before is worked on
 CLEARED = 1 << 16  # numbers of the scratch memory that are zeros at first; both fit the second cache
@@ -48,7 +48,7 @@ class Kernel:
     machine: Machine
 
 
-def forward_kernel(scan: Scan, program: Program, machine: Machine, stored: Mapping[str, str]) -> Kernel:
+def forward_kernel(scan: Scan, program: ScanProgram, machine: Machine, stored: Mapping[str, str]) -> Kernel:
     """carry, fixed, sequences -> outputs, new carry; and, with a loop, the carry at every `every` chunks.
 
     `stored` are the dtypes of sequences that have another one than arithmetic, by name.
@@ -112,7 +112,7 @@ def _heads_together(b: _Builder, scan: Scan) -> None:
                 b.sequences_done([a.target for a in scan.outputs])
 
 
-def backward_kernel(a: ScanAdjoint, program: Program, machine: Machine, stored: Mapping[str, str]) -> Kernel:
+def backward_kernel(a: ScanAdjoint, program: ScanProgram, machine: Machine, stored: Mapping[str, str]) -> Kernel:
     """Inputs, kept carries, cotangents -> cotangents of the inputs, each in the dtype of what it belongs to."""
     scan = a.scan
     b = _Builder(f"{scan.name}_adjoint", scan, program, machine, with_cotangents(scan, stored))
@@ -165,7 +165,9 @@ def with_cotangents(scan: Scan, stored: Mapping[str, str]) -> dict[str, str]:
 class _Builder:
     """One function: its tensors, its memory, its loops."""
 
-    def __init__(self, name: str, scan: Scan, program: Program, machine: Machine, stored: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, scan: Scan, program: ScanProgram, machine: Machine, stored: Mapping[str, str]
+    ) -> None:
         self.name, self.scan, self.program, self.machine, self.stored = name, scan, program, machine, stored
         self.vectors = Functions(machine.dtype, machine.lanes, lambda x: x)
         self.buffers: dict[str, Any] = {}

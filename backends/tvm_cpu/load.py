@@ -30,7 +30,7 @@ from tttc.backends.memory import laid_out, lengths, like, reach
 from tttc.backends.tvm_common.statements import heads_together
 from tttc.backends.tvm_cpu.machine import Config, Machine, host
 from tttc.ir.expr import Expr
-from tttc.ir.program import SEQUENCE, Program, Scan, ScanAdjoint
+from tttc.ir.program import SEQUENCE, AdjointProgram, Scan, ScanAdjoint
 from tttc.ir.structure import written
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def here() -> str:
 
 
 def load(
-    source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+    source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, TVMScan]:
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
     from tttc.backends.tvm_cpu.tiled import StripScan  # made of what is in this file
@@ -77,7 +77,7 @@ def load(
 class TVMScan:
     """One scan, run by its forward and its backward kernel."""
 
-    def __init__(self, scan: Scan, program: Program, config: Config | None = None) -> None:
+    def __init__(self, scan: Scan, program: AdjointProgram, config: Config | None = None) -> None:
         self.scan, self.program, self.config = scan, program, config or Config()
         self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
         self._compiled: dict[tuple[bool, Stored], Callable[..., None]] = {}

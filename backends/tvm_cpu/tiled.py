@@ -22,7 +22,7 @@ from tttc.backends.tvm_cpu.load import Stored, Tensors, TVMScan
 from tttc.backends.tvm_cpu.machine import Config
 from tttc.ir.expr import Expr
 from tttc.ir.free import FreeAxis
-from tttc.ir.program import Program, Scan, cotangent
+from tttc.ir.program import AdjointProgram, Scan, cotangent
 
 LITTLE = 1 << 24  # tokens times weights of a head, for which waking another thread takes what it would save
 FEWEST = 4  # threads for each head: with two, both strips doing what they share, a whole head was up to a third faster
@@ -33,7 +33,7 @@ VECTORS = 2  # that a strip has at least: narrower ones would do little but what
 class StripScan(TVMScan):
     """One scan: head by head, or in strips of heads where that keeps more threads busy."""
 
-    def __init__(self, scan: Scan, program: Program, config: Config | None = None) -> None:
+    def __init__(self, scan: Scan, program: AdjointProgram, config: Config | None = None) -> None:
         super().__init__(scan, program, config)
         self._parts: dict[int, TVMScan] = {}
         self._lock = Lock()
@@ -125,7 +125,7 @@ class StripScan(TVMScan):
             return self._parts[n]
 
     @cached_property
-    def _narrow(self) -> Program:
+    def _narrow(self) -> AdjointProgram:
         """The program of a strip, of whatever width."""
         assert self.free is not None
         return cut_program(self.scan, self.program, self.free)

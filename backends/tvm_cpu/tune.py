@@ -10,7 +10,7 @@ from math import prod
 from tttc.backends.interface import Preferred, Settings
 from tttc.backends.tvm_cpu.emit import only_chunk
 from tttc.backends.tvm_cpu.machine import BYTES, Config, host
-from tttc.ir.program import SEQUENCE, Program
+from tttc.ir.program import SEQUENCE, ScanProgram
 
 # the default first, then what differs from it by less and less
 VALUES: Mapping[str, tuple[int, ...]] = {
@@ -24,16 +24,15 @@ VALUES: Mapping[str, tuple[int, ...]] = {
 CHUNKS = {16: 64, 32: 256}
 
 
-def choices(program: Program) -> Mapping[str, Sequence[int]]:
+def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     """The fields of a `Config`, each with its default and other values."""
     return {n: (default, *(v for v in VALUES[n] if v != default)) for n, default in asdict(Config()).items()}
 
 
-def chunk(program: Program) -> Preferred | None:
+def chunk(program: ScanProgram) -> Preferred | None:
     """Of a free chunk as few tokens as the passes over the state allow, or the only one that these kernels have."""
     if (only := only_chunk(program)) is not None:
         return only
-    assert program.plan is not None
     least = program.plan.chunk
     size = BYTES["float64" if program.dtype == "f64" else "float32"]
     state = sum(prod(program.dims[str(a.size)] for a in p.axes) for p in program.scans[0].carry) * size
@@ -44,7 +43,7 @@ def chunk(program: Program) -> Preferred | None:
     return None
 
 
-def identity(program: Program, settings: Settings) -> Hashable:
+def identity(program: ScanProgram, settings: Settings) -> Hashable:
     """The tiles that every statement which this program might have would get, and whether its rows are unrolled."""
     config = Config(**settings)
     machine = host("float64" if program.dtype == "f64" else "float32", config)

@@ -12,15 +12,15 @@ from tttc.backends.tvm_cpu.emit import refusals
 from tttc.backends.tvm_cpu.load import stored_tokens
 from tttc.backends.tvm_cuda.device import gpu
 from tttc.backends.tvm_cuda.load import DTYPES, CudaScan, compiled
-from tttc.ir.program import Program
+from tttc.ir.program import AdjointProgram, ScanProgram
 
 
-def unbuildable(program: Program, target: str) -> list[str]:
+def unbuildable(program: ScanProgram, target: str) -> list[str]:
     """Why nothing can be compiled for a target here."""
     return [*refusals(program), *nvidia.missing()]
 
 
-def build(program: Program, target: str, dtype: torch.dtype) -> Iterator[Built]:
+def build(program: AdjointProgram, target: str, dtype: torch.dtype) -> Iterator[Built]:
     """The forward and the backward of every scan, through TensorIR."""
     device = gpu(DTYPES[dtype], int(target.removeprefix("sm_")))
     for scan in program.scans:

@@ -37,7 +37,7 @@ from tttc.backends.tvm_cuda.wmma import SIDE, SPREAD, Half, multiplied, rounded,
 from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Axes, Expr
 from tttc.ir.names import own, spelled, suffixed
-from tttc.ir.program import SEQUENCE, Assign, Program, Scan, ScanAdjoint, cotangent, number_of
+from tttc.ir.program import SEQUENCE, Assign, Scan, ScanAdjoint, ScanProgram, cotangent, number_of
 
 EXCHANGE = own("tiles")
 SCALARS = tuple(
@@ -59,7 +59,7 @@ class CudaKernel:
     """What the words of its text stand for."""
 
 
-def cuda_forward(scan: Scan, program: Program, device: Device, stored: Mapping[str, str]) -> CudaKernel:
+def cuda_forward(scan: Scan, program: ScanProgram, device: Device, stored: Mapping[str, str]) -> CudaKernel:
     """carry, fixed, sequences -> outputs, new carry; and, with a loop, the carry at every `every` chunks.
 
     `stored` are the dtypes of sequences that have another one than arithmetic, by name.
@@ -95,7 +95,7 @@ def cuda_forward(scan: Scan, program: Program, device: Device, stored: Mapping[s
     return b.kernel()
 
 
-def cuda_backward(a: ScanAdjoint, program: Program, device: Device, stored: Mapping[str, str]) -> CudaKernel:
+def cuda_backward(a: ScanAdjoint, program: ScanProgram, device: Device, stored: Mapping[str, str]) -> CudaKernel:
     """Inputs, kept carries, cotangents -> cotangents of the inputs, each in the dtype of what it belongs to."""
     scan = a.scan
     d_outputs = [cotangent(x.target) for x in scan.outputs]
@@ -147,7 +147,7 @@ class _Builder:
         self,
         name: str,
         scan: Scan,
-        program: Program,
+        program: ScanProgram,
         device: Device,
         stored: Mapping[str, str],
         incoming: Sequence[Expr] = (),

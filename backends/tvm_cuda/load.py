@@ -22,7 +22,7 @@ from tttc.backends.tvm_cuda.device import Device, gpu
 from tttc.backends.tvm_cuda.kernel_text import CudaSource, stride_name
 from tttc.ir.expr import Expr
 from tttc.ir.names import own, suffixed
-from tttc.ir.program import Program, Scan, cotangent
+from tttc.ir.program import AdjointProgram, Scan, cotangent
 
 Arguments = Mapping[str, torch.Tensor | int]
 Launch = Callable[[CudaSource, int, Arguments], None]
@@ -30,7 +30,7 @@ DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "b
 
 
 def load(
-    source: Source, program: Program, settings: Settings | None = None, place: Placement = HOST
+    source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, CudaScan]:
     """Every scan of a program of the adjoint stage, for the GPU that is there; compiled when first called."""
     major, minor = torch.cuda.get_device_capability(place.device)
@@ -88,7 +88,7 @@ def compiled(source: CudaSource, target: str) -> tuple[str, bytes, nvidia.Resour
 class CudaScan(TVMScan):
     """One scan, run by its forward and its backward kernel on a GPU, or by what `launch` launches them on."""
 
-    def __init__(self, scan: Scan, program: Program, device: Device, launch: Launch = launch) -> None:
+    def __init__(self, scan: Scan, program: AdjointProgram, device: Device, launch: Launch = launch) -> None:
         super().__init__(scan, program)
         self.device, self.launch = device, launch
         self._sources: dict[tuple[bool, Stored], CudaSource] = {}

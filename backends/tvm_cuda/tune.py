@@ -9,20 +9,20 @@ import torch
 from tttc.backends.interface import Preferred, Settings
 from tttc.backends.tvm_cpu import tune as of_cpu
 from tttc.backends.tvm_cpu.emit import only_chunk
-from tttc.ir.program import Program
+from tttc.ir.program import ScanProgram
 
 
-def choices(program: Program) -> Mapping[str, Sequence[int]]:
+def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     """No settings."""
     return {}
 
 
-def chunk(program: Program) -> Preferred | None:
+def chunk(program: ScanProgram) -> Preferred | None:
     """The only one that these kernels have, where there is but one; what a CPU prefers is for its caches."""
     return only_chunk(program)
 
 
-def identity(program: Program, settings: Settings) -> Hashable:
+def identity(program: ScanProgram, settings: Settings) -> Hashable:
     """All settings are the same."""
     return ()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from tttc.ir import build as b
 from tttc.ir.expr import TOKENS, Axis, Expr, const, leaf, postorder
 from tttc.ir.ops import align, evaluate
 from tttc.ir.program import S_AXIS, T_AXIS
-from tttc.ir.rewrite import rewrite
+from tttc.ir.rewrite import counted, rewrite
 from tttc.ir.simplify import FINISHING, RULES, simplify
 
 D, E, F = (Axis(n, n) for n in "DEF")
@@ -177,8 +175,8 @@ def test_every_rule_has_examples():
 @pytest.mark.parametrize("rule", [*RULES, *FINISHING], ids=lambda r: r.title)
 def test_a_rule_fires_and_keeps_the_value(rule):
     for e in EXAMPLES[rule.title]:
-        fired: Counter[str] = Counter()
-        (after,) = rewrite([e], [rule], fired)
+        with counted() as fired:
+            (after,) = rewrite([e], [rule])
         assert fired[rule.title] >= 1, f"{rule.title} does not fire on {e}"
         for seed in range(5):
             assert_same_value(e, after, seed)
@@ -186,11 +184,11 @@ def test_a_rule_fires_and_keeps_the_value(rule):
 
 @pytest.mark.parametrize("rule", [*RULES, *FINISHING], ids=lambda r: r.title)
 def test_all_rules_together_keep_the_value_of_each_example(rule):
-    """Later rules may need what an earlier one made; the counter names every rule that fired."""
+    """Later rules may need what an earlier one made; every rule that fires is told."""
     for e in EXAMPLES[rule.title]:
-        fired: Counter[str] = Counter()
         moved: dict[Expr, Expr] = {}
-        (after,) = simplify([e], fired, moved)
+        with counted() as fired:
+            (after,) = simplify([e], moved)
         assert fired
         assert set(fired) <= set(EXAMPLES)
         assert moved[e] is after

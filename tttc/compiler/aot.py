@@ -11,13 +11,13 @@ from tttc.backends.registry import Unit
 from tttc.compiler.driver import DTYPES, untuned
 from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, TTTCError
-from tttc.ir.program import Program
+from tttc.ir.program import AdjointProgram
 
 OLDEST = {"bfloat16": 80, "float16": 70}  # compute capability with tensor cores for it
 TARGET = re.compile(r"sm_(\d{2,3})|gfx[0-9a-f]{3,4}")
 
 
-def refuse_to_compile(unit: Unit, target: str, program: Program) -> None:
+def refuse_to_compile(unit: Unit, target: str, program: AdjointProgram) -> None:
     """Raise `BackendRefusal` where a backend cannot compile the program for a target here."""
     assert unit.compiler is not None
     if reasons := [*unit.missing(), *unit.compiler().unbuildable(program, target)]:

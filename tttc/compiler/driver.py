@@ -21,7 +21,7 @@ from tttc.declare.number import whole
 from tttc.declare.pickling import PickledVariant
 from tttc.declare.variant import Signature, Variant
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
-from tttc.ir.program import Program
+from tttc.ir.program import AdjointProgram
 from tttc.runtime.layer import Layer
 from tttc.runtime.standby import with_standby
 from tttc.tuning.lookup import Lookup
@@ -150,7 +150,7 @@ def source_of(
     return taken.backend.emit(taken.program)
 
 
-def untuned(variant: type[Variant], dims: Mapping[str, int], backend: Backend) -> Program:
+def untuned(variant: type[Variant], dims: Mapping[str, int], backend: Backend) -> AdjointProgram:
     """The program that a backend is given where nothing was tuned; float32."""
     declared = checked_signature(variant, dims)
     return run_pipeline(declared, Options(checked_dims(declared, dims), preferred=backend.chunk)).program
@@ -218,7 +218,7 @@ def _checked_checkpoint(given: int | str | None) -> int | str | None:
     return n
 
 
-def _checked_config(lookup: Lookup, name: str, backend: Backend, program: Program) -> dict[str, int]:
+def _checked_config(lookup: Lookup, name: str, backend: Backend, program: AdjointProgram) -> dict[str, int]:
     """The settings of kernels: given, or tuned; those that are given must exist."""
     known = backend.choices(program)
     config = lookup.chosen_config(known)
@@ -245,7 +245,7 @@ class Taken:
     why: str
 
     @property
-    def program(self) -> Program:
+    def program(self) -> AdjointProgram:
         return self.stages.program
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tttc.backends.garbage import uncollected
 from tttc.backends.interface import Preferred, Source
@@ -25,7 +25,7 @@ from tttc.ir.adjoint import adjoint
 from tttc.ir.dualize import dualize
 from tttc.ir.expr import OPS
 from tttc.ir.primal import token_loop
-from tttc.ir.program import Program
+from tttc.ir.program import AdjointProgram, DualProgram, GradientProgram, Program, ScanProgram, TokenProgram
 from tttc.ir.reading import NoExactForm
 from tttc.ir.schedule import schedule
 from tttc.ir.simplify import simplify_program
@@ -42,12 +42,12 @@ class Options:
     dtype: str = "f32"
     chunk: int | None = None
     telemetry: bool = False
-    tuned: Callable[[Program], int | None] | None = None
+    tuned: Callable[[DualProgram], int | None] | None = None
     """What tuning has found for the chunk of a program, asked before it is scheduled; it has the last word."""
-    preferred: Callable[[Program], Preferred | None] | None = None
+    preferred: Callable[[ScanProgram], Preferred | None] | None = None
     """What the backend would rather have, asked of the scheduled program where nothing else has chosen its chunk."""
 
-    def chunk_for(self, program: Program) -> int | None:
+    def chunk_for(self, program: DualProgram) -> int | None:
         return self.chunk if self.tuned is None else self.tuned(program)
 
 
@@ -83,6 +83,9 @@ class Entry:
         return self.source.text if self.source else str(self.program)
 
 
+P = TypeVar("P", bound=Program)
+
+
 class History:
     """The stages that a declaration went through, verified as they were added. `history["dualize"]` is one of them."""
 
@@ -101,10 +104,14 @@ class History:
                 return entry
         raise KeyError(f"no stage {name!r}; the stages are {', '.join(e.name for e in self.entries)}")
 
+    def of(self, kind: type[P]) -> P:
+        """The last program of just this type: `of(LoopProgram)` is what the stage `primal` made."""
+        return next(e.program for e in reversed(self.entries) if type(e.program) is kind)
+
     @property
-    def program(self) -> Program:
-        """The last program: what a backend is given."""
-        return next(e.program for e in reversed(self.entries) if e.program is not None)
+    def program(self) -> AdjointProgram:
+        """What a backend is given."""
+        return self.of(AdjointProgram)
 
     def append(self, entry: Entry, stage: Stage) -> None:
         """Add a stage: its types, scopes and ops are verified, with `TTTC_CHECK=1` also its meaning."""
@@ -133,13 +140,13 @@ def _debug(entry: Entry) -> None:
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
-def traced(declared: Signature, options: Options) -> Program:
+def traced(declared: Signature, options: Options) -> TokenProgram:
     """The declaration as per-token functions."""
     program = declare(declared, options.dims, options.dtype)
     return replace(program, telemetry=options.telemetry)
 
 
-def differentiate_loss(program: Program) -> Program:
+def differentiate_loss(program: TokenProgram) -> GradientProgram:
     """The derivative of the loss; raises `NotDifferentiable` where there is none."""
     try:
         return differentiate.differentiate(program)
@@ -147,18 +154,16 @@ def differentiate_loss(program: Program) -> Program:
         raise NotDifferentiable(problems_text(program.title, [no_gradient(str(states))])) from None
 
 
-def scheduled(program: Program, options: Options) -> Program:
+def scheduled(program: DualProgram, options: Options) -> ScanProgram:
     """The program as scans of chunks: the chunk as given or tuned, or as the backend would have a free one."""
     chunk = options.chunk_for(program)
     made = schedule(program, chunk)
-    assert made.plan is not None
     if chunk is not None or not made.plan.free or options.preferred is None or program.telemetry:
         return made
     wanted = options.preferred(made)
     if wanted is None:
         return made
     made = schedule(program, wanted.chunk)
-    assert made.plan is not None
     return replace(made, plan=replace(made.plan, reason=f"{made.plan.reason}; {wanted.why}"))
 
 

@@ -17,7 +17,7 @@ from tttc.ir.expr import Axis, Expr, leaves, postorder
 from tttc.ir.interpret import interpret
 from tttc.ir.names import differentiated, prefixed, spelled
 from tttc.ir.ops import align, evaluate
-from tttc.ir.program import S_AXIS, T_AXIS, EndStage, Program, number_of
+from tttc.ir.program import S_AXIS, T_AXIS, EndStage, GradientProgram, Program, number_of
 from tttc.ir.substitution import PAST
 
 Arrays = dict[str, np.ndarray]
@@ -36,7 +36,7 @@ def check_meaning(before: Program, after: Program, tokens: int = 21) -> None:
     functions = {f.name for f in before.functions}
     if "loss" in functions and "gradient" not in functions and after.stage != before.stage:
         _check_gradient(before, after)
-    if {"gradient", "output"} <= functions and not names:
+    if isinstance(before, GradientProgram) and {"gradient", "output"} <= functions and not names:
         arguments = random_arguments(after.functions[0].params, after.dims, tokens)
         name = after.functions[0].name
         found = interpret(after, name, arguments)
@@ -81,9 +81,8 @@ def _check_gradient(before: Program, after: Program) -> None:
     _compare(before, after, "gradient", tuple(wanted), tuple(found), DIFFERENCES_TOLERANCE)
 
 
-def token_by_token(program: Program, params: tuple[Expr, ...], arguments: Arrays) -> tuple[np.ndarray, ...]:
+def token_by_token(program: GradientProgram, params: tuple[Expr, ...], arguments: Arrays) -> tuple[np.ndarray, ...]:
     """Outputs and final weights by the update rule itself, from the per-token functions `gradient` and `output`."""
-    assert program.update is not None
     rule = _Rule(program, {p.name for p in params if p.at}, arguments)
     return rule.run()
 
@@ -91,8 +90,7 @@ def token_by_token(program: Program, params: tuple[Expr, ...], arguments: Arrays
 class _Rule:
     """The update rule on arrays, spelled out for one state and one token at a time (tttc/reference.py, in NumPy)."""
 
-    def __init__(self, program: Program, sequences: set[str], arguments: Arrays) -> None:
-        assert program.update is not None
+    def __init__(self, program: GradientProgram, sequences: set[str], arguments: Arrays) -> None:
         self.program, self.update, self.sequences, self.arguments = program, program.update, sequences, arguments
         self.states = {w.name: w for w in program.update.states}
         self.tokens = len(arguments[next(iter(sequences))])

@@ -15,6 +15,7 @@ from tttc.declare.variant import Signature, Variant, is_dim
 from tttc.errors import Problem, ShapeError, SourceLine, TTTCError, refusal
 from tttc.ir.differentiate import NoGradient, differentiate
 from tttc.ir.expr import Expr, postorder
+from tttc.ir.gradient_class import classified
 from tttc.ir.primal import token_loop
 from tttc.ir.program import T_AXIS
 from tttc.ir.reading import NoExactForm, over_chunk
@@ -28,7 +29,8 @@ def check(variant: type[Variant]) -> list[Problem]:
     if problems:
         return problems
     try:
-        schedule(token_loop(simplify_program(differentiate(declare(declared, dict.fromkeys(declared.dims, 2), "f64")))))
+        gradients = differentiate(declare(declared, dict.fromkeys(declared.dims, 2), "f64"))
+        schedule(classified(token_loop(simplify_program(gradients))))
     except NoGradient as states:
         return [no_gradient(str(states))]
     except NoExactForm as reason:

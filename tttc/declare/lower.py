@@ -15,10 +15,10 @@ from tttc.errors import refusal
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, const, leaf, leaves
 from tttc.ir.names import own, prefixed
-from tttc.ir.program import SEQUENCE, Assign, Block, EndStage, Function, Program, Update, end_leaf
+from tttc.ir.program import SEQUENCE, Assign, Block, EndStage, Function, TokenProgram, Update, end_leaf
 
 
-def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program:
+def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> TokenProgram:
     """Trace the user's `loss` and `output` into per-token functions of the IR.
 
     Raises `DeclarationError` with every problem of the functions.
@@ -37,7 +37,7 @@ def declare(declared: Signature, dims: Mapping[str, int], dtype: str) -> Program
         _function("output", traced.output.expr, z, traced.leaves),
     )
     name = _snake(declared.name)
-    return Program(name, "declare", functions, dict(dims), dtype, traced.names, update, title=declared.name)
+    return TokenProgram(name, "declare", functions, dict(dims), dtype, traced.names, update=update, title=declared.name)
 
 
 def _function(name: str, value: Expr, target: Expr, known: Leaves) -> Function:

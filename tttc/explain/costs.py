@@ -15,7 +15,18 @@ from tttc.ir import cost, substitution
 from tttc.ir.cost import CHUNK, MINI_BATCH, TOKENS, Formula, Work
 from tttc.ir.expr import Expr
 from tttc.ir.names import spelled
-from tttc.ir.program import SEQUENCE, Block, For, Program, Scan, ScanKind, Statement
+from tttc.ir.program import (
+    SEQUENCE,
+    AdjointProgram,
+    Block,
+    For,
+    LoopProgram,
+    Program,
+    Scan,
+    ScanKind,
+    ScanProgram,
+    Statement,
+)
 from tttc.ir.update import memories, openings
 
 if TYPE_CHECKING:
@@ -97,15 +108,15 @@ def stage_costs(layer: Layer) -> list[StageCost]:
 
 def program_costs(program: Program) -> Iterator[StageCost]:
     """The same of one stage."""
-    if program.adjoints:
+    if isinstance(program, AdjointProgram):
         yield from _sweeps(program)
         return
-    scans = {s.name: s for s in program.scans[1:]}
+    scans = {s.name: s for s in program.scans[1:]} if isinstance(program, ScanProgram) else {}
     for function in program.functions:
         scan, loops = scans.get(function.name), cost.lengths_of(function)
         work = cost.function_work(function)
         work = work.times(1 / TOKENS) if loops else work
-        lengths = loops if scan is None else _lengths(scan, program)
+        lengths = _lengths(scan, program) if scan is not None and isinstance(program, ScanProgram) else loops
         unit = "token" if scan is None else _unit(scan)
         yield StageCost(program.stage, function.name, unit, work, lengths, program.dims)
 
@@ -118,9 +129,8 @@ def _unit(scan: Scan) -> str:
     return _UNITS.get(scan.kind, "token")
 
 
-def _lengths(scan: Scan, program: Program) -> dict[sympy.Symbol, Formula]:
+def _lengths(scan: Scan, program: ScanProgram) -> dict[sympy.Symbol, Formula]:
     """The chunk of a scan; with a substitution also that of the scan which it makes coefficients or rows for."""
-    assert program.plan is not None
     chunk = cost.tokens(program.plan.chunk)
     if not scan.loops:
         return {CHUNK: chunk} if _unit(scan) == "chunk" else {}
@@ -128,7 +138,7 @@ def _lengths(scan: Scan, program: Program) -> dict[sympy.Symbol, Formula]:
     return {CHUNK: cost.tokens(scan.chunk), **past}
 
 
-def _sweeps(program: Program) -> Iterator[StageCost]:
+def _sweeps(program: AdjointProgram) -> Iterator[StageCost]:
     for a in program.adjoints:
         costs, lengths = cost.adjoint_cost(a), _lengths(a.scan, program)
         share = 1 / CHUNK if a.scan.loops else sympy.S.One
@@ -141,9 +151,7 @@ def layer_cost(layer: Layer) -> LayerCost:
     """The cost of the scheduled program: of the scans that a sequence of whole mini-batches runs."""
     program = layer.stages.program
     scan, lengths = program.scans[0], plan_lengths(program)
-    scheduled, primal = layer.stages["schedule"].program, layer.stages["primal"].program
-    assert scheduled is not None
-    assert primal is not None
+    scheduled, primal = layer.stages.of(ScanProgram), layer.stages.of(LoopProgram)
     adjoints = {a.scan.kind: cost.adjoint_cost(a) for a in program.adjoints}
     tile = adjoints[scan.kind]
     chunk, carried = cost.scan_cost(scan), kept(layer)
@@ -175,18 +183,16 @@ def layer_cost(layer: Layer) -> LayerCost:
     )
 
 
-def plan_lengths(program: Program) -> dict[sympy.Symbol, Formula]:
+def plan_lengths(program: ScanProgram) -> dict[sympy.Symbol, Formula]:
     """The chunk and the mini-batch of a scheduled program."""
     plan = program.plan
-    assert plan is not None
     lengths = {CHUNK: cost.tokens(plan.chunk)}
     return lengths if plan.mini_batch is None else {**lengths, MINI_BATCH: cost.tokens(plan.mini_batch)}
 
 
-def shares(program: Program) -> dict[ScanKind, Formula]:
+def shares(program: ScanProgram) -> dict[ScanKind, Formula]:
     """How often per token a sequence of whole mini-batches runs each scan; those for what a call leaves open not."""
     plan = program.plan
-    assert plan is not None
     found = {program.scans[0].kind: 1 / CHUNK, ScanKind.BEGIN: 1 / TOKENS}
     if plan.tiled:
         found[ScanKind.CLOSE] = 1 / MINI_BATCH
@@ -195,7 +201,7 @@ def shares(program: Program) -> dict[ScanKind, Formula]:
     return {s.kind: found[s.kind] for s in program.scans if s.kind in found}
 
 
-def _per_token(works: Mapping[ScanKind, Work], program: Program) -> Work:
+def _per_token(works: Mapping[ScanKind, Work], program: ScanProgram) -> Work:
     """The work of scans by their shares."""
     total = Work()
     for kind, share in shares(program).items():
@@ -216,10 +222,9 @@ def _of_tokens(body: tuple[Statement, ...], inside: bool = False) -> Iterator[Bl
             yield statement
 
 
-def _critical_path(program: Program) -> Formula:
+def _critical_path(program: ScanProgram) -> Formula:
     """Dependent contractions of a call: what waits inside a chunk or a mini-batch, and for the weights of the last."""
     plan, pieces = program.plan, pieces_depth(program)
-    assert plan is not None
     if pieces is None:
         return cost.scan_cost(program.scans[0]).critical_path()
     first, further = pieces
@@ -228,12 +233,11 @@ def _critical_path(program: Program) -> Formula:
     return sympy.expand((first + further * (MINI_BATCH / CHUNK - 1)) * TOKENS / MINI_BATCH)
 
 
-def pieces_depth(program: Program) -> tuple[Formula, Formula] | None:
+def pieces_depth(program: ScanProgram) -> tuple[Formula, Formula] | None:
     """Where a mini-batch has tiles, or a chunk goes through its tokens: the contractions of one such piece and what
     follows, and those that each further piece adds.
     """
     plan, scans = program.plan, {s.kind: s for s in program.scans}
-    assert plan is not None
     if plan.substitution:
         return cost.pieces_depth(scans[ScanKind.ROWS], program.scans[0])
     return cost.pieces_depth(program.scans[0], scans[ScanKind.CLOSE]) if plan.tiled else None
@@ -275,7 +279,6 @@ def kept(layer: Layer) -> list[Kept]:
 
 def _kept_always(layer: Layer) -> Iterator[Kept]:
     update = layer.stages.program.update
-    assert update is not None
     yield Kept(update.names, "the weights", cost.total_elements(update.states), each_token=True)
     for letter, found in _by_letter(m.variable for m in memories(update)).items():
         yield _of_letter(letter, found, each_token=letter == "V" or (letter == "M" and update.per == "token"))
@@ -288,8 +291,6 @@ def _kept_always(layer: Layer) -> Iterator[Kept]:
 def _kept_inside(layer: Layer) -> Iterator[Kept]:
     """What there is only in a mini-batch that a call left open."""
     plan, update = layer.stages.program.plan, layer.stages.program.update
-    assert plan is not None
-    assert update is not None
     if plan.free or plan.mini_batch == 1 or plan.mini_batch is None:
         return
     yield Kept(update.names, "the weights at its start", cost.total_elements(update.states), inside=True)

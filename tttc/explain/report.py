@@ -20,13 +20,23 @@ from tttc.explain.latex_document import latex_document
 from tttc.explain.update_rule import Line, form_lines, read_text, update_lines
 from tttc.ir import cost
 from tttc.ir.cost import CHUNK, EVERY, TOKENS, Formula, Work
-from tttc.ir.dualize import GradientClass, gradient_class
 from tttc.ir.expr import Expr, postorder
 from tttc.ir.linearity import Dependence, Finding, dependence
 from tttc.ir.names import spelled
 from tttc.ir.online import the_unknown
 from tttc.ir.primal import per_token
-from tttc.ir.program import SEQUENCE, Plan, Program, Scan, ScanKind, Tokens, Update, blocks
+from tttc.ir.program import (
+    SEQUENCE,
+    GradientClass,
+    GradientProgram,
+    Plan,
+    Scan,
+    ScanKind,
+    ScanProgram,
+    Tokens,
+    Update,
+    blocks,
+)
 from tttc.ir.reading import terms_of
 from tttc.ir.text import Namer, Printer, said, steps
 from tttc.ir.update import is_staged
@@ -59,7 +69,6 @@ def summary(layer: Layer) -> str:
     why this backend, and what it costs.
     """
     c, program = layer_cost(layer), layer.stages.program
-    assert program.plan is not None
     header = _header(layer)
     title = header.index("#")
     lines = [*header[: title + 1], *_declared_lines(layer), *header[title + 1 :], "#"]
@@ -102,8 +111,6 @@ def _header(layer: Layer) -> list[str]:
     declared = layer.signature
     program = layer.stages.program
     plan, update = program.plan, program.update
-    assert plan is not None
-    assert update is not None
     first = " ".join((declared.variant.__doc__ or "").split("\n\n")[0].split())
     dims = ", ".join(f"{d}={n}" for d, n in layer.dims.items())
     lines = _comment(f"{declared.name}: {first}" if first else declared.name, hang=0, indent=0)
@@ -115,7 +122,7 @@ def _header(layer: Layer) -> list[str]:
     why = layer.why if layer.why.startswith(layer.backend) else f"{layer.backend}: {layer.why}"
     lines += _item("backend", f"{why} (device {layer.device})")
     lines += _item("states", ", ".join(_declared_shape(w) for w in update.states))
-    kind = gradient_class(program)
+    kind = program.gradients
     lines += _paragraph("update", update_lines(update, kind, plan))
     lines += _item("read", read_text(update, declared.read))
     lines += _class_lines(layer, kind)
@@ -144,7 +151,6 @@ def _length_text(length: Tokens) -> str:
 def _class_lines(layer: Layer, kind: GradientClass) -> list[str]:
     """The class of the gradients, and how that of each state depends on each, with the operation that made it so."""
     program, names = layer.stages.program, _gradient_names(layer)
-    assert program.update is not None
     because = kind.finding.because
     lines = _item("class", _class_text(kind, "" if because is None else _operation(because, names), program.update))
     if len(program.update.states) == 1 or kind.kind == "constant":
@@ -176,7 +182,6 @@ def _unknown_text(layer: Layer, kind: GradientClass) -> str:
     if kind.kind != "affine":
         return ""
     program = layer.stages.program
-    assert program.update is not None
     gradients, axes = per_token(program)[0], {w.name: w.axes for w in program.update.states}
     unknown = the_unknown({n: terms_of(g, axes[n]) for n, g in gradients.items()}, program.update.states)
     assert unknown is not None
@@ -205,8 +210,7 @@ def _operation(e: Expr, names: Mapping[Expr, str]) -> str:
 
 def _gradient_names(layer: Layer) -> dict[Expr, str]:
     """The names that the listing of the simplified gradient gives to values."""
-    program = layer.stages["simplify"].program
-    assert program is not None
+    program = layer.stages.of(GradientProgram)
     function = program["gradient"]
     (block,) = blocks(function.body)
     namer = Namer(said(function, program), program.names)
@@ -218,7 +222,6 @@ def _summary(layer: Layer) -> list[str]:
     c = layer_cost(layer)
     program = layer.stages.program
     scan, plan = program.scans[0], program.plan
-    assert plan is not None
     chunk = cost.scan_cost(scan)
     lines = [
         f"# Costs for one head, {_bindings(plan_lengths(program))}; T tokens in a call. "
@@ -251,9 +254,8 @@ def _summary(layer: Layer) -> list[str]:
     return lines if plan.substitution else lines + _memory_lines(layer, scan, c)
 
 
-def _ends_text(program: Program) -> str:
+def _ends_text(program: ScanProgram) -> str:
     """What a call computes beside its chunks."""
-    assert program.plan is not None
     more = ["the end of each mini-batch"] if program.plan.tiled else []
     more += ["the rows of each chunk"] if program.plan.substitution else []
     beginning = program.scan(ScanKind.BEGIN)
@@ -283,8 +285,6 @@ def _saved_text(c: LayerCost, plan: Plan) -> str:
 def _state_lines(layer: Layer, c: LayerCost) -> list[str]:
     """What a sequence carries from call to call: in prefill, and when decoding."""
     carried, plan, update = kept(layer), layer.stages.program.plan, layer.stages.program.update
-    assert plan is not None
-    assert update is not None
     always, inside = ("; ".join(str(k) for k in carried if k.inside == flag) for flag in (False, True))
     alike = "in prefill and when decoding alike"
     if not inside:
@@ -305,10 +305,8 @@ def _state_lines(layer: Layer, c: LayerCost) -> list[str]:
     return lines
 
 
-def _critical_text(program: Program, c: LayerCost) -> str:
+def _critical_text(program: ScanProgram, c: LayerCost) -> str:
     plan, update = program.plan, program.update
-    assert plan is not None
-    assert update is not None
     if c.critical_path == 0:
         summed = "" if is_staged(update) else ": what a chunk hands on is scaled and added to, nothing more"
         return f"no contraction waits for the one of an earlier chunk{summed}"

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tttc.ir.dualize import GradientClass
 from tttc.ir.expr import Expr, is_const, leaf, leaves, rebuild, transform
 from tttc.ir.names import spelled
-from tttc.ir.program import SEQUENCE, EndStage, Plan, Update, end_leaf
+from tttc.ir.program import SEQUENCE, EndStage, GradientClass, Plan, Update, end_leaf
 from tttc.ir.text import Printer, Text
 from tttc.ir.update import Advanced, Carried, accumulated, advance, is_staged
 

@@ -72,7 +72,6 @@ class Layer:
         self._of_kernels = not named(backend, device).of_torch
         self.halves = self.compute_dtype == torch.float32 and all(s.halves for s in scans.values())
         program = stages.program
-        assert program.plan is not None
         self._name, self._plan = program.name, program.plan
         self._named = {s.kind: s.name for s in program.scans}
         self._params = {s.name: s.params for s in program.scans}
@@ -80,7 +79,6 @@ class Layer:
         self._results = {s.name: s.results for s in program.scans}
         self._measures = [str(a.leaf.name) for a in program.scans[0].outputs[1:]]
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
-        assert program.update is not None
         # whether the end of a mini-batch changes what is carried beside the weights
         self._ends_more = bool(set(self._made.get(self._named.get(ScanKind.CLOSE, ""), ())) - set(signature.states))
         self._opened = openings(program.update)

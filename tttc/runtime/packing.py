@@ -13,7 +13,7 @@ from tttc.declare.variant import Signature
 from tttc.errors import Problem, ShapeError, StateMismatch, problems_text
 from tttc.ir.expr import leaves
 from tttc.ir.names import as_declared
-from tttc.ir.program import Program
+from tttc.ir.program import ScanProgram
 from tttc.runtime.state import PackedState, State, Tensors, layout, tensors_of
 
 
@@ -31,7 +31,7 @@ class Arguments:
     wide: frozenset[str] = frozenset()
 
 
-def carried(program: Program) -> set[tuple[str, str]]:
+def carried(program: ScanProgram) -> set[tuple[str, str]]:
     """Role and name of everything that more than the outputs is made of: weights, what is carried beside them, and what
     is measured.
     """

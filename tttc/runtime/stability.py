@@ -11,6 +11,7 @@ from tttc.ir.expr import TOKENS, leaves, postorder
 from tttc.ir.online import gain
 from tttc.ir.ops import evaluate
 from tttc.ir.primal import per_token
+from tttc.ir.program import LoopProgram
 from tttc.ir.reading import terms_of
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ def warn_of_growth(layer: Layer, call: Call) -> None:
 
     For learners that are linear in their weights, with a loss that is quadratic; silent for others.
     """
-    primal = layer.stages["primal"].program
-    assert primal is not None
+    primal = layer.stages.of(LoopProgram)
     update = primal.update
-    assert update is not None
     gradients, _ = per_token(primal)
     products = {w.name: terms_of(gradients[w.name], w.axes) for w in update.states}
     found = gain(products, update.states, update.lr, {**primal.dims, TOKENS: max(call.tokens, 1)})

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tttc.ir.program import SEQUENCE, Plan, Program
+from tttc.ir.program import SEQUENCE, DualProgram, Plan
 from tttc.ir.schedule import choose_plan
 
 CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
 SMALLEST_TILE = 16  # of a mini-batch: smaller ones read and write its weights too often
 
 
-def chunk_choices(program: Program, tokens: int, preferred: int | None = None) -> tuple[int, ...]:
+def chunk_choices(program: DualProgram, tokens: int, preferred: int | None = None) -> tuple[int, ...]:
     """Chunks that differ, for a program that is not scheduled yet; the default first, which is what the backend
     prefers where it does, then what is near it.
 

@@ -13,7 +13,7 @@ import torch
 
 from tttc.backends.interface import Backend
 from tttc.backends.target import architecture_of
-from tttc.ir.program import Program
+from tttc.ir.program import LoopProgram
 from tttc.tuning.database import entries
 from tttc.tuning.records import OFF, UNTUNED, Choice, Key, Tuning, found_for, key_of
 
@@ -52,13 +52,13 @@ class Lookup:
         self.chunk, self.checkpoint, self.config = chunk, checkpoint, config
         self.tuning = OFF if is_off() else UNTUNED
 
-    def chosen_chunk(self, program: Program) -> int | None:
+    def chosen_chunk(self, program: LoopProgram) -> int | None:
         """Look up the program, which is not scheduled yet: the chunk to schedule it with, None for the default."""
         if self.tuning is not OFF and any(known := entries()):
             self.tuning = self._without_given(found_for(self.key(program), *known, architecture_of(self.device)))
         return self.chunk if self.chunk is not None else self.tuning.choice.chunk
 
-    def key(self, program: Program) -> Key:
+    def key(self, program: LoopProgram) -> Key:
         """The key of a program that is not scheduled yet."""
         return key_of(program, self.name, self.backend, self.device, self.dtype)
 

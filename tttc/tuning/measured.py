@@ -27,7 +27,7 @@ from tttc.declare.checks import checked_signature
 from tttc.declare.variant import Variant
 from tttc.errors import TuningError
 from tttc.ir.expr import TOKENS
-from tttc.ir.program import SEQUENCE, Program
+from tttc.ir.program import SEQUENCE, DualProgram, ScanProgram
 from tttc.ir.schedule import schedule
 from tttc.runtime.layer import Layer
 from tttc.terminal import budget_bar, plain, table
@@ -200,10 +200,7 @@ class _Subject:
         with untuned():
             self.exact = compile(variant, dims, torch.float64, backend="torch")
         self.dims = self.exact.dims
-        dualized, scheduled = (self.exact.stages[n].program for n in ("dualize", "schedule"))
-        assert dualized is not None
-        assert scheduled is not None
-        self.dualized, self.scheduled = dualized, scheduled
+        self.dualized, self.scheduled = self.exact.stages.of(DualProgram), self.exact.stages.of(ScanProgram)
         if backend not in ("auto", *registry.names()):
             raise TuningError(
                 f"there is no backend {backend!r} to tune; there are auto, {', '.join(registry.names())}."
@@ -212,9 +209,9 @@ class _Subject:
             self.name = compile(variant, dims, dtype, backend=backend).backend
         self.backend = registry.named(self.name, torch.device("cpu")).backend
         work = "forward" if forward_only else "training"
-        self.key = key_of(dualized, self.name, self.backend, torch.device("cpu"), dtype, work)
+        self.key = key_of(self.dualized, self.name, self.backend, torch.device("cpu"), dtype, work)
         self._layers: dict[Hashable, Layer] = {}
-        self._programs: dict[Value, Program] = {}
+        self._programs: dict[Value, ScanProgram] = {}
         self.accuracy = Accuracy(self.exact, dtype, self._checked_tokens(), self._by_torch, forward_only=forward_only)
         self._timed: Inputs | None = None
 
@@ -249,7 +246,6 @@ class _Subject:
     def _chunks(self) -> tuple[int, ...]:
         """Chunks of programs that the backend can run."""
         plan = self.scheduled.plan
-        assert plan is not None
         preferred = self.backend.chunk(self.scheduled) if plan.free else None
         found = chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
         if self.backend.refusals(self.scheduled):  # at the chunk of the torch backend
@@ -259,7 +255,6 @@ class _Subject:
     def _checkpoints(self) -> tuple[int, ...]:
         """Distances at which the carries that are kept take about as much memory as the call itself."""
         plan = self.scheduled.plan
-        assert plan is not None
         if self.forward_only or plan.chunk is SEQUENCE:
             return ()
         dims = {**self.dims, TOKENS: plan.chunk}
@@ -277,7 +272,7 @@ class _Subject:
         kernels = self.backend.identity(self._program(chunk), self._config(candidate))
         return (chunk, kernels), candidate.get("checkpoint")
 
-    def _program(self, chunk: Value) -> Program:
+    def _program(self, chunk: Value) -> ScanProgram:
         """Scheduled with a chunk."""
         if chunk not in self._programs:
             self._programs[chunk] = schedule(self.dualized, chunk)
@@ -312,7 +307,6 @@ class _Subject:
     def _checked_tokens(self) -> int:
         """Three chunks and, where that takes no further kernels, a tail; at most what is timed."""
         plan = self.scheduled.plan
-        assert plan is not None
         if plan.free:
             return min(self.tokens, 3 * max(self._chunks or (64,)) + 5)
         if isinstance(plan.mini_batch, int):

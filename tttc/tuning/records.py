@@ -15,7 +15,7 @@ import torch
 
 from tttc.backends.cpu import processor
 from tttc.backends.interface import Backend
-from tttc.ir.program import Program
+from tttc.ir.program import LoopProgram
 from tttc.ir.structure import structure
 from tttc.version import __version__
 
@@ -193,7 +193,7 @@ def _measured(entry: Entry) -> str:
 
 
 def key_of(
-    program: Program, name: str, backend: Backend, device: torch.device, dtype: torch.dtype, work: str = "training"
+    program: LoopProgram, name: str, backend: Backend, device: torch.device, dtype: torch.dtype, work: str = "training"
 ) -> Key:
     """The key of a program of any stage from the primal on."""
     toolchain = {"tttc": __version__, **backend.toolchain()}

@@ -38,7 +38,7 @@ from tttc.errors import TuningError
 from tttc.explain.costs import plan_lengths, shares
 from tttc.ir import cost
 from tttc.ir.names import own
-from tttc.ir.program import Program, Scan, ScanKind, number_of
+from tttc.ir.program import AdjointProgram, DualProgram, Scan, ScanKind, number_of
 from tttc.terminal import budget_bar, plain, table
 from tttc.tuning import database
 from tttc.tuning.chunks import chunk_choices
@@ -206,9 +206,7 @@ class _Subject:
         self.batch, self.tokens, self.heads = size
         with untuned():
             stages = compile(variant, dims, dtype, backend="torch").stages
-        dualized, program = stages["dualize"].program, untuned_program(variant, dims, unit.backend)
-        assert program.plan is not None
-        assert dualized is not None
+        dualized, program = stages.of(DualProgram), untuned_program(variant, dims, unit.backend)
         refuse_to_compile(unit, gpu.target, stages.program)
         work = "forward" if forward_only else "training"
         here = key_of(dualized, unit.name, unit.backend, torch.device("cpu"), dtype, work)
@@ -288,7 +286,7 @@ class _Subject:
         return self._made[chunk]
 
 
-def _regular(program: Program, tokens: int) -> Iterator[tuple[Scan, int]]:
+def _regular(program: AdjointProgram, tokens: int) -> Iterator[tuple[Scan, int]]:
     """The scans that every mini-batch runs, each with its turns in a call; not what only the beginning of one does."""
     sizes = {**program.dims, own("T"): tokens}
     found = shares(program)

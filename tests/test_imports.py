@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+
+import tttc
+from tttc.runtime.state import State
 
 ROOT = Path(__file__).parents[1]
 VARIANT_NAME = re.compile(
@@ -93,3 +100,62 @@ def test_the_pattern_of_variant_names_covers_the_library():
     from tttc import library
 
     assert all(VARIANT_NAME.search(name) for name in library.__all__)
+
+
+# -- what is imported when ---------------------------------------------------------------------------------------------
+
+
+def modules_after(code: str) -> set[str]:
+    """What a process of its own has imported in the end."""
+    command = [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_brings_torch_and_little_else():
+    new = modules_after("import tttc") - modules_after("import torch")
+    assert not new & {"torch._dynamo", "sympy", "rich", "typer", "triton", "tvm"}
+    assert len(new) < 10
+
+
+def test_what_compiles_brings_no_compiler_of_graphs():
+    assert not modules_after("import tttc; tttc.compile") & {"torch._dynamo", "matplotlib", "tvm"}
+
+
+def test_the_version_is_said_without_torch():
+    run = "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module('tttc', run_name='__main__')"
+    assert not modules_after(run) & {"torch", "sympy", "rich", "typer"}
+
+
+def test_torch_reads_a_state_where_the_package_is_imported(tmp_path):
+    file = tmp_path / "state.pt"
+    torch.save(State({"W": torch.ones(1, 2)}), file)
+    modules_after(f"import tttc, torch; assert torch.load({str(file)!r}).W.sum() == 2")
+
+
+def test_every_public_name_is_there_and_is_no_module_of_the_same_name():
+    """`import tttc.compile` must not be something else than `tttc.compile`."""
+    modules = {m.name for m in pkgutil.iter_modules(tttc.__path__)}
+    for name in tttc.__all__:
+        assert isinstance(getattr(tttc, name), ModuleType) == (name in modules), name
+    assert set(tttc.__all__) <= set(dir(tttc))
+
+
+@pytest.mark.parametrize("command", ["list", "explain ttt_linear", "verify ttt_linear --dim D=2 --tokens 3", "demo"])
+def test_only_the_demo_needs_what_its_report_is_written_with(command):
+    absent = ("matplotlib", "jinja2", "markupsafe", "pygments")
+    code = (
+        "import sys, importlib.util as u\n"
+        f"found, absent = u.find_spec, {absent}\n"
+        "u.find_spec = lambda name, *rest: None if name in absent else found(name, *rest)\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"  # whose import is then an ImportError
+        f"sys.argv[1:] = {command.split()}\n"
+        "from tttc.__main__ import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    if command == "demo":
+        assert done.returncode == 2
+        assert "matplotlib, jinja2, markupsafe, pygments are not installed" in done.stderr
+        assert "pip install 'tttc[demo]'" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout

@@ -16,7 +16,9 @@ import tttc
 from tests.helpers import LIBRARY
 from tttc.errors import DeclarationError, ShapeError, StateMismatch
 from tttc.library import TTTMLP, LinearAttention, TTTLinear
-from tttc.nn.layer import TTT, Cache, CausalConvolution, rotated
+from tttc.nn import TTT, Cache
+from tttc.nn.convolution import CausalConvolution
+from tttc.nn.rotation import rotated
 from tttc.verification.comparison import relative_error
 
 DOUBLE = torch.float64

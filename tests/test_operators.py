@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tttc.library import TTTMLP, GatedDeltaNet, TTTLinear
-from tttc.nn.layer import TTT, Cache
+from tttc.nn import TTT, Cache
 from tttc.runtime.custom_ops import operator
 from tttc.verification.comparison import random_inputs, relative_error
 

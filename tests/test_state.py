@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tests.learners import DIMS, CausalConvolution
-from tttc.nn.layer import TTT, Cache
+from tttc.nn import TTT, Cache
 from tttc.runtime.state import PackedState, State
 
 F64 = torch.float64

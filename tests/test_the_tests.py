@@ -35,7 +35,7 @@ from tttc.runtime.state import State
 from tttc.verification.comparison import Row, verify
 
 compiler = import_module("tttc.compiler.pipeline")  # the attribute `tttc.compile` is the function
-layer_module = import_module("tttc.runtime.layer")
+sequencing = import_module("tttc.runtime.sequencing")
 torch_ops = import_module("tttc.backends.torch.ops")
 TOKENS = 10  # two mini-batches of 4 and a tail of 2
 
@@ -304,7 +304,7 @@ def test_an_open_mini_batch_that_loses_a_token(monkeypatch):
     inputs = inputs_for(layer, TOKENS)
     wanted = layer_result(layer, inputs)
     assert not differences(result_of(*split_call(layer, inputs, [6]), inputs), wanted)
-    monkeypatch.setattr(layer_module, "State", Losing)
+    monkeypatch.setattr(sequencing, "State", Losing)
     assert differences(result_of(*split_call(layer, inputs, [6]), inputs), wanted)
     assert not differences(result_of(*split_call(layer, inputs, [4]), inputs), wanted)
 

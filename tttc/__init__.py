@@ -2,127 +2,35 @@
 
 Declare an inner-loop learner and its self-supervised loss as a `Variant`; `compile` differentiates it, derives its dual
 form, and returns an ordinary PyTorch layer.
+
+What there is lists `tttc/public.py`, which is imported when the first of it is asked for.
 """
 
 import sys
-from typing import NoReturn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from tttc import library, nn
-from tttc.attention import NonParametric, SoftmaxAttention
-from tttc.compiler.driver import compile
-from tttc.compiler.pipeline import PIPELINE
-from tttc.declare.checks import check
-from tttc.declare.functions import (
-    abs,
-    along,
-    div,
-    dot,
-    einsum,
-    elementwise,
-    exp,
-    gelu,
-    huber,
-    l2_norm,
-    layer_norm,
-    log,
-    mean,
-    relu,
-    rms_norm,
-    rsqrt,
-    sigmoid,
-    sign,
-    silu,
-    size,
-    softmax,
-    softplus,
-    sqrt,
-    stop_gradient,
-    sum,
-    tanh,
-    where,
-)
-from tttc.declare.specs import gate, normal, param, state, token
-from tttc.declare.suggest import instead
-from tttc.declare.update_rules import (
-    adam,
-    at_end,
-    clip_norm,
-    muon,
-    power_norm,
-    sgd,
-    sign_sgd,
-    soft_clip,
-    softmax_retention,
-    weight_norm,
-)
-from tttc.declare.variant import Variant
-from tttc.errors import FallbackWarning, TTTCError
-from tttc.runtime.layer import Layer, State
-from tttc.tuning.tune import tune
-from tttc.verification.comparison import verify
 from tttc.version import __version__ as __version__
 
-__all__ = [
-    "PIPELINE",
-    "FallbackWarning",
-    "Layer",
-    "NonParametric",
-    "SoftmaxAttention",
-    "State",
-    "TTTCError",
-    "Variant",
-    "abs",
-    "adam",
-    "along",
-    "at_end",
-    "check",
-    "clip_norm",
-    "compile",
-    "div",
-    "dot",
-    "einsum",
-    "elementwise",
-    "exp",
-    "gate",
-    "gelu",
-    "huber",
-    "l2_norm",
-    "layer_norm",
-    "library",
-    "log",
-    "mean",
-    "muon",
-    "nn",
-    "normal",
-    "param",
-    "power_norm",
-    "relu",
-    "rms_norm",
-    "rsqrt",
-    "sgd",
-    "sigmoid",
-    "sign",
-    "sign_sgd",
-    "silu",
-    "size",
-    "soft_clip",
-    "softmax",
-    "softmax_retention",
-    "softplus",
-    "sqrt",
-    "state",
-    "stop_gradient",
-    "sum",
-    "tanh",
-    "token",
-    "tune",
-    "verify",
-    "weight_norm",
-    "where",
-]
+if TYPE_CHECKING:
+    from tttc.public import *  # noqa: F403
+
+if sys.argv[1:] != ["--version"]:  # which is answered without torch
+    import_module("tttc.runtime.state")  # so that `torch.load` takes a `State` and a `Cache`
 
 
-def __getattr__(name: str) -> NoReturn:
-    """Name what exists in the place of what does not: `tttc.leaky_relu`, `tttc.mse`."""
-    said = "" if name.startswith("_") else f" {instead(name, __all__)}"
-    raise AttributeError(f"tttc has no `{name}`.{said}", name=name, obj=sys.modules[__name__])
+if not TYPE_CHECKING:  # which would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        """A public name; of what there is not, `tttc.leaky_relu` or `tttc.mse`, what exists in its place."""
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"tttc has no `{name}`.", name=name, obj=sys.modules[__name__])
+        public = import_module("tttc.public")
+        globals().update({n: getattr(public, n) for n in public.__all__}, __all__=public.__all__)
+        if name in globals():  # or a module beside these, which they have imported
+            return globals()[name]
+        said = import_module("tttc.declare.suggest").instead(name, public.__all__)
+        raise AttributeError(f"tttc has no `{name}`. {said}", name=name, obj=sys.modules[__name__])
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

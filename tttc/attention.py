@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tttc.declare.specs import evaluated_scale
 from tttc.errors import DeclarationError, Problem, ShapeError, SourceLine, StateMismatch, problems_text
+from tttc.runtime.graphs import outside_graphs
 from tttc.runtime.layer import State
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -142,7 +143,7 @@ on {self.device}: {"; ".join(f"{way}: {memory + why if why else flex}" for way, 
 
 {self.source}"""
 
-    @torch.compiler.disable  # FlexAttention is compiled here, by itself: torch.compile takes the module around it
+    @outside_graphs("FlexAttention is compiled here, by itself: torch.compile takes the module around it.")
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, state: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, State]:

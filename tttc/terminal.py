@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.progress_bar import ProgressBar
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -47,6 +46,8 @@ def console(*, stderr: bool = False) -> Console:
 def print_program(text: str) -> None:
     """Program text, with colours on a terminal; elsewhere as it is, so that it can be saved and run."""
     if sys.stdout.isatty():
+        from rich.syntax import Syntax  # brings pygments, for colours alone
+
         console().print(Syntax(text.rstrip("\n"), "python", theme="ansi_dark", word_wrap=True))
     else:
         print(text.rstrip("\n"))

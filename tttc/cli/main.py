@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tttc.backends.interface import Built
-from tttc.cli.doctor import Diagnosis, diagnose, version
+from tttc.cli.doctor import Diagnosis, diagnose
 from tttc.cli.loading import full_dims, library_variants, load_variant
 from tttc.compiler.aot import compile_for
 from tttc.compiler.driver import DTYPES, source_of
@@ -34,6 +36,7 @@ from tttc.terminal import console, error_table, print_program, table
 from tttc.tuning.database import database_path, export_to, import_from
 from tttc.tuning.tune import tune as tune_variant
 from tttc.verification.comparison import verify as verify_variant
+from tttc.version import __version__
 
 
 class _Commands(typer.core.TyperGroup):
@@ -76,17 +79,13 @@ DimOption = Annotated[
 
 
 UNTOLD = 3  # the exit code of a verification in which nothing differs, but not everything could be compared
+DEMO_NEEDS = ("matplotlib", "jinja2", "markupsafe", "pygments")  # the extra `demo`
 VERIFIED_WIDTH = 8  # the definition runs token by token: wide enough to be wrong, narrow enough to be quick
-
-
-def main() -> None:
-    """The entry point of the command `tttc`."""
-    app(prog_name="tttc")
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"tttc {version()}")
+        print(f"tttc {__version__}")
         raise typer.Exit
 
 
@@ -441,13 +440,14 @@ def demo(
         tttc demo
         tttc demo --quick --out my-report
     """
-    from tttc.examples.demo.main import (
-        DemoFailed,
-        run_demo,
-    )  # brings matplotlib, which takes a second and no other command needs
-
+    if absent := [n for n in DEMO_NEEDS if find_spec(n) is None]:
+        raise TTTCError(
+            f"the demo writes its report with {', '.join(DEMO_NEEDS)}, and {', '.join(absent)} "
+            f"{'is' if len(absent) == 1 else 'are'} not installed.\n  pip install 'tttc[demo]'"
+        )
+    example = import_module("tttc.examples.demo.main")  # what it needs no other command does
     try:
-        run_demo(out, quick)
-    except DemoFailed as failure:
+        example.run_demo(out, quick)
+    except example.DemoFailed as failure:
         console(stderr=True).print(Text(f"demo failed: {failure}", style="red"), soft_wrap=True)
         raise typer.Exit(1) from failure

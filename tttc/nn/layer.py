@@ -12,8 +12,7 @@ declaration in the place of TTT-Linear and TTT-MLP. For hidden states x: [B, T, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,79 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tttc.backends.memory import autocast
-from tttc.declare.gates import gate_bias, gate_problem
 from tttc.declare.number import whole
 from tttc.declare.pickling import PickledVariant
 from tttc.declare.read import signature
-from tttc.declare.specs import GateSpec, Init, initial_value
-from tttc.declare.variant import Signature, Variant, bind
-from tttc.errors import DeclarationError, Problem, ShapeError, StateMismatch, problems_text
+from tttc.declare.specs import Init, initial_value
+from tttc.declare.variant import Signature, Variant
+from tttc.errors import DeclarationError, ShapeError, StateMismatch
 from tttc.nn.containers import Modules, Parameters
+from tttc.nn.convolution import CausalConvolution
+from tttc.nn.gates import STD, HiddenGate, PositionGate, gate_module
+from tttc.nn.rotation import rotated
+from tttc.nn.sizes import output_shape, sizes_of
 from tttc.runtime.layer_cache import shared
-from tttc.runtime.state import register_tree
+from tttc.runtime.state import Cache
 
 __all__ = ["TTT", "Cache"]
 
-_STD = 0.02  # of every projection and gate weight at initialisation, as in the reference implementation
 _EPS = 1e-6  # of the post norm
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "exp": torch.exp,
-    "none": lambda x: x,
-}
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where a sequence stands after a call of `TTT`: pass it to the next call to continue at the next token.
-
-    Its size does not grow with the number of tokens seen. `torch.save` and `torch.load` work as they are, with `tttc`
-    imported; `to`, `select`, `repeat`, `detach` and `pin_memory` as with a `State`.
-    """
-
-    state: Any
-    """From the compiled layer: the fast weights (`cache.state.W1`) and what an open mini-batch needs."""
-    position: int
-    """Tokens seen so far."""
-    taps: Tensor | None
-    """The last `conv_kernel - 1` rows that the convolution reads, [B, conv_kernel - 1, hidden_size]."""
-
-    def map(self, function: Any) -> Cache:
-        """The same place with a function applied to every tensor."""
-        return self._with(self.state.map(function), function)
-
-    def _with(self, state: Any, function: Any) -> Cache:
-        return Cache(state, self.position, None if self.taps is None else function(self.taps))
-
-    def detach(self) -> Cache:
-        """The same values without their history: for truncated backpropagation through time."""
-        return self.map(lambda x: x.detach())
-
-    def to(self, *arguments: Any, **settings: Any) -> Cache:
-        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
-        return self.map(lambda x: x.to(*arguments, **settings))
-
-    def pin_memory(self) -> Cache:
-        """In memory from which a GPU copies without waiting."""
-        return self.map(lambda x: x.pin_memory())
-
-    def select(self, sequences: int | Sequence[int] | slice | Tensor) -> Cache:
-        """Some of its sequences, as `State.select` chooses them: to reorder beams, or to drop what has ended."""
-        index = [sequences] if isinstance(sequences, int) else sequences
-        return self._with(
-            self.state.select(sequences), lambda x: x[index.to(x.device) if isinstance(index, Tensor) else index]
-        )
-
-    def repeat(self, times: int) -> Cache:
-        """Each sequence so many times, one after the other."""
-        return self._with(self.state.repeat(times), lambda x: x.repeat_interleave(times, 0))
-
-
-torch.serialization.add_safe_globals([Cache])  # as with `State`
-register_tree(Cache, ("state", "taps"), "position", lambda children, seen: Cache(children[0], seen, children[1]))
 
 
 class TTT(nn.Module):
@@ -165,7 +108,7 @@ class TTT(nn.Module):
         self.variant = variant
         self.hidden_size = hidden_size
         self.num_heads = num_heads
-        self.dims = _sizes(declared, hidden_size, num_heads, dims or {}, rope, conv_kernel)
+        self.dims = sizes_of(declared, hidden_size, num_heads, dims or {}, rope, conv_kernel)
         self.mini_batch = declared.mini_batch
         self.rope = rope
         self.rope_theta = rope_theta
@@ -175,35 +118,34 @@ class TTT(nn.Module):
         self.checkpoint = checkpoint
         self.check, self.telemetry = check, telemetry
 
-        made: dict[str, Any] = {"dtype": dtype, "device": device}
-        width = {name: math.prod(self._shape(spec.given)) for name, spec in declared.tokens.items()}
-        (z_width,) = _output_shape(declared, self.dims)
         self.token_shapes = {name: self._shape(spec.given) for name, spec in declared.tokens.items()}
+        self._make(declared, post_norm, output_gate, {"dtype": dtype, "device": device})
+        self.reset_parameters()
+
+    def _make(self, declared: Signature, post_norm: bool, output_gate: bool, made: dict[str, Any]) -> None:
+        """Every module and parameter, without values, in the order of `state_dict()`."""
+        hidden_size, num_heads, kernel = self.hidden_size, self.num_heads, self.conv_kernel
+        width = {name: math.prod(shape) for name, shape in self.token_shapes.items()}
+        (z_width,) = output_shape(declared, self.dims)
 
         def projection(width: int) -> nn.Linear:
             return nn.Linear(hidden_size, num_heads * width, bias=False, **made)
 
+        def convolution(width: int) -> CausalConvolution | None:
+            return None if kernel is None else CausalConvolution(num_heads * width, kernel, **made)
+
         self.q_proj = projection(width["q"])
-        self.k_proj = projection(width["k"]) if conv_kernel is None else None
+        self.k_proj = projection(width["k"]) if kernel is None else None
         self.v_proj = projection(width["v"])
         self.token_proj = Modules({n: projection(w) for n, w in width.items() if n not in ("q", "k", "v")})
-        self.conv_q: CausalConvolution | None = None
-        self.conv_k: CausalConvolution | None = None
-        if conv_kernel is not None:
-            self.conv_q = CausalConvolution(num_heads * width["q"], conv_kernel, **made)
-            self.conv_k = CausalConvolution(num_heads * width["k"], conv_kernel, **made)
-        self.gates = Modules(
-            {
-                name: _gate(spec, hidden_size, num_heads, self.dims, declared, **made)
-                for name, spec in declared.gates.items()
-            }
-        )
+        self.conv_q, self.conv_k = convolution(width["q"]), convolution(width["k"])
+        gates = declared.gates.items()
+        self.gates = Modules({n: gate_module(g, hidden_size, num_heads, self.dims, declared, **made) for n, g in gates})
         self.params = self._inner_parameters(declared.params, **made)
         self.initial_state = self._inner_parameters(declared.states, **made)
         self.post_norm = nn.LayerNorm(num_heads * z_width, eps=_EPS, **made) if post_norm else None
         self.g_proj = projection(z_width) if output_gate else None
         self.o_proj = nn.Linear(num_heads * z_width, hidden_size, bias=False, **made)
-        self.reset_parameters()
 
     def _shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(self.dims[dim] for dim in dims)
@@ -218,7 +160,7 @@ class TTT(nn.Module):
         """Draw every parameter anew: projections N(0, 0.02^2), inner ones by their `init`, for each head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=_STD)
+                nn.init.normal_(module.weight, std=STD)
             elif isinstance(module, CausalConvolution | HiddenGate | PositionGate | nn.LayerNorm):
                 module.reset_parameters()
         declared = signature(self.variant)
@@ -360,145 +302,6 @@ class TTT(nn.Module):
         return ", ".join(shown)
 
 
-class CausalConvolution(nn.Module):
-    """A depthwise convolution in which a token sees itself and the `kernel - 1` tokens before it.
-
-    Weight [channels, 1, kernel] (the last tap is the token itself) and bias [channels], as in `nn.Conv1d`.
-    """
-
-    def __init__(self, channels: int, kernel: int, **made: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, kernel, **made))
-        self.bias = nn.Parameter(torch.empty(channels, **made))
-
-    def reset_parameters(self) -> None:
-        """Uniform within 1 / sqrt(kernel), the default of `nn.Conv1d`."""
-        bound = self.weight.shape[2] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """[B, kernel - 1 + T, channels], whose first rows are those before the tokens -> [B, T, channels]."""
-        kernel = self.weight.shape[2]
-        T = rows.shape[1] - kernel + 1
-        # A sum over shifted views, not F.conv1d, which has no meaning for T = 0 and wants channels first.
-        y = self.bias + sum(rows[:, j : j + T] * self.weight[:, 0, j] for j in range(kernel))
-        return y.to(rows.dtype)
-
-    def extra_repr(self) -> str:
-        return f"channels={self.weight.shape[0]}, kernel={self.weight.shape[2]}"
-
-
-class HiddenGate(nn.Module):
-    """low + scale * activation(x w_h + b_h), one row of weights per head (and channel): [B, T, H, *dims].
-
-    b_h begins at `start`.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        shape: tuple[int, ...],
-        hidden_size: int,
-        activation: str,
-        scale: float,
-        low: float = 0.0,
-        start: float = 0.0,
-        **made: Any,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, *shape, hidden_size, **made))
-        self.bias = nn.Parameter(torch.empty(num_heads, *shape, **made))
-        self.activation = activation
-        self.scale = scale
-        self.low, self.start = low, start
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=_STD)
-        nn.init.constant_(self.bias, self.start)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x: [B, T, hidden_size]; `positions` is not used."""
-        logits = F.linear(x, self.weight.flatten(0, -2), self.bias.flatten()).unflatten(-1, self.bias.shape)
-        value = self.scale * _ACTIVATIONS[self.activation](logits)
-        return value + self.low if self.low else value
-
-    def extra_repr(self) -> str:
-        low = f"{self.low:g} + " if self.low else ""
-        return f"{low}{self.scale:g} * {self.activation}(x @ {list(self.weight.shape)} + b)"
-
-
-class PositionGate(nn.Module):
-    """max(1 / i + learned_i, 0) for the i-th token of its mini-batch, i from 1; the same for every head."""
-
-    def __init__(self, num_heads: int, shape: tuple[int, ...], mini_batch: int | None, **made: Any) -> None:
-        super().__init__()
-        self.shape = (num_heads, *shape)
-        self.learned = None if mini_batch is None else nn.Parameter(torch.empty(mini_batch, *shape, **made))
-
-    def reset_parameters(self) -> None:
-        if self.learned is not None:
-            nn.init.zeros_(self.learned)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x: [B, T, hidden_size], positions: [T] from 0 -> [B, T, H, *dims]."""
-        inner = [1] * len(self.shape[1:])
-        scale = (1.0 / (positions + 1).to(x.dtype)).view(-1, *inner)
-        if self.learned is not None:
-            scale = torch.clamp_min(scale + self.learned[positions], 0.0)
-        return scale.unsqueeze(1).expand(*x.shape[:2], *self.shape)
-
-    def extra_repr(self) -> str:
-        return "1 / i" if self.learned is None else f"max(1 / i + learned_i, 0), i = 1..{self.learned.shape[0]}"
-
-
-def _gate(
-    spec: GateSpec,
-    hidden_size: int,
-    num_heads: int,
-    dims: Mapping[str, int],
-    declared: Signature,
-    **made: Any,
-) -> nn.Module:
-    """The module that makes this gate, as its declaration says."""
-    shape = tuple(dims[dim] for dim in spec.dims)
-    if spec.by == "position":
-        return PositionGate(
-            num_heads, shape, None if declared.mini_batch == "all" else int(declared.mini_batch), **made
-        )
-    problem = None
-    if spec.by != "hidden":
-        problem = Problem(
-            f"gate `{spec.name}` is made by {spec.by!r}.", 'Use by="hidden" or by="position".', spec.where
-        )
-    elif spec.activation not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        problem = Problem(
-            f"gate `{spec.name}` has the activation {spec.activation!r}.", f"Use one of {known}.", spec.where
-        )
-    sizes = {"D": hidden_size // num_heads, **dims}
-    problem = problem or gate_problem(spec, sizes)
-    if problem is not None:
-        raise DeclarationError(problems_text(declared.name, [problem]))
-    shown = spec.activation, spec.scale_value(sizes), float(spec.low), gate_bias(spec, sizes)
-    return HiddenGate(num_heads, shape, hidden_size, *shown, **made)
-
-
-def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding of x: [B, T, H, D] at `positions`: [T] (arXiv:2104.09864, equation 34).
-
-    Channels 2i and 2i + 1 form a plane, turned by position * theta^(-2i / D). The angles, their cosines and
-    sines are float32 for every dtype of x, as in the reference implementation, so that weights trained there
-    mean the same here.
-    """
-    D = x.shape[-1]
-    frequencies = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=x.device) / D)
-    angles = positions.to(torch.float32)[:, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
-
-
 def _drawn(variant: type[Variant], name: str, init: Init, num_heads: int, shape: tuple[int, ...]) -> Tensor:
     """Initial values [H, *shape] in float64, drawn for each head by itself from torch's default generator."""
     if not callable(init):
@@ -506,106 +309,3 @@ def _drawn(variant: type[Variant], name: str, init: Init, num_heads: int, shape:
     with torch.device("cpu"):  # where the generator is, also inside `with torch.device("meta")`
         draws = [initial_value(variant.__name__, name, init, shape, torch.default_generator) for _ in range(num_heads)]
     return torch.stack(draws)
-
-
-def _sizes(
-    declared: Signature,
-    hidden_size: int,
-    num_heads: int,
-    dims: Mapping[str, int],
-    rope: bool,
-    conv_kernel: int | None,
-) -> dict[str, int]:
-    """The size of each dim that the declaration mentions; `ShapeError` lists everything that does not fit."""
-    asked = {"hidden_size": hidden_size, "num_heads": num_heads, **dims}
-    bad = [f"{n} is {size!r}" for n, size in asked.items() if whole(size) is None or int(size) < 1]
-    if bad:
-        raise ShapeError(problems_text(declared.name, [Problem(f"{', '.join(bad)}.", "A size is a positive int.")]))
-    if hidden_size < 1 or num_heads < 1 or hidden_size % num_heads:
-        near = [n for n in range(1, max(hidden_size, 0) + 1) if hidden_size % n == 0]
-        near = sorted(sorted(near, key=lambda n: abs(n - num_heads))[:4])
-        options = (
-            f"Take num_heads from {', '.join(map(str, near))}, or another hidden_size."
-            if near
-            else "Both are at least 1."
-        )
-        what = f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}."
-        raise ShapeError(problems_text(declared.name, [Problem(what, options)]))
-    head = hidden_size // num_heads
-    problems = []
-    if dims.get("D", head) != head:
-        problems.append(
-            Problem(
-                f"dims has D = {dims['D']}, but the head width is {hidden_size} / {num_heads} = {head}.",
-                "Leave D out of dims, or change num_heads.",
-            )
-        )
-    unknown = [dim for dim in dims if dim not in (*declared.dims, "D")]
-    if unknown:
-        problems.append(
-            Problem(
-                f"dims gives {', '.join(unknown)}, which the declaration does not mention.",
-                f"Its dims are {', '.join(declared.dims)}.",
-            )
-        )
-    sizes = {"D": head, "E": head, "F": 4 * head, **dims}
-    missing = [dim for dim in declared.dims if dim not in sizes]
-    if missing:
-        given = ", ".join(f'"{dim}": ...' for dim in missing)
-        problems.append(Problem(f"the size of {', '.join(missing)} is not known.", f"Give it: dims={{{given}}}."))
-    bad = [dim for dim in declared.dims if dim in sizes and sizes[dim] < 1]
-    if bad:
-        problems.append(Problem(f"{', '.join(f'{d} = {sizes[d]}' for d in bad)} in dims.", "A size is at least 1."))
-    problems += [] if missing else _token_problems(declared, sizes, rope, conv_kernel)
-    if problems:
-        raise ShapeError(problems_text(declared.name, problems))
-    return {dim: sizes[dim] for dim in declared.dims}
-
-
-def _token_problems(
-    declared: Signature, sizes: Mapping[str, int], rope: bool, conv_kernel: int | None
-) -> list[Problem]:
-    problems = []
-    shapes = {name: [sizes[dim] for dim in declared.tokens[name].given] for name in ("q", "k")}
-    for name, shape in shapes.items():
-        if rope and (len(shape) != 1 or shape[0] % 2):
-            problems.append(
-                Problem(
-                    f"rope=True turns pairs of channels, but `{name}` has the shape {shape} per head.",
-                    "Choose num_heads so that the head width is even, or pass rope=False.",
-                )
-            )
-    if conv_kernel is not None and conv_kernel < 1:
-        problems.append(
-            Problem(
-                f"conv_kernel is {conv_kernel}.",
-                "It counts the tokens that a convolution sees: at least 1, or None.",
-            )
-        )
-    if conv_kernel is not None and shapes["q"] != shapes["k"]:
-        problems.append(
-            Problem(
-                f"conv_kernel={conv_kernel} makes q and k from one projection, "
-                f"but q is {shapes['q']} and k {shapes['k']}.",
-                "Leave conv_kernel out, or declare q and k over one axis.",
-            )
-        )
-    return problems
-
-
-def _output_shape(declared: Signature, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of what `output` returns for one token, found by calling it on zeros."""
-
-    def zeros(dims: tuple[str, ...]) -> Tensor:
-        return torch.zeros([sizes[dim] for dim in dims], dtype=torch.float64, device="cpu")
-
-    values = {name: zeros(spec.dims) for name, spec in (declared.states | declared.params).items()}
-    values |= {name: zeros(spec.dims) for name, spec in declared.tokens.items() if name not in ("q", "k", "v")}
-    values |= {name: zeros(declared.gates[gate].dims) for name, gate in declared.attributes.items()}
-    found = tuple(bind(declared.variant, values).output(zeros(declared.tokens["q"].dims)).shape)
-    if len(found) != 1:
-        what = f"the output of one token has the shape {list(found)}."
-        raise ShapeError(
-            problems_text(declared.name, [Problem(what, "`output` (or `learner`) must return one vector.")])
-        )
-    return found

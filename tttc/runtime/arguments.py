@@ -45,7 +45,7 @@ class Call:
         self._named("param", params, declared.params)
         self.sequences = {n: self._flat_sequence(given[n]) for n in declared.tokens}
         self.sequences |= {declared.identity("gate", n): self._flat_sequence(gates[n]) for n in declared.gates}
-        if layer._counts:
+        if layer.sequencing.counts:
             self.sequences[EACH.name] = q.new_ones(self.batch, self.heads, self.tokens)
         self.params = {
             n: self._flat(n, params[n], len(s.dims), self._dims(s.dims), batched=False)
@@ -79,7 +79,9 @@ class Call:
             return State(flat(values))
         self._continues(state)
         start = flat(state.start) if state.position else {}
-        variables = {v.name: v for v in (*self.layer._memory, *(o.variable for o in self.layer._opened))}
+        variables = {
+            v.name: v for v in (*self.layer.sequencing.memory, *(o.variable for o in self.layer.sequencing.opened))
+        }
 
         def carried(group: Mapping[str, torch.Tensor]) -> Tensors:
             axes = {n: tuple(a.size for a in variables[n].axes) for n in group if n in variables}
@@ -107,7 +109,7 @@ class Call:
             )
 
         kept, other = ("rows", "sums") if self.layer.decode == "rows" else ("sums", "rows")
-        names = self.sequences if kept == "rows" else [o.variable.name for o in self.layer._opened]
+        names = self.sequences if kept == "rows" else [o.variable.name for o in self.layer.sequencing.opened]
         if state.position and set(names) - set(state.rows if kept == "rows" else state.summed):
             raise StateMismatch(
                 f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens into a mini-batch, "

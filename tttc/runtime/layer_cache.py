@@ -10,6 +10,7 @@ import torch
 from tttc.compiler.driver import compile as compile_variant
 from tttc.declare.variant import Variant
 from tttc.runtime.custom_ops import untraced
+from tttc.runtime.graphs import constant_in_graphs
 from tttc.runtime.layer import Layer
 
 Dims = tuple[tuple[str, int], ...]
@@ -35,7 +36,7 @@ def shared(
     return _COMPILED[key]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _compile(
     variant: type[Variant],
     dims: Dims,

@@ -198,6 +198,52 @@ class PackedState(Mapping[str, torch.Tensor]):
         return f"PackedState({len(self.sequences)} sequences, {self.sequences[0]!r})"
 
 
+@dataclass(frozen=True)
+class Cache:
+    """Where a sequence stands after a call of `TTT`: pass it to the next call to continue at the next token.
+
+    Its size does not grow with the number of tokens seen. `torch.save` and `torch.load` work as they are, with `tttc`
+    imported; `to`, `select`, `repeat`, `detach` and `pin_memory` as with a `State`.
+    """
+
+    state: Any
+    """From the compiled layer: the fast weights (`cache.state.W1`) and what an open mini-batch needs."""
+    position: int
+    """Tokens seen so far."""
+    taps: torch.Tensor | None
+    """The last `conv_kernel - 1` rows that the convolution reads, [B, conv_kernel - 1, hidden_size]."""
+
+    def map(self, function: Any) -> Cache:
+        """The same place with a function applied to every tensor."""
+        return self._with(self.state.map(function), function)
+
+    def _with(self, state: Any, function: Any) -> Cache:
+        return Cache(state, self.position, None if self.taps is None else function(self.taps))
+
+    def detach(self) -> Cache:
+        """The same values without their history: for truncated backpropagation through time."""
+        return self.map(lambda x: x.detach())
+
+    def to(self, *arguments: Any, **settings: Any) -> Cache:
+        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
+        return self.map(lambda x: x.to(*arguments, **settings))
+
+    def pin_memory(self) -> Cache:
+        """In memory from which a GPU copies without waiting."""
+        return self.map(lambda x: x.pin_memory())
+
+    def select(self, sequences: int | Sequence[int] | slice | torch.Tensor) -> Cache:
+        """Some of its sequences, as `State.select` chooses them: to reorder beams, or to drop what has ended."""
+        index = [sequences] if isinstance(sequences, int) else sequences
+        return self._with(
+            self.state.select(sequences), lambda x: x[index.to(x.device) if isinstance(index, torch.Tensor) else index]
+        )
+
+    def repeat(self, times: int) -> Cache:
+        """Each sequence so many times, one after the other."""
+        return self._with(self.state.repeat(times), lambda x: x.repeat_interleave(times, 0))
+
+
 def register_tree(
     kind: type, children: Sequence[str], aside: str | None, build: Callable[[list[Any], Any], Any]
 ) -> None:
@@ -226,4 +272,7 @@ register_tree(
     lambda groups, position: State(groups[0], position, *groups[1:]),
 )
 register_tree(PackedState, ("sequences",), None, lambda children, _: PackedState(*children))
-torch.serialization.add_safe_globals([State, PackedState])  # torch.load takes them without being told to trust a file
+register_tree(Cache, ("state", "taps"), "position", lambda children, seen: Cache(children[0], seen, children[1]))
+torch.serialization.add_safe_globals(
+    [State, PackedState, Cache]
+)  # torch.load takes them without being told to trust a file

@@ -32,8 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tttc.backends.nvidia import Resources
-from tttc.backends.target import GPU
+from tttc.backends.target import GPU, Resources
 
 CONTRACTION = 0.3e-6  # seconds: factors through shared memory, a barrier, a few dependent matrix instructions
 STEP = 0.1e-6  # seconds: two sums over a block

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from tttc.backends.cost_model import Kernel
-from tttc.backends.nvidia import Resources
+from tttc.backends.target import Resources
 from tttc.ir.names import Wording
 from tttc.ir.program import AdjointProgram, Scan, ScanProgram
 from tttc.ir.structure import written
@@ -159,8 +159,8 @@ class Backend(Protocol):
         """What a user should know of how it runs the program; `explain` says it."""
         ...
 
-    def emit(self, program: AdjointProgram) -> Source:
-        """The program of the adjoint stage as source text."""
+    def emit(self, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+        """The program of the adjoint stage as what is compiled, or run; written when it is first read."""
         ...
 
     def load(

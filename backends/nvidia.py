@@ -13,29 +13,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from tttc.backends.target import Resources, Target
 
 SECONDS = 600  # for one run of a compiler
 
 
 class ToolkitMissing(Exception):
     """What would compile CUDA is not there, or failed."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one kernel takes: registers of a thread, bytes that it writes elsewhere because these are full, bytes of
-    shared memory; None where the compiler does not say.
-    """
-
-    kernel: str
-    target: str
-    registers: int | None
-    spilled: int | None
-    shared: int
 
 
 def nvcc() -> str | None:
@@ -47,7 +35,7 @@ def ptxas(target: str = "") -> str | None:
     """The path of the assembler: of CUDA, or the one that triton brings. From sm_100 on triton writes PTX for one of
     its own, which may be of a later CUDA than the other.
     """
-    newest = re.match(r"sm_1\d\d", target) and _of_triton("ptxas-blackwell")
+    newest = target and Target(target).capability >= 100 and _of_triton("ptxas-blackwell")
     return newest or _tool("ptxas") or _of_triton("ptxas")
 
 
@@ -79,7 +67,7 @@ def ptx(text: str, target: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
         source.write_text(text, encoding="utf-8")
-        _run([tool, "-std=c++17", f"-arch={target.replace('sm_', 'compute_')}", "-ptx", "-o", str(made), str(source)])
+        _run([tool, "-std=c++17", f"-arch={Target(target).virtual}", "-ptx", "-o", str(made), str(source)])
         return made.read_text(encoding="utf-8")
 
 
@@ -130,7 +118,7 @@ def nvrtc_ptx(text: str, target: str) -> str:
     program = ctypes.c_void_p()
     _checked(library, library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None))
     try:
-        options = ["-std=c++17", f"-arch={target.replace('sm_', 'compute_')}", *(f"-I{f}" for f in _include_folders())]
+        options = ["-std=c++17", f"-arch={Target(target).virtual}", *(f"-I{f}" for f in _include_folders())]
         given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         if library.nvrtcCompileProgram(program, len(options), given):
             raise ToolkitMissing(f"NVRTC failed:\n{_text(library, program, 'ProgramLog').strip()[:2000]}")
@@ -184,4 +172,4 @@ def _folders() -> list[Path]:
     return [f for f in dict.fromkeys([*found, Path("/usr/local/cuda")]) if f.is_dir()]
 
 
-__all__ = ["Resources", "ToolkitMissing", "assembled", "missing", "nvcc", "nvrtc_ptx", "ptx", "ptxas", "report"]
+__all__ = ["ToolkitMissing", "assembled", "missing", "nvcc", "nvrtc_ptx", "ptx", "ptxas", "report"]

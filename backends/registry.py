@@ -45,6 +45,8 @@ class Unit:
     auto: tuple[str, ...] = ()
     """Those on which "auto" tries it before what runs on all."""
     package: Package | None = None
+    writes_alone: bool = False
+    """Whether its text is written without that package."""
     differentiates: bool = True
     """Whether its scans have a backward."""
     of_torch: bool = False
@@ -64,6 +66,10 @@ class Unit:
     def missing(self) -> list[str]:
         """Why there is no such backend on this machine, whatever the program."""
         return [] if self.package is None else self.package.missing()
+
+    def unwritten(self) -> list[str]:
+        """Why its text cannot be written here."""
+        return [] if self.writes_alone else self.missing()
 
     def unavailable(self, device: torch.device) -> list[str]:
         """Why it cannot run on a device, whatever the program."""
@@ -189,6 +195,7 @@ register(
         ("cuda", "cpu"),
         ("cuda",),
         TRITON,
+        writes_alone=True,
         targets=("NVIDIA", "AMD"),
         compiler=_triton_compiler,
         estimator=_triton_estimator,

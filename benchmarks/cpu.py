@@ -209,7 +209,7 @@ def main(
     chosen = [known[v] for v in variants or (HEADLINE if quick else known)]
     with tempfile.TemporaryDirectory(prefix="tttc-benchmark-") as cache:
         os.environ["TTTC_CACHE_DIR"] = cache
-        from tttc.backends.tvm_cpu.load import imported_tvm
+        from tttc.backends.tvm_common.tir import imported_tvm
 
         imported_tvm()  # its two seconds are not those of the first row's kernels
         run_all(chosen, (False, True) if backward else (False,), effort, memory, report, path)

@@ -11,7 +11,7 @@ when the text is whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -205,9 +205,14 @@ class Printer:
                 return self.ordered(e.src[0], tuple(back.get(a, a) for a in axes))
             if e.op == "contract" and (contracted := self._contraction(e, axes)) is not None:
                 return contracted
-        text = Text(self.word(self.names[e])) if e in self.names else getattr(self, f"_{e.op}", self._composite)(e)
+        text = Text(self.word(self.names[e])) if e in self.names else self.writer(e.op)(e)
         own = self.arranged(e.axes)
         return text if own == axes else self.transposed(text, own, axes)
+
+    def writer(self, op: str) -> Callable[[Expr], Text]:
+        """What writes an operation that is not elementwise."""
+        found: Callable[[Expr], Text] = getattr(self, f"_{op}", self._composite)
+        return found
 
     def _contraction(self, e: Expr, axes: Axes) -> Text | None:
         """A contraction written in the order `axes`; None where it has to be transposed."""

@@ -23,9 +23,12 @@ from tests.cuda_emulator import Emulator
 from tests.helpers import LIBRARY, dims_of, keywords, layer_result, oracle_result
 from tests.test_tvm import converted, half_errors
 from tttc.backends import nvidia
-from tttc.backends.tvm_cpu.load import stored_tokens
-from tttc.backends.tvm_cuda.device import SHARED, gpu
-from tttc.backends.tvm_cuda.load import CudaScan, CudaSource, resources, unavailable
+from tttc.backends.target import OLDEST, Resources, Target
+from tttc.backends.tvm_common.scan import stored_tokens
+from tttc.backends.tvm_cuda.device import gpu
+from tttc.backends.tvm_cuda.kernel_text import CudaSource
+from tttc.backends.tvm_cuda.load import resources, unavailable
+from tttc.backends.tvm_cuda.scan import CudaScan
 from tttc.backends.tvm_cuda.smem import Variable, laid_out
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.library import GatedDeltaNet, LinearAttention, TTTLinear
@@ -183,7 +186,7 @@ def test_tensor_cores_on_stored_halves(dtype, folder):
 def test_what_does_not_fit_on_the_chip_lies_outside(folder):
     """The same numbers, whatever lies where."""
     layers, results = [], []
-    for size in (SHARED[80] * 1024, 6000, 2000):
+    for size in (OLDEST.shared, 6000, 2000):
         layer = emulated(TTTLinear, {"D": 16}, replace(gpu("float32", threads=64), shared=size), Emulator(folder))
         inputs = converted(random_inputs(layer.signature, layer.dims, 1, TOKENS, 2), torch.float32)
         results.append(forward(layer, inputs))
@@ -346,12 +349,12 @@ def test_every_library_variant_compiles(name, dtype, target):
     that one block may have, and hardly any spills but LaCT, a chunk of 2048 tokens and three matrices made orthogonal
     in one kernel.
     """
-    variant, capability = LIBRARY[name], int(target[3:])
+    variant, there = LIBRARY[name], Target(target)
     program = tttc.compile(variant, dims_of(variant, 64), torch.float32).stages.program
-    scan = CudaScan(program.scans[0], program, gpu(dtype, capability))
+    scan = CudaScan(program.scans[0], program, gpu(dtype, there))
     found = resources(scan.source(stored=stored_tokens(scan.scan, getattr(torch, dtype))), target)
     assert 16 <= found.registers <= 255
-    assert 0 < found.shared <= SHARED[capability] * 1024
+    assert 0 < found.shared <= there.shared
     assert found.spilled <= (8192 if name == "LaCT" else 512)
 
 
@@ -376,8 +379,8 @@ def test_what_ptxas_says_is_understood():
         "ptxas info    : Used 255 registers, used 0 barriers\n"
     )
     assert nvidia.report(said, "sm_90") == [
-        nvidia.Resources("f", "sm_90", 40, 12, 96),
-        nvidia.Resources("g", "sm_90", 255, 0, 0),
+        Resources("f", "sm_90", 40, 12, 96),
+        Resources("g", "sm_90", 255, 0, 0),
     ]
 
 
@@ -400,10 +403,10 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
 
 def test_on_a_gpu_the_kernels_are_those_for_it(monkeypatch):
     monkeypatch.setattr("tttc.backends.tvm_cuda.unavailable", lambda device: [])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("tttc.backends.tvm_cuda.device.architecture_of", lambda device: "sm_90")
     layer = tttc.compile(TTTLinear, {"D": 4}, torch.bfloat16, "cuda", "tvm")
     assert all(isinstance(s, CudaScan) for s in layer._scans.values())
-    assert {s.device for s in layer._scans.values()} == {gpu("bfloat16", 90)}
+    assert {s.device for s in layer._scans.values()} == {gpu("bfloat16", Target("sm_90"))}
     assert layer.halves
     with pytest.raises(ShapeError, match="config has tile_rows=4; backend 'tvm' has no settings"):
         tttc.compile(TTTLinear, {"D": 4}, device="cuda", backend="tvm", config={"tile_rows": 4})

@@ -11,8 +11,7 @@ import torch
 
 import tttc
 from tttc.backends.cost_model import CONTRACTION, LOAD, STEP, Kernel, Made, Turn, estimate
-from tttc.backends.nvidia import Resources
-from tttc.backends.target import GPUS, architecture, architecture_of
+from tttc.backends.target import GPUS, Resources, architecture, architecture_of
 from tttc.backends.triton.cost_model import turn_of
 from tttc.backends.triton.kernel_spec import form_of
 from tttc.library import GatedDeltaNet, LinearAttention

@@ -99,11 +99,11 @@ def test_processes_share_the_cache(tmp_path, monkeypatch):
 
 KILLED = """
 import importlib, os, signal
-load = importlib.import_module("tttc.backends.tvm_cpu.load")
+scan = importlib.import_module("tttc.backends.tvm_cpu.scan")
 def link(library, path):
     path.write_bytes(b"half of it")
     os.kill(os.getpid(), signal.SIGKILL)
-load._link = link
+scan.link = link
 """
 
 

@@ -29,15 +29,15 @@ def own_cache(monkeypatch, tmp_path):
 
 def broken(monkeypatch, *directions):
     """The builder of kernels raises, forwards or backwards."""
-    load = import_module("tttc.backends.tvm_cpu.load")
-    made = load.TVMScan._kernel
+    scan = import_module("tttc.backends.tvm_cpu.scan")
+    made = scan.CPUScan.kernel
 
     def kernel(self, backward, stored):
         if backward in directions:
             raise KeyError("an operation that nobody thought of")
         return made(self, backward, stored)
 
-    monkeypatch.setattr(load.TVMScan, "_kernel", kernel)
+    monkeypatch.setattr(scan.CPUScan, "kernel", kernel)
 
 
 @pytest.mark.parametrize("directions", [(False,), (True,), (False, True)])

@@ -20,8 +20,7 @@ from tests.test_tuning import KEY, dualized, entry
 from tttc.backends import nvidia
 from tttc.backends import triton as triton_backend
 from tttc.backends.cost_model import Made, NotCompiled
-from tttc.backends.nvidia import Resources
-from tttc.backends.target import GPUS
+from tttc.backends.target import GPUS, Resources
 from tttc.backends.triton.aot import order_of
 from tttc.backends.triton.compile_process import Compilers, Crashed
 from tttc.backends.triton.emit import emit

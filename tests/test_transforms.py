@@ -303,7 +303,7 @@ def test_mapped_over(name, backend):
 def test_what_is_mapped_over_runs_at_once_by_the_kernels(monkeypatch, backend):
     """One call of a scan for the whole batch, forward and backward, and none of the program in PyTorch."""
     from tttc.backends.torch.load import TorchScan
-    from tttc.backends.tvm_cpu.load import TVMScan
+    from tttc.backends.tvm_common.scan import TVMScan
 
     problem = Problem("DeltaNet", backend)
     many = [torch.stack([x, x, x]) for x in problem.values]

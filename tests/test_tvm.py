@@ -169,7 +169,7 @@ UNITS = {
 
 def elementwise(name, values):
     """A function of tttc.backends.tvm_cpu.ops on an array whose length is a whole number of vectors."""
-    from tttc.backends.tvm_cpu.load import LEFT_OUT, SETTINGS, imported_tvm
+    from tttc.backends.tvm_common.tir import LEFT_OUT, SETTINGS, imported_tvm
 
     tvm = imported_tvm()
     from tvm.script.ir_builder import IRBuilder
@@ -358,7 +358,7 @@ import inspect, sys, torch, tttc
 from tttc.library import LinearAttention
 before = inspect.getfile, inspect.findsource
 layer = tttc.compile(LinearAttention, {"D": 3}, torch.float64, backend="tvm")
-layer._scans["linear_attention"].script()
+layer.source
 assert "tvm" in sys.modules
 assert (inspect.getfile, inspect.findsource) == before
 """
@@ -389,7 +389,7 @@ def test_it_takes_as_many_threads_as_torch():
 
 def test_heads_may_be_taken_together(monkeypatch):
     """By chunks, some heads in each, or head by head: the same operations, the same bits."""
-    load = importlib.import_module("tttc.backends.tvm_cpu.load")
+    load = importlib.import_module("tttc.backends.tvm_cpu.scan")
     layer = compiled(TTTLinear, {"D": 16}, torch.float32)
     inputs = converted(inputs_for(layer, 40, heads=5, batch=2), torch.float32)
     found = []
@@ -413,7 +413,7 @@ def test_heads_may_be_taken_together(monkeypatch):
     ],
 )
 def test_no_thread_has_more_heads_than_another_must(batch, heads, threads, most, together):
-    load = importlib.import_module("tttc.backends.tvm_cpu.load")
+    load = importlib.import_module("tttc.backends.tvm_cpu.scan")
     assert load._together(batch, heads, threads, most) == together
 
 
@@ -492,4 +492,4 @@ def test_the_source_is_the_statements_of_the_kernels(golden):
 
 def test_the_script_is_tensor_ir():
     layer = compiled(LinearAttention, {"D": 4})
-    assert "T.prim_func" in layer._scans["linear_attention"].script()
+    assert "T.prim_func" in layer.source

@@ -22,7 +22,7 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def load():
-    return importlib.import_module("tttc.backends.tvm_cpu.load")
+    return importlib.import_module("tttc.backends.tvm_cpu.scan")
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def built(load, monkeypatch):
     """The names of the kernels that LLVM has compiled."""
     names = []
 
-    def counted(kernel, build=load._build):
+    def counted(kernel, build=load.build):
         names.append(kernel.name)
         return build(kernel)
 
-    monkeypatch.setattr(load, "_build", counted)
+    monkeypatch.setattr(load, "build", counted)
     return names
 
 

@@ -7,12 +7,13 @@ written in place, so every function can be differentiated again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sympy
 
-from tttc.backends.interface import Source
-from tttc.backends.torch.ops import ELEMENTWISE, FUSED_DERIVATIVES, HELPERS, formula
+from tttc.backends.interface import HOST, Placement, Settings, Source
+from tttc.backends.rows import missing_rows
+from tttc.backends.torch.ops import FUSED_DERIVATIVES, HELPERS, ROWS, formula
 from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, TOKENS, Axes, Expr, postorder
 from tttc.ir.formulas import formula_text
@@ -34,8 +35,8 @@ X = marked(inner("x"))
 
 
 def refusals(program: ScanProgram) -> list[str]:
-    """PyTorch runs every program."""
-    return []
+    """PyTorch runs every program whose operations have a row."""
+    return missing_rows(program, ROWS, "backends/torch/ops.py")
 
 
 def notes(program: ScanProgram) -> list[str]:
@@ -43,7 +44,7 @@ def notes(program: ScanProgram) -> list[str]:
     return []
 
 
-def emit(program: AdjointProgram) -> Source:
+def emit(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """The whole program as one Python file."""
     every_block = [s.block for s in program.scans] + [b for a in program.adjoints for b in (a.forward, a.backward)]
     roots = [x.value for b in every_block for x in b.assigns]
@@ -164,6 +165,10 @@ class TorchPrinter(Printer):
         super().__init__(lengths={**{d: str(n) for d, n in dims.items()}, TOKENS: CHUNK}, word=marked)
         self.like = like
 
+    def writer(self, op: str) -> Callable[[Expr], Text]:
+        found: Callable[[Expr], Text] = getattr(self, ROWS[op])
+        return found
+
     def transposed(self, text: Text, axes: Axes, to: Axes) -> Text:
         if len(axes) == 2:
             return Text(f"{text.at_least(5)}.mT")
@@ -205,7 +210,7 @@ class TorchPrinter(Printer):
         if e.op == "mul" and (fused := self._fused(e, axes)) is not None:
             return fused
         if SCALARS[e.op].infix is None:
-            return Text(ELEMENTWISE[e.op].format(*self._arguments(e, axes)))
+            return Text(ROWS[e.op].format(*self._arguments(e, axes)))
         return super()._elementwise(e, axes)
 
     def _arguments(self, e: Expr, axes: Axes) -> list[str]:
@@ -265,8 +270,6 @@ class TorchPrinter(Printer):
         dims = [axes.index(a) - len(axes) for a in e.arg]
         name = "amax" if e.op == "max" else e.op
         return Text(f"{self.text(e.src[0]).at_least(5)}.{name}({dims[0] if len(dims) == 1 else tuple(dims)})")
-
-    _sum = _mean = _max = _reduction
 
     def _mask(self, e: Expr) -> Text:
         rows, columns, strict = e.arg

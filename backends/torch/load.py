@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from tttc.backends import generated
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.memory import autocast
+from tttc.backends.scan import BaseScan, Tensors
 from tttc.backends.torch.emit import emit
 from tttc.backends.torch.opaque import CopiedScan
 from tttc.ir.names import function
-from tttc.ir.program import AdjointProgram, Scan, number_of
-
-Tensors = Sequence[torch.Tensor]
+from tttc.ir.program import AdjointProgram, Scan
 
 
 def _flat(tensors: Tensors) -> tuple[tuple[int, int], list[torch.Tensor]]:
@@ -50,31 +48,24 @@ def _apart(results: Tensors, others: Tensors) -> list[torch.Tensor]:
     return found
 
 
-@dataclass(frozen=True)
-class TorchScan:
-    """One scan, run by the functions of a generated module."""
+class TorchScan(BaseScan):
+    """One scan, run by the functions of a generated module; `compiled` says that its steps were given to torch.compile,
+    whose functions are differentiated once.
+    """
 
-    scan: Scan
-    module: ModuleType
-    called: Mapping[str, str]
-    program: AdjointProgram
-    compiled: bool = False
-    """Whether its steps were given to torch.compile, whose functions are differentiated once."""
+    def __init__(
+        self, scan: Scan, program: AdjointProgram, module: ModuleType, called: Mapping[str, str], compiled: bool
+    ) -> None:
+        super().__init__(scan, program)
+        self.module, self.called, self.compiled = module, called, compiled
 
     @cached_property
     def opaque(self) -> CopiedScan:
         return CopiedScan(self)
 
-    @property
-    def halves(self) -> bool:
-        return False
-
     @cached_property
     def recorded(self) -> TorchScan:
         return load(emit(self.program), self.program)[self.scan.name] if self.compiled else self
-
-    def expect_backward(self, inputs: Tensors) -> None:
-        """Nothing: all is there."""
 
     def forward(
         self, inputs: Tensors, checkpoint: int | None
@@ -87,8 +78,8 @@ class TorchScan:
     ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
         leading, inputs = _flat(inputs)
         if self.scan.loops:
-            every = self._tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
-            outputs, saved = self._call("")(*inputs, self._chunk(inputs), every)
+            every = self.tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
+            outputs, saved = self._call("")(*inputs, self.chunk(inputs), every)
         elif self.scan.differentiated:
             *outputs, kept = self._call("_step_saving")(*inputs)
             saved = [kept]
@@ -110,9 +101,9 @@ class TorchScan:
         _, cotangents = _flat(cotangents)
         carried, fixed = len(self.scan.carry), len(self.scan.fixed)
         if self.scan.loops:
-            settings = self._chunk(inputs), checkpoint
+            settings = self.chunk(inputs), checkpoint
             width = carried if checkpoint else len(self.program.adjoint_of(self.scan).residuals)
-            groups = -(-self._tokens(inputs) // (settings[0] * (checkpoint or 1)))
+            groups = -(-self.tokens(inputs) // (settings[0] * (checkpoint or 1)))
             kept = [saved[i * width : (i + 1) * width] for i in range(groups)]
             found = self._call("_adjoint")(kept, *inputs[carried:], *cotangents, *settings)
         else:
@@ -123,11 +114,8 @@ class TorchScan:
     def _call(self, suffix: str) -> Callable[..., Any]:
         return getattr(self.module, self.called[function(f"{self.scan.name}{suffix}")])
 
-    def _chunk(self, inputs: Tensors) -> int:
-        """The chunk in tokens; a mini-batch that is the whole sequence takes all of it."""
-        return number_of(self.scan.chunk, self._tokens(inputs))
-
-    def _tokens(self, inputs: Tensors) -> int:
+    def tokens(self, inputs: Tensors) -> int:
+        """Of a loop whose tensors have batch and heads as one axis."""
         return int(inputs[len(self.scan.carry) + len(self.scan.fixed)].shape[1])
 
 
@@ -155,15 +143,10 @@ def load(
     """Run the source, which has no settings; a traceback into it shows its lines. `steps` is applied to the functions
     of one chunk, before the loops call them.
     """
-    file = f"<tttc {program.name}>"
-    lines = source.text.splitlines(keepends=True)
-    linecache.cache[file] = (len(source.text), None, lines, file)
-    module = ModuleType(program.name)
-    exec(compile(source.text, file, "exec"), module.__dict__)
+    module = generated.module(source.text, program.name, f"<tttc {program.name}>")
     if steps is not None:
         for name in (f"{s.name}{end}" for s in program.scans for end in ("_step", "_step_saving", "_step_adjoint")):
             if (word := source.wording.called.get(function(name))) is not None:
                 setattr(module, word, steps(getattr(module, word)))
-    return {
-        scan.name: TorchScan(scan, module, source.wording.called, program, steps is not None) for scan in program.scans
-    }
+    called, compiled = source.wording.called, steps is not None
+    return {scan.name: TorchScan(scan, program, module, called, compiled) for scan in program.scans}

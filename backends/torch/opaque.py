@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
 
-from tttc.backends.interface import content_of
-from tttc.backends.memory import lengths
-from tttc.ir.program import number_of
+from tttc.backends.scan import BaseScan, Tensors
 
 if TYPE_CHECKING:
     from tttc.backends.torch.load import TorchScan
 
-Tensors = Sequence[torch.Tensor]
 
-
-class CopiedScan:
+class CopiedScan(BaseScan):
     """The same functions as those of a `TorchScan`. It keeps the carry of every so many chunks, never the values within
     a chunk: those may be views of the inputs.
     """
 
     def __init__(self, inner: TorchScan) -> None:
-        self.inner, self.scan, self.recorded = inner, inner.scan, inner
+        super().__init__(inner.scan, inner.program)
+        self.inner = inner
 
     @property
-    def halves(self) -> bool:
-        return False
+    def recorded(self) -> TorchScan:
+        return self.inner
 
     @property
-    def opaque(self) -> CopiedScan:
-        return self
-
-    @property
-    def content(self) -> str:
-        return content_of(self.scan, self.inner.program, "torch")
-
-    def expect_backward(self, inputs: Tensors) -> None:
-        """Nothing: all is there."""
-
-    def results(self, inputs: Tensors, checkpoint: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        scan, like, tokens = self.scan, inputs[0], self._tokens(inputs)
-        sizes = [lengths(target, self.inner.program.dims, tokens) for target in scan.results]
-        outputs = [like.new_empty(*like.shape[:2], *own) for own in sizes]
-        if not scan.loops:
-            return outputs, []
-        every = (checkpoint or 1) * number_of(scan.chunk, tokens)
-        groups = 0 if checkpoint is None else -(-tokens // every)
-        return outputs, [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
-
-    def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
-        return [x.new_empty(x.shape) for x in inputs]
+    def made_of(self) -> tuple[Hashable, ...]:
+        return ("torch",)
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
         outputs, kept = self.results(inputs, checkpoint)
@@ -75,15 +52,6 @@ class CopiedScan:
         results = self.gradients(inputs)
         _fill(results, self.inner.backward(inputs, kept, every, cotangents))
         return tuple(results)
-
-    def _tokens(self, inputs: Tensors) -> int:
-        """The length of an axis that no dim gives: a scan without one has one token."""
-        dims = self.inner.program.dims
-        for p, x in zip(self.scan.params, inputs, strict=True):
-            for axis, length in zip(p.axes, x.shape[2:], strict=True):
-                if axis.size not in dims:
-                    return length
-        return 1
 
 
 def _fill(memory: Tensors, values: Tensors) -> None:

@@ -1,4 +1,4 @@
-"""How each elementwise operation of the IR is written in PyTorch, and each composite that PyTorch has whole."""
+"""How each operation of the IR is written in PyTorch, and each composite that PyTorch has whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import sympy
 
+from tttc.backends.generated import module
+from tttc.backends.rows import INFIX
 from tttc.ir.formulas import FormulaPrinter, formula_text
 from tttc.ir.scalars import Formula
 
@@ -33,6 +35,36 @@ ELEMENTWISE = {
     "select": "select({0}, {1}, {2})",
     "huber": "huber({0}, {1})",
 }
+
+# Methods of the printer (emit.py).
+STRUCTURE = {
+    "leaf": "_leaf",
+    "const": "_const",
+    "size": "_size",
+    "map": "_map",
+    "pow": "_pow",
+    "contract": "_contract",
+    "sum": "_reduction",
+    "mean": "_reduction",
+    "max": "_reduction",
+    "mask": "_mask",
+    "last": "_last",
+    "put_last": "_put_last",
+    "segprod": "_segprod",
+    "cumprod": "_cumprod",
+    "shift": "_shift",
+    "shift_back": "_shift_back",
+    "solve": "_solve",
+    "broadcast": "_broadcast",
+    "rename": "rename",
+    "stop_gradient": "_stop_gradient",
+    "softmax": "_composite",
+    "layer_norm": "_composite",
+    "rms_norm": "_composite",
+    "l2_norm": "_composite",
+}
+
+ROWS = {**INFIX, **ELEMENTWISE, **STRUCTURE}
 
 # the derivative of a function and its product with a cotangent, where PyTorch has them as one operation that can itself
 # be differentiated (aten.silu_backward cannot)
@@ -103,7 +135,7 @@ class TorchFormulas(FormulaPrinter):
     """A SymPy formula as PyTorch text."""
 
     def _print_Function(self, expr: sympy.Function) -> str:
-        return ELEMENTWISE[type(expr).__name__].format(*(self._print(a) for a in expr.args))
+        return ROWS[type(expr).__name__].format(*(self._print(a) for a in expr.args))
 
 
 def formula(body: sympy.Expr) -> str:
@@ -115,6 +147,5 @@ def function_of(made: Formula) -> Callable[..., Any]:
     used = {f.func.__name__ for f in made.body.atoms(sympy.Function)}
     helpers = [text for name, text in HELPERS.items() if name in used]
     text = "\n".join(["import torch", "import torch.nn.functional as F", *helpers, formula_text(made, formula)])
-    scope: dict[str, Any] = {}
-    exec(compile(text, f"<{made.name}>", "exec"), scope)
-    return scope[made.name]
+    found: Callable[..., Any] = getattr(module(text, made.name, f"<{made.name}>"), made.name)
+    return found

@@ -9,6 +9,7 @@ import torch
 
 from tttc.backends import nvidia
 from tttc.backends.interface import Built
+from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton import llvm_flags as frugal
 from tttc.backends.triton.emit import emit, refusals, rounded
@@ -26,7 +27,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def unbuildable(program: ScanProgram, target: str) -> list[str]:
     """Why nothing can be compiled for a target here."""
-    return [*refusals(program), *(nvidia.missing_assembler() if target.startswith("sm_") else [])]
+    return [*refusals(program), *(nvidia.missing_assembler() if Target(target).nvidia else [])]
 
 
 def build(
@@ -89,6 +90,7 @@ def order_of(
         "constants": {"operand": TYPES[dtype], "index": "int32"},
         "attributes": attributes,
         "target": target,
+        "driver": Target(target).driver,
         "options": bounded(config.options, target),
     }
 

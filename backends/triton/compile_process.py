@@ -18,6 +18,7 @@ from typing import Any
 
 from tttc.backends import nvidia
 from tttc.backends.cost_model import Made, NotCompiled, TooLate
+from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton.resources import resources_of
 
@@ -62,7 +63,8 @@ class Compilers:
 
     def answer(self, order: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any]:
         """What a worker says that an order was made into. Raises `NotCompiled`."""
-        process = self._started(order["target"])
+        target = order["target"]
+        process, order = self._started(target), {**order, "driver": Target(target).driver}
         try:
             said, complaint = process.communicate(json.dumps(order), timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -108,7 +110,7 @@ def switches(target: str) -> dict[str, str]:
     """The environment in which kernels for a target are compiled for few registers, unless the user's says otherwise.
     LLVM's switches stay where they are set: in this process they would hold for the kernels of others as well.
     """
-    return {VARIABLE: SWITCHES} if target.startswith("sm_") and not os.environ.get(VARIABLE) else {}
+    return {VARIABLE: SWITCHES} if Target(target).nvidia and not os.environ.get(VARIABLE) else {}
 
 
 def _stopped(process: subprocess.Popen[str]) -> None:

@@ -7,14 +7,14 @@ It imports Triton alone, so that a process for each kernel costs half a second.
 from __future__ import annotations
 
 import json
-import linecache
 import os
+import runpy
 import sys
 from collections.abc import Mapping
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
-WIDEST_WARP = 64  # threads, on AMD's GPUs
+GENERATED = runpy.run_path(str(Path(__file__).parents[1] / "generated.py"))["module"]
 TEXTS = ("ptx", "amdgcn")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32", "int64": "int64"}
 
@@ -33,23 +33,18 @@ def asked(order: Mapping[str, Any], function: Any) -> tuple[Any, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    target, signature = order["target"], order["signature"]
+    signature = order["signature"]
     attributes = {(list(signature).index(n),): x for n, x in order["attributes"].items()}
     constants = {
         n: getattr(triton.language, DTYPES[x]) if isinstance(x, str) else x for n, x in order["constants"].items()
     }
     source = ASTSource(function, dict(signature), constants, attributes)
-    amd = target.startswith("gfx")
-    return source, GPUTarget("hip", target, WIDEST_WARP) if amd else GPUTarget("cuda", int(target[len("sm_") :]), 32)
+    return source, GPUTarget(*order["driver"])
 
 
 def function_of(order: Mapping[str, Any]) -> Any:
     """The kernel, from the text of its file. Triton reads it again, from the lines that Python keeps for tracebacks."""
-    text, name = order["source"], order["file"]
-    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    module = ModuleType(order["module"])
-    module.__file__ = name
-    exec(compile(text, name, "exec"), module.__dict__)
+    module = GENERATED(order["source"], order["module"], order["file"])
     return getattr(module, order["kernel"])
 
 

@@ -17,10 +17,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from tttc.backends.interface import Source
+from tttc.backends.interface import HOST, Placement, Settings, Source
+from tttc.backends.rows import missing_rows
 from tttc.backends.triton.kernel_spec import Form, Tensor, form_of, unfused
 from tttc.backends.triton.line_schedule import shortened
-from tttc.backends.triton.ops import HELPERS, formula
+from tttc.backends.triton.ops import HELPERS, ROWS, formula
 from tttc.backends.triton.padding import Padding
 from tttc.backends.triton.printer import TritonPrinter, wide
 from tttc.ir.adjoint import backward_block
@@ -41,9 +42,8 @@ Place = tuple[str, str] | None  # which of several chunks, and of how many: ("ev
 
 def refusals(program: ScanProgram) -> list[str]:
     """Why these kernels cannot run the program."""
-    if program.dtype == "f64":
-        return ["float64 is no dtype of its matrix products"]
-    return []
+    double = ["float64 is no dtype of its matrix products"] if program.dtype == "f64" else []
+    return [*double, *missing_rows(program, ROWS, "backends/triton/ops.py")]
 
 
 def notes(program: ScanProgram) -> list[str]:
@@ -57,7 +57,7 @@ def notes(program: ScanProgram) -> list[str]:
     return found
 
 
-def emit(program: AdjointProgram) -> Source:
+def emit(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """The whole program as one Python file."""
     return Source(lambda: worded(_program_text(program)), "python")
 

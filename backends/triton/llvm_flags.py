@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from tttc.backends.cost_model import NotCompiled
+from tttc.backends.target import nvidia_target
 from tttc.backends.triton.compile_process import Compilers, Crashed, switches
 
 Order = Mapping[str, Any]
@@ -81,7 +82,8 @@ def order_of_source(about: Order, source: Any, target: Any, options: Mapping[str
         "signature": dict(source.signature),
         "constants": constants,
         "attributes": {names[i]: x for (i, *_), x in source.attrs.items()},
-        "target": f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch),
+        "target": nvidia_target(target.arch).name if target.backend == "cuda" else str(target.arch),
+        "driver": (target.backend, target.arch, target.warp_size),
         "options": {n: x for n, x in options.items() if isinstance(x, bool | int | float | str)},
     }
 

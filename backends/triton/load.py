@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import linecache
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
@@ -16,10 +15,12 @@ from typing import Any
 
 import torch
 
+from tttc.backends import generated
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.interface import HOST, CompiledScan, NotBuilt, Placement, Settings, Source, content_of
-from tttc.backends.memory import laid_out, lengths, like, reach
+from tttc.backends.interface import HOST, CompiledScan, NotBuilt, Placement, Settings, Source
+from tttc.backends.memory import laid_out, like, reach
+from tttc.backends.scan import BaseScan, Tensors
 from tttc.backends.target import architecture_of
 from tttc.backends.triton import llvm_flags as frugal
 from tttc.backends.triton.emit import emit_forms, rounded
@@ -27,9 +28,8 @@ from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, h
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import function, suffixed
-from tttc.ir.program import AdjointProgram, Scan, number_of
+from tttc.ir.program import AdjointProgram, Scan
 
-Tensors = Sequence[torch.Tensor]
 SHORT = 256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
 MOST_CHUNKS = (1 << 16) - 1  # programs along the third axis of a grid
 # Triton's interpreter holds bfloat16 as whole numbers, and multiplies these where they are factors of a product.
@@ -90,11 +90,7 @@ class Module:
     @cached_property
     def kernels(self) -> ModuleType:
         """The file as a module. Triton reads its functions from the file, as do profilers and tracebacks."""
-        text, file = self._text, self._file
-        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-        module = ModuleType(self.name)
-        module.__file__ = file
-        exec(compile(text, file, "exec"), module.__dict__)
+        module = generated.module(self._text, self.name, self._file)
         for name, value in vars(module).items():
             frugal.adopt(value, self.about(name))
         return module
@@ -198,17 +194,16 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-class TritonScan:
+class TritonScan(BaseScan):
     """One scan, run by its forward and its backward kernel: a program for each head, or for each strip of one."""
 
+    halves = True
+
     def __init__(self, scan: Scan, program: AdjointProgram, module: Module, settings: Settings) -> None:
-        self.scan, self.program, self.settings = scan, program, settings
+        super().__init__(scan, program)
+        self.settings = settings
         self.kernels = Kernels(form_of(scan, program), module, settings)
         self._narrower: dict[int, Kernels] = {}
-
-    @property
-    def halves(self) -> bool:
-        return True
 
     @cached_property
     def recorded(self) -> CompiledScan:
@@ -216,41 +211,21 @@ class TritonScan:
         return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
 
     @property
-    def opaque(self) -> TritonScan:
-        return self
+    def made_of(self) -> tuple[Hashable, ...]:
+        return "triton", str(self.kernels.options)
 
-    @property
-    def content(self) -> str:
-        return content_of(self.scan, self.program, "triton", self.kernels.options)
-
-    def expect_backward(self, inputs: Tensors) -> None:
-        """Nothing: Triton compiles it when it is first launched."""
-
-    def results(self, inputs: Tensors, checkpoint: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return self._memory(inputs, self._groups(inputs, checkpoint), self._operand(inputs))
-
-    def _memory(
-        self, inputs: Tensors, groups: int, dtype: torch.dtype
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        scan = self.scan
-        outputs = [self._empty(a.target, inputs, dtype) for a in scan.outputs]
-        outputs += [self._empty(a.target, inputs, torch.float32) for a in scan.updates]
-        if not scan.loops:
-            return outputs, []
-        return outputs, [x.new_empty(*x.shape[:2], groups, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
-
-    def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
-        return [like(p, x.shape, x, x.dtype) for p, x in zip(self.scan.params, inputs, strict=True)]
+    def dtypes(self, inputs: Tensors) -> Mapping[str, torch.dtype]:
+        return dict.fromkeys([a.target.name for a in self.scan.outputs], self._operand(inputs))
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Tensors]:
         inputs = laid_out(self.scan.params, inputs)
-        groups, dtype = self._groups(inputs, checkpoint), self._operand(inputs)
-        outputs, kept = self._memory(inputs, groups, dtype)
+        groups, dtype = self.groups(inputs, checkpoint), self._operand(inputs)
+        outputs, kept = self.results(inputs, checkpoint)
         if halves := self._halves_for(inputs):
             self._launch_halves(halves, inputs, outputs, kept, checkpoint or 1, dtype)
         else:
             kernels, given = self.kernels_for(inputs), [*inputs, *outputs, *kept]
-            kernels.launch(False, given, self._tokens(inputs), checkpoint or 1, groups, dtype)
+            kernels.launch(False, given, self.tokens(inputs), checkpoint or 1, groups, dtype)
         return tuple(outputs), kept
 
     def _launch_halves(
@@ -263,7 +238,7 @@ class TritonScan:
         dtype: torch.dtype,
     ) -> None:
         """The carry before every chunk, then the outputs of all chunks at once."""
-        scan, tokens, chunks = self.scan, self._tokens(inputs), self._groups(inputs, 1)
+        scan, tokens, chunks = self.scan, self.tokens(inputs), self.groups(inputs, 1)
         dense = every == 1 and kept and kept[0].shape[2] == chunks
         carries = (
             kept if dense else [x.new_empty(*x.shape[:2], chunks, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
@@ -286,7 +261,7 @@ class TritonScan:
         """
         batch, heads = inputs[0].shape[:2]
         few = 2 * batch * heads <= multiprocessors(inputs[0].device) and self._widest is None
-        enough = self._tokens(inputs) >= SHORT and 1 < self._groups(inputs, 1) <= MOST_CHUNKS
+        enough = self.tokens(inputs) >= SHORT and 1 < self.groups(inputs, 1) <= MOST_CHUNKS
         return self._halves if few and enough else None
 
     @cached_property
@@ -304,7 +279,7 @@ class TritonScan:
         scan = self.scan
         carried, every = len(scan.carry), checkpoint or 1
         inputs, cotangents = laid_out(scan.params, inputs), laid_out(scan.results, cotangents)
-        tokens = self._tokens(inputs)
+        tokens = self.tokens(inputs)
         results, kernels = self.gradients(inputs), self.kernels_for(inputs)
         if not scan.loops:
             kernels.launch(True, [*inputs, *cotangents, *results], tokens, 1, 1, self._operand(inputs))
@@ -314,7 +289,7 @@ class TritonScan:
             x.new_empty(*x.shape[:2], every, *x.shape[2:], dtype=dtype if p.name in kernels.rounded else x.dtype)
             for p, x in zip(scan.carry, inputs[:carried], strict=True)
         ]
-        groups = self._groups(inputs, every)
+        groups = self.groups(inputs, every)
         params = kernels.form.scan.params
         places = [kernels.place(p, x) for p, x in zip(params, results, strict=True)]
         kernels.launch(True, [*saved, *inputs[carried:], *cotangents, *places, *work], tokens, every, groups, dtype)
@@ -330,7 +305,7 @@ class TritonScan:
         batch, heads = inputs[0].shape[:2]
         most = multiprocessors(inputs[0].device) // max(batch * heads, 1)
         form = self._widest
-        if form is None or most < 2 or self._tokens(inputs) < SHORT:
+        if form is None or most < 2 or self.tokens(inputs) < SHORT:
             return self.kernels
         while form.width > SMALLEST and replace(form, width=form.width // 2).strips <= most:
             form = replace(form, width=form.width // 2)
@@ -351,19 +326,6 @@ class TritonScan:
         """The dtype of the factors of matrix products: that of the tokens."""
         tokens = [x.dtype for p, x in zip(self.scan.params, inputs, strict=True) if p.role == "token"]
         return tokens[0] if tokens and len(set(tokens)) == 1 else torch.float32
-
-    def _tokens(self, inputs: Tensors) -> int:
-        return inputs[-1].shape[2] if self.scan.loops else 1
-
-    def _groups(self, inputs: Tensors, checkpoint: int | None) -> int:
-        """How many carries are kept of a loop."""
-        if checkpoint is None or not self.scan.loops:
-            return 0
-        return -(-self._tokens(inputs) // ((checkpoint or 1) * number_of(self.scan.chunk, self._tokens(inputs))))
-
-    def _empty(self, target: Expr, inputs: Tensors, dtype: torch.dtype) -> torch.Tensor:
-        own = lengths(target, self.program.dims, self._tokens(inputs))
-        return like(target, [*inputs[0].shape[:2], *own], inputs[0], dtype)
 
 
 def _add_up(parts: torch.Tensor, axis: int, whole: torch.Tensor) -> None:

@@ -1,9 +1,10 @@
-"""How each elementwise operation of the IR is written in Triton, and as functions what Triton lacks."""
+"""How each operation of the IR is written in Triton, and as functions what Triton lacks."""
 
 from __future__ import annotations
 
 import sympy
 
+from tttc.backends.rows import INFIX
 from tttc.ir.formulas import FormulaPrinter
 
 ELEMENTWISE = {
@@ -27,6 +28,32 @@ ELEMENTWISE = {
     "select": "select({0}, {1}, {2})",
     "huber": "huber({0}, {1})",
 }
+
+# Methods of the printer (printer.py).
+STRUCTURE = {
+    "leaf": "_leaf",
+    "const": "_const",
+    "size": "_size",
+    "map": "_map",
+    "pow": "_pow",
+    "contract": "_contraction",
+    "sum": "_reduction",
+    "mean": "_reduction",
+    "max": "_reduction",
+    "mask": "_mask",
+    "last": "_last",
+    "put_last": "_put_last",
+    "segprod": "_segprod",
+    "cumprod": "_cumprod",
+    "shift": "_shift",
+    "shift_back": "_shift_back",
+    "solve": "_solve",
+    "broadcast": "_broadcast",
+    "rename": "rename",
+    "stop_gradient": "_stop_gradient",
+}
+
+ROWS = {**INFIX, **ELEMENTWISE, **STRUCTURE}
 
 # In an order in which each uses only those before it; a NaN stays a NaN.
 HELPERS = {
@@ -143,7 +170,7 @@ class TritonFormulas(FormulaPrinter):
     """A SymPy formula as Triton text."""
 
     def _print_Function(self, expr: sympy.Function) -> str:
-        return ELEMENTWISE[type(expr).__name__].format(*(self._print(a) for a in expr.args))
+        return ROWS[type(expr).__name__].format(*(self._print(a) for a in expr.args))
 
     def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
         return power(self._print(expr.base), float(expr.exp))

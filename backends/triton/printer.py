@@ -10,11 +10,11 @@ Where an axis is longer in the block than in the program, `padding.py` says what
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
 from tttc.backends.triton.kernel_spec import Form
-from tttc.backends.triton.ops import ELEMENTWISE, power
+from tttc.backends.triton.ops import ROWS, power
 from tttc.backends.triton.padding import Padding
 from tttc.ir.expr import TOKENS, Axes, Axis, Expr
 from tttc.ir.names import marked, renamed, suffixed, unmarked
@@ -101,6 +101,10 @@ class TritonPrinter(Printer):
 
     # -- operations
 
+    def writer(self, op: str) -> Callable[[Expr], Text]:
+        found: Callable[[Expr], Text] = getattr(self, ROWS[op])
+        return found
+
     def _leaf(self, e: Expr) -> Text:
         """A variable as float32. What a kernel loads and does not change has the dtype of its tensor."""
         name = self.variable(e)
@@ -119,7 +123,7 @@ class TritonPrinter(Printer):
 
     def _elementwise(self, e: Expr, axes: Axes) -> Text:
         if SCALARS[e.op].infix is None:
-            return Text(ELEMENTWISE[e.op].format(*(self.aligned(s, axes).text for s in e.src)))
+            return Text(ROWS[e.op].format(*(self.aligned(s, axes).text for s in e.src)))
         return super()._elementwise(e, axes)
 
     def _pow(self, e: Expr) -> Text:
@@ -203,8 +207,6 @@ class TritonPrinter(Printer):
             return Text(text)
         sizes = " * ".join("length" if a.size == TOKENS else str(self.dims[a.size]) for a in e.arg)
         return Text(f"{text} / {f'({sizes})' if len(e.arg) > 1 else sizes}", 2)
-
-    _sum = _mean = _max = _reduction
 
     def _mask(self, e: Expr) -> Text:
         rows, columns, strict = e.arg

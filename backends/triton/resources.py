@@ -7,24 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from tttc.backends import nvidia
+from tttc.backends.target import Resources
 
 
-def resources(made: Any, target: str) -> nvidia.Resources:
+def resources(made: Any, target: str) -> Resources:
     """Registers, spilled bytes and shared memory, as the assembler says."""
     return resources_of(made.asm, made.metadata.name, made.metadata.shared, target)
 
 
 def resources_of(
     texts: Mapping[str, str], name: str, shared: int, target: str, seconds: float = nvidia.SECONDS
-) -> nvidia.Resources:
+) -> Resources:
     """The same of assembly alone; NVIDIA's is assembled for it, in at most so many seconds."""
     if "ptx" in texts:
         _, (found,) = nvidia.assembled(texts["ptx"], _architecture(texts["ptx"]), seconds)
-        return nvidia.Resources(found.kernel, target, found.registers, found.spilled, shared)
+        return Resources(found.kernel, target, found.registers, found.spilled, shared)
     text = texts["amdgcn"]
     registers, spilled = (re.search(rf"\.{n}:\s+(\d+)", text) for n in ("vgpr_count", "vgpr_spill_count"))
     bytes_spilled = None if spilled is None else 4 * int(spilled[1])
-    return nvidia.Resources(name, target, int(registers[1]) if registers else None, bytes_spilled, shared)
+    return Resources(name, target, int(registers[1]) if registers else None, bytes_spilled, shared)
 
 
 def _architecture(ptx: str) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from tttc.backends.interface import Preferred, Settings
+from tttc.backends.target import MOST_REGISTERS, REGISTERS, Target
 from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, Form, form_of, unfused
 from tttc.ir.program import SEQUENCE, ScanProgram
 
 THREADS = 32
-REGISTERS = 1 << 16  # of a multiprocessor
-MOST_REGISTERS = 255  # of a thread
 VALUES = {"num_warps": (4, 8, 16, 2), "num_stages": (1, 2, 3)}
 # Tokens of a chunk, and the numbers of a state up to which so many spill little (benchmarks/resources.py): at D=64 and
 # 64 tokens, where the least is computed, a backward spills 1.4 to 7 KB on sm_80, at 32 tokens 0.3 to 1.5 KB.
@@ -39,10 +37,10 @@ def bounded(options: Mapping[str, int], target: str) -> dict[str, int]:
     told. Not for sm_90, but before and after it a kernel that needs more than there are may get a few instead of all:
     32 on sm_80, and spills of 32 KB that are 5 KB with 255 (the backward of a decay for each channel).
     """
-    found = re.fullmatch(r"sm_(\d+)\w?", target)
-    if found is None or int(found[1]) == 90:
+    gpu = Target(target) if target else None
+    if gpu is None or not gpu.nvidia or gpu.capability == 90:
         return dict(options)
-    return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (THREADS * options["num_warps"]))}
+    return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (gpu.warp * options["num_warps"]))}
 
 
 def default_config(form: Form, backward: bool) -> Config:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tvm.script.ir_builder import tirx as T
-
+from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.machine import Machine
+from tttc.backends.tvm_cpu.ops import ROWS
 from tttc.ir.expr import Axis, Expr
 from tttc.ir.scalars import SCALARS
 
@@ -179,32 +179,40 @@ class Point:
         return how(*sides)
 
     def _made(self, e: Expr) -> Value:
-        emitter = self.emitter
-        if e.op == "leaf":
-            return emitter.stores[e.name].load([self.places[a] for a in e.axes])
-        if e.op == "const":
-            return Value(emitter.numbers.const(e.arg), False)
-        if e.op == "size":
-            return Value(emitter._size(e.arg), False)
-        if e.op == "rename":
-            inside = {old: self.places[new] for old, new in e.arg}
-            return self.elsewhere({**self.places, **inside}).value(e.src[0])
-        if e.op == "last":
-            end = Place(emitter.tokens - 1, ("last",))
-            return self.elsewhere({**self.places, e.arg: end}).value(e.src[0])
-        if e.op in ("broadcast", "stop_gradient"):
-            return self.value(e.src[0])
-        if e.op in ("mask", "put_last"):
-            return self._masked(e)
+        if e.op in SCALARS or e.op in ("map", "pow"):
+            return self._function(e)
+        found: Value = getattr(self, ROWS[e.op])(e)
+        return found
+
+    def _leaf(self, e: Expr) -> Value:
+        return self.emitter.stores[e.name].load([self.places[a] for a in e.axes])
+
+    def _const(self, e: Expr) -> Value:
+        return Value(self.emitter.numbers.const(e.arg), False)
+
+    def _size(self, e: Expr) -> Value:
+        return Value(self.emitter._size(e.arg), False)
+
+    def _rename(self, e: Expr) -> Value:
+        inside = {old: self.places[new] for old, new in e.arg}
+        return self.elsewhere({**self.places, **inside}).value(e.src[0])
+
+    def _last(self, e: Expr) -> Value:
+        end = Place(self.emitter.tokens - 1, ("last",))
+        return self.elsewhere({**self.places, e.arg: end}).value(e.src[0])
+
+    def _operand(self, e: Expr) -> Value:
+        return self.value(e.src[0])
+
+    def _function(self, e: Expr) -> Value:
         values = [self.value(s) for s in e.src]
         wide = any(v.wide for v in values)
-        functions = emitter.vectors if wide else emitter.numbers
+        functions = self.emitter.vectors if wide else self.emitter.numbers
         operands = [self._spread(v) if wide else v.it for v in values]
         if e.op == "map":
             return Value(functions.formula(e.arg, *operands), wide)
         if e.op == "pow":
-            return Value(functions.pow_(operands[0], e.arg), wide)
-        assert e.op in SCALARS, e.op
+            return Value(functions["pow"](operands[0], e.arg), wide)
         return Value(functions[e.op](*operands), wide)
 
     def _masked(self, e: Expr) -> Value:

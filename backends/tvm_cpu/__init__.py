@@ -6,9 +6,11 @@
     matmul.py   statements with products: tiles of accumulators in registers
     recurrences.py  statements that go token by token: running products, shifts, triangular systems
     arena.py    the memory in which they work
-    ops.py      elementwise functions on vectors
+    ops.py      the table of operations, and elementwise functions on vectors
     machine.py  the processor: its vectors and registers
-    load.py     kernels compiled, kept on disk, called on torch tensors
+    load.py     the scans of a program
+scan.py     one scan by its kernels: compiled, kept on disk, called on torch tensors
+build.py    LLVM, the linker, and what runs a library
     tiled.py    fewer heads than threads: a head in strips of a free axis, each like a head
     tune.py     what may be tuned
 

@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
-
 from tttc.backends.tvm_common.accumulators import triangle
 from tttc.backends.tvm_common.lowering import LOCAL, Place, Places, Point, Registers, Store
 from tttc.backends.tvm_common.statements import TOKENS, Group, Statement, by_vectors
+from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.arena import Scratch
 from tttc.backends.tvm_cpu.machine import HIGHEST, Machine
 from tttc.backends.tvm_cpu.matmul import products

@@ -19,12 +19,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
-
 from tttc.backends.tvm_common.lowering import Place, Store
 from tttc.backends.tvm_common.statements import TOKENS, grouped, heads_together, read_last, read_often, statements
+from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.arena import LINE, Scratch
 from tttc.backends.tvm_cpu.codegen import Emitter
 from tttc.backends.tvm_cpu.machine import BYTES, Machine

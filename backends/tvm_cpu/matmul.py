@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tvm.script.ir_builder import tirx as T
-
 from tttc.backends.tvm_common.accumulators import Sum, accumulated, zeros
 from tttc.backends.tvm_common.lowering import LOCAL, Place, Places, Point, Value
 from tttc.backends.tvm_common.statements import Statement
+from tttc.backends.tvm_common.tir import T
 from tttc.ir.expr import Axis, Expr
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Elementwise functions on vectors of TensorIR: polynomials of our own where LLVM has only calls to libm.
+"""The table of operations, and those on vectors of TensorIR: polynomials of our own where LLVM only calls libm.
 
 The error of each, relative, in units of the last place over its whole range (tests/test_tvm.py measures it):
 
@@ -15,11 +15,61 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
-from tvm.script.ir_builder import tirx as T
 
+from tttc.backends.tvm_common.tir import T
 from tttc.ir.scalars import Formula
 
 Vector = Any  # an expression of TensorIR, one number or several lanes
+
+
+# Elementwise operations are methods of `Functions`; all others of `Point` (tvm_common/lowering.py), unless a statement
+# of its own makes them (codegen.py, matmul.py, recurrences.py).
+ROWS = {
+    "add": "add",
+    "sub": "sub",
+    "mul": "mul",
+    "div": "div",
+    "neg": "neg",
+    "exp": "exp",
+    "log": "log",
+    "sqrt": "sqrt",
+    "rsqrt": "rsqrt",
+    "tanh": "tanh",
+    "sin": "sin",
+    "cos": "cos",
+    "erf": "erf",
+    "abs": "abs_",
+    "sign": "sign",
+    "step": "step",
+    "relu": "relu",
+    "sigmoid": "sigmoid",
+    "softplus": "softplus",
+    "silu": "silu",
+    "gelu": "gelu",
+    "huber": "huber",
+    "less_equal": "less_equal",
+    "select": "select",
+    "pow": "pow_",
+    "map": "formula",
+    "leaf": "_leaf",
+    "const": "_const",
+    "size": "_size",
+    "rename": "_rename",
+    "last": "_last",
+    "broadcast": "_operand",
+    "stop_gradient": "_operand",
+    "mask": "_masked",
+    "put_last": "_masked",
+    "contract": "products",
+    "sum": "row",
+    "mean": "row",
+    "max": "row",
+    "cumprod": "_cumprod",
+    "segprod": "_segprod",
+    "shift": "_shift",
+    "shift_back": "_shift_back",
+    "solve": "_solve",
+}
 
 
 class Format:
@@ -65,7 +115,8 @@ class Functions:
         return result
 
     def __getitem__(self, name: str) -> Callable[..., Vector]:
-        return getattr(self, f"{name}_" if name in ("abs", "pow") else name)
+        found: Callable[..., Vector] = getattr(self, ROWS[name])
+        return found
 
     # -- arithmetic
 

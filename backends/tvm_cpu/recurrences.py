@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tvm.script.ir_builder import tirx as T
-
 from tttc.backends.tvm_common.lowering import LOCAL, Place, Places, Point
 from tttc.backends.tvm_common.statements import Statement
+from tttc.backends.tvm_common.tir import T
 from tttc.ir.expr import Axis, Expr
 from tttc.ir.ops import is_upper
 

@@ -17,9 +17,11 @@ from threading import Lock
 import torch
 
 from tttc.backends.memory import like
+from tttc.backends.scan import Tensors
 from tttc.backends.tiling import cut_axis, cut_program
-from tttc.backends.tvm_cpu.load import Stored, Tensors, TVMScan
+from tttc.backends.tvm_common.scan import Stored
 from tttc.backends.tvm_cpu.machine import Config
+from tttc.backends.tvm_cpu.scan import CPUScan
 from tttc.ir.expr import Expr
 from tttc.ir.free import FreeAxis
 from tttc.ir.program import AdjointProgram, Scan, cotangent
@@ -30,18 +32,18 @@ SERIAL = 1 << 14  # numbers that torch adds up without waking other threads
 VECTORS = 2  # that a strip has at least: narrower ones would do little but what all of them do
 
 
-class StripScan(TVMScan):
+class StripScan(CPUScan):
     """One scan: head by head, or in strips of heads where that keeps more threads busy."""
 
     def __init__(self, scan: Scan, program: AdjointProgram, config: Config | None = None) -> None:
         super().__init__(scan, program, config)
-        self._parts: dict[int, TVMScan] = {}
+        self._parts: dict[int, CPUScan] = {}
         self._lock = Lock()
 
     @cached_property
-    def opaque(self) -> TVMScan:
+    def opaque(self) -> CPUScan:
         """Head by head: a graph has to know what is kept whatever the number of threads."""
-        return TVMScan(self.scan, self.program, self.config)
+        return CPUScan(self.scan, self.program, self.config)
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Tensors]:
         n = self.strips(inputs)
@@ -102,7 +104,7 @@ class StripScan(TVMScan):
         if most < FEWEST or batch * heads == 0 or self.free is None:
             return 1
         weights = sum(prod(x.shape[2:]) for x in inputs[: len(self.scan.carry)])
-        if self._tokens(inputs) * weights < LITTLE:
+        if self.tokens(inputs) * weights < LITTLE:
             return 1
         vectors, rest = divmod(self.program.dims[self.free.size], self._machine.lanes)
         if rest:
@@ -114,14 +116,14 @@ class StripScan(TVMScan):
         heads = prod(inputs[0].shape[:2])
         return prod(saved[0].shape[:2]) // heads if saved and heads else 1
 
-    def part(self, n: int) -> TVMScan:
+    def part(self, n: int) -> CPUScan:
         """The scan of one of n strips."""
         with self._lock:
             if n not in self._parts:
                 assert self.free is not None
                 width = self.program.dims[self.free.size] // n
                 program = replace(self._narrow, dims={**self._narrow.dims, self.free.strip: width})
-                self._parts[n] = TVMScan(program.scans[0], program, self.config)
+                self._parts[n] = CPUScan(program.scans[0], program, self.config)
             return self._parts[n]
 
     @cached_property

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import prod
 
 from tttc.backends.interface import Preferred, Settings
-from tttc.backends.tvm_cpu.emit import only_chunk
+from tttc.backends.tvm_common.refusals import only_chunk
 from tttc.backends.tvm_cpu.machine import BYTES, Config, host
 from tttc.ir.program import SEQUENCE, ScanProgram
 

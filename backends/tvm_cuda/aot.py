@@ -8,10 +8,12 @@ import torch
 
 from tttc.backends import nvidia
 from tttc.backends.interface import Built
+from tttc.backends.target import Target
+from tttc.backends.tvm_common.scan import stored_tokens
 from tttc.backends.tvm_cpu.emit import refusals
-from tttc.backends.tvm_cpu.load import stored_tokens
 from tttc.backends.tvm_cuda.device import gpu
-from tttc.backends.tvm_cuda.load import DTYPES, CudaScan, compiled
+from tttc.backends.tvm_cuda.load import compiled
+from tttc.backends.tvm_cuda.scan import CudaScan
 from tttc.ir.program import AdjointProgram, ScanProgram
 
 
@@ -22,7 +24,7 @@ def unbuildable(program: ScanProgram, target: str) -> list[str]:
 
 def build(program: AdjointProgram, target: str, dtype: torch.dtype) -> Iterator[Built]:
     """The forward and the backward of every scan, through TensorIR."""
-    device = gpu(DTYPES[dtype], int(target.removeprefix("sm_")))
+    device = gpu(str(dtype).removeprefix("torch."), Target(target))
     for scan in program.scans:
         stored = stored_tokens(scan, dtype)
         for backward in (False, True) if scan.differentiated else (False,):

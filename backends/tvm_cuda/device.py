@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tttc.backends.interface import Placement
+from tttc.backends.target import MOST_REGISTERS, OLDEST, Target, architecture_of
 from tttc.backends.tvm_cpu.machine import Config, Machine
 
-WARP = 32
+WARP = OLDEST.warp
 HALVES = ("bfloat16", "float16")
-# bytes of shared memory that one block may have, by compute capability; the newest that is not newer counts
-SHARED = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Device(Machine):
 
     operands: str = "float32"
     threads: int = 256
-    shared: int = SHARED[80] * 1024
+    shared: int = OLDEST.shared
 
     @property
     def warps(self) -> int:
@@ -35,14 +35,19 @@ class Device(Machine):
 
     def target(self) -> dict[str, Any]:
         """What TVM is told; the text is the same for every GPU, only the memory that a block may have differs."""
-        return {"kind": "cuda", "arch": "sm_80"}
+        return {"kind": "cuda", "arch": OLDEST.name}
 
 
-def gpu(dtype: str, capability: int = 80, *, threads: int = 256) -> Device:
-    """gpu("bfloat16", 90): blocks for compute capability 9.0 whose products are rounded to bfloat16."""
+def gpu(dtype: str, target: Target = OLDEST, *, threads: int = 256) -> Device:
+    """gpu("bfloat16", Target("sm_90")): blocks for compute capability 9.0 whose products are rounded to bfloat16."""
     compute = "float64" if dtype == "float64" else "float32"
-    kilobytes = next((n for c, n in sorted(SHARED.items(), reverse=True) if c <= capability), 48)
-    return Device(compute, 1, 255, "", Config(), dtype, threads, kilobytes * 1024)
+    return Device(compute, 1, MOST_REGISTERS, "", Config(), dtype, threads, target.shared)
 
 
-__all__ = ["HALVES", "WARP", "Device", "gpu"]
+def of_place(place: Placement) -> Device:
+    """The GPU of a place; where it is none, or not there, the one that text is written for then."""
+    there = architecture_of(place.device)
+    return gpu(str(place.dtype).removeprefix("torch."), Target(there) if there else OLDEST)
+
+
+__all__ = ["HALVES", "WARP", "Device", "gpu", "of_place"]

@@ -20,12 +20,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
-
 from tttc.backends.tvm_common.lowering import Store
 from tttc.backends.tvm_common.statements import TOKENS, grouped, statements
+from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.kernels import with_cotangents
 from tttc.backends.tvm_cpu.machine import BYTES
 from tttc.backends.tvm_cuda.device import Device

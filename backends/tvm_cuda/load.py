@@ -1,41 +1,26 @@
-"""Kernels for a GPU as callables on torch tensors: written by TVM once, compiled and launched without it.
-
-The text of a kernel is kept on disk. NVRTC, which comes with torch, compiles it for the GPU at hand when it is first
-called; it runs on torch's current stream, on the tensors where they lie.
-"""
+"""Scans of a program as callables: kernels for the GPU that is there, compiled when first called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from tttc.backends import nvidia
-from tttc.backends.cache import cached
-from tttc.backends.interface import HOST, Placement, Settings, Source, content_of
-from tttc.backends.tvm_cpu.load import Stored, TVMScan, _lock, imported_tvm
-from tttc.backends.tvm_cuda.device import Device, gpu
-from tttc.backends.tvm_cuda.kernel_text import CudaSource, stride_name
-from tttc.ir.expr import Expr
-from tttc.ir.names import own, suffixed
-from tttc.ir.program import AdjointProgram, Scan, cotangent
-
-Arguments = Mapping[str, torch.Tensor | int]
-Launch = Callable[[CudaSource, int, Arguments], None]
-DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+from tttc.backends.interface import HOST, Placement, Settings, Source
+from tttc.backends.target import Resources
+from tttc.backends.tvm_cuda.device import of_place
+from tttc.backends.tvm_cuda.kernel_text import CudaSource
+from tttc.backends.tvm_cuda.scan import CudaScan
+from tttc.ir.program import AdjointProgram
 
 
 def load(
     source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, CudaScan]:
     """Every scan of a program of the adjoint stage, for the GPU that is there; compiled when first called."""
-    major, minor = torch.cuda.get_device_capability(place.device)
-    blocks = gpu(DTYPES[place.dtype], major * 10 + minor)
-    return {scan.name: CudaScan(scan, program, blocks) for scan in program.scans}
+    device = of_place(place)
+    return {scan.name: CudaScan(scan, program, device) for scan in program.scans}
 
 
 def here() -> str:
@@ -53,139 +38,16 @@ def unavailable(device: torch.device) -> list[str]:
     return []
 
 
-def launch(source: CudaSource, blocks: int, arguments: Arguments) -> None:
-    """Run a kernel on the GPU of its tensors, on torch's current stream."""
-    tensor = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
-    with torch.cuda.device(tensor.device):
-        kernel = _compiled(source.text, source.name, source.shared, tensor.device.index)
-        values = [arguments[name] for name, _ in source.parameters]
-        kernel(grid=(blocks, 1, 1), block=(source.threads, 1, 1), args=values, shared_mem=source.shared)
-
-
-@cache
-def _compiled(text: str, name: str, shared: int, device: int | None) -> Any:
-    """By NVRTC, for the current GPU; a kernel belongs to the device that it was loaded on."""
-    from torch.cuda._utils import _cuda_load_module  # what torch.cuda._compile_kernel does after compiling
-
-    major, minor = torch.cuda.get_device_capability(device)
-    loaded: Any = _cuda_load_module(nvidia.nvrtc_ptx(text, f"sm_{major}{minor}"), [name])
-    loaded[name].set_shared_memory_config(shared)
-    return loaded[name]
-
-
-def resources(source: CudaSource, target: str) -> nvidia.Resources:
+def resources(source: CudaSource, target: str) -> Resources:
     """What a kernel takes on a target such as sm_90: compiled here, with or without a GPU."""
     return compiled(source, target)[2]
 
 
-def compiled(source: CudaSource, target: str) -> tuple[str, bytes, nvidia.Resources]:
+def compiled(source: CudaSource, target: str) -> tuple[str, bytes, Resources]:
     """A kernel as PTX and as machine code, and what it takes."""
     text = nvidia.ptx(source.text, target)
     cubin, (found,) = nvidia.assembled(text, target)
     return text, cubin, replace(found, shared=found.shared + source.shared)
 
 
-class CudaScan(TVMScan):
-    """One scan, run by its forward and its backward kernel on a GPU, or by what `launch` launches them on."""
-
-    def __init__(self, scan: Scan, program: AdjointProgram, device: Device, launch: Launch = launch) -> None:
-        super().__init__(scan, program)
-        self.device, self.launch = device, launch
-        self._sources: dict[tuple[bool, Stored], CudaSource] = {}
-
-    @property
-    def content(self) -> str:
-        return content_of(self.scan, self.program, "cuda", self.device)
-
-    def source(self, backward: bool = False, stored: Stored = ()) -> CudaSource:
-        """The text of a kernel: from the cache, or written by TVM."""
-        with _lock:
-            if (backward, stored) not in self._sources:
-                self._sources[backward, stored] = self._text(backward, stored)
-            return self._sources[backward, stored]
-
-    def _text(self, backward: bool, stored: Stored) -> CudaSource:
-        made: list[CudaSource] = []
-
-        def make(path: Path) -> None:
-            made.append(self._emitted(backward, stored))
-            path.write_text(made[0].to_json(), encoding="utf-8")
-
-        path = cached("cuda", self._key(backward, stored), ".kernel", make)
-        if not made and path is not None:
-            return CudaSource.from_json(path.read_text(encoding="utf-8"))
-        return made[0] if made else self._emitted(backward, stored)
-
-    def _emitted(self, backward: bool, stored: Stored) -> CudaSource:
-        """Written by TVM, now."""
-        imported_tvm()
-        from tttc.backends.tvm_cuda.kernels import cuda_backward, cuda_forward
-        from tttc.backends.tvm_cuda.source import source
-
-        if backward:
-            return source(cuda_backward(self.adjoint, self.program, self.device, dict(stored)))
-        return source(cuda_forward(self.scan, self.program, self.device, dict(stored)))
-
-    def _key(self, backward: bool, stored: Stored) -> str:
-        """All that the text depends on. Not the version of TVM: the text does not need the TVM that wrote it."""
-        return "\n".join([self._content(backward, stored), str(self.device)])
-
-    def _forward_settings(self, every: int, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
-        return (every,)  # a block has one head
-
-    def _prepare(self) -> None:
-        """Nothing: the threads are those of the GPU."""
-
-    def _made(self, backward: bool, stored: Stored) -> Callable[..., None]:
-        source = self.source(backward, stored)
-        names = backward_names(self.scan) if backward else forward_names(self.scan)
-        return lambda *given: self._run(source, names, given)
-
-    def _run(self, source: CudaSource, names: Sequence[str], given: Sequence[Any]) -> None:
-        """Give the arguments their names, and the kernel what else its parameters ask for."""
-        arguments: dict[str, Any] = dict(zip(names, given, strict=True))
-        like = given[0]
-        batch, heads = like.shape[:2]
-        tokens = next((arguments[n].shape[2] for n in _sequences(self.scan) if n in arguments), 1)
-        for name, x in list(arguments.items()):
-            if isinstance(x, torch.Tensor):
-                arguments |= {stride_name(name, i): s for i, s in enumerate(x.stride()[:3])}
-        kept = next((x for n, x in arguments.items() if n.endswith(suffixed("", "kept"))), None)
-        arguments |= {own("batch"): batch, own("heads"): heads, own("tokens"): tokens}
-        arguments |= {
-            own("places"): arguments.get(own("every"), 1),
-            own("groups"): 1 if kept is None else kept.shape[2],
-        }
-        for name, (dtype, shape) in source.workspaces.items():
-            sizes = [n if isinstance(n, int) else -(-tokens // 16) * 16 if n == "T16" else tokens for n in shape]
-            arguments[name] = like.new_empty(batch * heads, *sizes, dtype=getattr(torch, dtype))
-        self.launch(source, batch * heads, arguments)
-
-
-def forward_names(scan: Scan) -> list[str]:
-    """The tensors of a forward kernel, in the order in which `TVMScan.forward` has them."""
-    names = [_named(p, "in" if p in scan.carry else "") for p in scan.params]
-    names += [*(_named(a.target, "") for a in scan.outputs), *(_named(a.target, "out") for a in scan.updates)]
-    return [*names, *(_named(p, "kept") for p in scan.carry), own("every")] if scan.loops else names
-
-
-def backward_names(scan: Scan) -> list[str]:
-    """The tensors of a backward kernel, in the order in which `TVMScan.backward` has them."""
-    names = [_named(p, "") for p in (*scan.fixed, *scan.sequence)]
-    names += [_named(p, "kept" if scan.loops else "in") for p in scan.carry]
-    names += [_named(cotangent(a.target), "") for a in scan.outputs]
-    names += [_named(cotangent(a.target), "in") for a in scan.updates]
-    names += [_named(cotangent(p), "out") for p in scan.params]
-    return [*names, *(_named(p, "work") for p in scan.carry), own("every")] if scan.loops else names
-
-
-def _sequences(scan: Scan) -> list[str]:
-    return [_named(p, "") for p in scan.sequence if p.at is not None]
-
-
-def _named(p: Expr, suffix: str) -> str:
-    name = p.name
-    return suffixed(name, suffix) if suffix else name
-
-
-__all__ = ["CudaScan", "CudaSource", "compiled", "here", "launch", "load", "resources", "unavailable"]
+__all__ = ["compiled", "here", "load", "resources", "unavailable"]

@@ -15,17 +15,14 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
-
 from tttc.backends.tvm_common.accumulators import Sum, accumulated
 from tttc.backends.tvm_common.lowering import Place, Places, Point, Store, Value
 from tttc.backends.tvm_common.statements import TOKENS, Group, Statement, read
+from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.codegen import Emitter
-from tttc.backends.tvm_cpu.ops import Functions, Vector
 from tttc.backends.tvm_cpu.recurrences import WALKS
 from tttc.backends.tvm_cuda.device import WARP, Device
+from tttc.backends.tvm_cuda.ops import DeviceFunctions
 from tttc.backends.tvm_cuda.phases import lane
 from tttc.ir.expr import Axes, Axis, Expr
 from tttc.ir.names import Word, own, suffixed
@@ -343,29 +340,6 @@ class Converted(Store):
 
     def save(self, places: Sequence[Place], value: Any) -> None:
         T.buffer_store(self.buffer, shorter(value, str(self.buffer.dtype)), self._at(places))
-
-
-class DeviceFunctions(Functions):
-    """Elementwise functions as the mathematics library of CUDA has them."""
-
-    def exp(self, x: Vector) -> Vector:
-        return T.exp(x)
-
-    def log(self, x: Vector) -> Vector:
-        return T.log(x)
-
-    def tanh(self, x: Vector) -> Vector:
-        return T.tanh(x)
-
-    def relu(self, x: Vector) -> Vector:
-        """A NaN stays a NaN: `max` of CUDA would drop it."""
-        x = self.let(x)
-        return T.Select(x < self.const(0.0), self.const(0.0), x)
-
-    def softplus(self, x: Vector) -> Vector:
-        x = self.let(x)
-        name = "log1p" if self.format.double else "log1pf"
-        return self.relu(x) + T.call_pure_extern(self.dtype, name, self.exp(self.neg(self.abs_(x))))
 
 
 def shorter(x: Any, dtype: str) -> Any:

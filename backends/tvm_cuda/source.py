@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import re
 
-from tttc.backends.tvm_cpu.load import LEFT_OUT, SETTINGS, imported_tvm
+from tttc.backends.tvm_common.tir import compiled
 from tttc.backends.tvm_cuda.kernel_text import CudaSource
 from tttc.backends.tvm_cuda.kernels import CudaKernel
 
 # Where the threads meet is written down. This pass looks for more places, and fails if one is in a condition.
-WITHOUT = (*LEFT_OUT, "s_tir.ThreadSync", "tirx.ThreadSync")
+WITHOUT = ("s_tir.ThreadSync", "tirx.ThreadSync")
 HEADERS = {"nv_bfloat16": "cuda_bf16.h", "half": "cuda_fp16.h", "nvcuda::wmma": "mma.h"}
 
 
 def source(kernel: CudaKernel) -> CudaSource:
     """The text of a kernel."""
-    tvm = imported_tvm()
-    with tvm.transform.PassContext(opt_level=3, config=SETTINGS, disabled_pass=list(WITHOUT)):
-        built = tvm.compile(kernel.function, target=kernel.device.target())
-    text = built.mod.imports[0].inspect_source()
+    text = compiled(kernel.function, kernel.device.target(), WITHOUT).mod.imports[0].inspect_source()
     text = text[text.rindex('extern "C" __global__') :].rstrip() + "\n"
     text = _placed(text, kernel)
     for change in (_plain_numbers, _plain_names, _commented):

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 
 from tttc.backends.interface import Preferred, Settings
+from tttc.backends.tvm_common.refusals import only_chunk
 from tttc.backends.tvm_cpu import tune as of_cpu
-from tttc.backends.tvm_cpu.emit import only_chunk
 from tttc.ir.program import ScanProgram
 
 

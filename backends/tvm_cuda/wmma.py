@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
-
 from tttc.backends.tvm_common.accumulators import accumulated
 from tttc.backends.tvm_common.lowering import Place, Store
 from tttc.backends.tvm_common.statements import Statement
+from tttc.backends.tvm_common.tir import IRBuilder, T
 from tttc.backends.tvm_cuda.device import WARP
 from tttc.backends.tvm_cuda.phases import MatrixProduct, Operand
 from tttc.backends.tvm_cuda.simt import Threads, shorter, split

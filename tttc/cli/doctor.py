@@ -21,6 +21,7 @@ from tttc.backends import registry
 from tttc.backends.cache import cache_dir
 from tttc.backends.cpu import instruction_sets, processor
 from tttc.backends.registry import Package, Unit
+from tttc.backends.target import architecture
 from tttc.tuning.database import database_path, own_entries
 from tttc.tuning.lookup import is_off
 
@@ -125,9 +126,10 @@ def _devices() -> list[Finding]:
 def _device(index: int) -> Finding:
     found = torch.cuda.get_device_properties(index)
     toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    architecture = getattr(found, "gcnArchName", "") if torch.version.hip else f"sm_{found.major}{found.minor}"
+    amd = getattr(found, "gcnArchName", "") if torch.version.hip else ""
+    shown = amd or architecture((found.major, found.minor))
     memory = found.total_memory / 2**30
-    return Finding(f"gpu {index}", "ok", f"{found.name}, {memory:.0f} GiB, {architecture}, {toolkit}")
+    return Finding(f"gpu {index}", "ok", f"{found.name}, {memory:.0f} GiB, {shown}, {toolkit}")
 
 
 def _unusable_gpu(driver: str, kind: str, build: str | None) -> Finding:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from tttc.backends import nvidia, registry
 from tttc.backends.interface import Built
 from tttc.backends.registry import Unit
+from tttc.backends.target import Target
 from tttc.compiler.driver import DTYPES, untuned
 from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, TTTCError
 from tttc.ir.program import AdjointProgram
-
-OLDEST = {"bfloat16": 80, "float16": 70}  # compute capability with tensor cores for it
-TARGET = re.compile(r"sm_(\d{2,3})|gfx[0-9a-f]{3,4}")
 
 
 def refuse_to_compile(unit: Unit, target: str, program: AdjointProgram) -> None:
@@ -37,17 +34,17 @@ def compile_for(
     Raises:
         TTTCError: if there is no such target, dtype or backend, or nothing that could compile for it.
     """
-    if TARGET.fullmatch(target) is None:
-        raise TTTCError(
-            f"there is no target {target!r}.\n"
-            "  Name a compute capability, such as sm_80 or sm_90, or an AMD GPU, such as gfx942."
-        )
+    try:
+        gpu = Target(target)
+    except ValueError as error:
+        known = "Name a compute capability, such as sm_80 or sm_90, or an AMD GPU, such as gfx942."
+        raise TTTCError(f"{error}.\n  {known}") from None
     names = {str(d).removeprefix("torch."): d for d in DTYPES}
     if dtype not in names:
         raise TTTCError(f"there is no dtype {dtype!r}.\n  There are {', '.join(names)}.")
-    if target.startswith("sm_") and int(target.removeprefix("sm_")) < OLDEST.get(dtype, 0):
-        raise TTTCError(f"{target} has no tensor cores for {dtype}.\n  Use sm_{OLDEST[dtype]} or newer, or float32.")
-    unit = _compiler(backend, target)
+    if (oldest := gpu.oldest_for(names[dtype])) != gpu:
+        raise TTTCError(f"{target} has no tensor cores for {dtype}.\n  Use {oldest.name} or newer, or float32.")
+    unit = _compiler(backend, gpu)
     program = untuned(variant, dims, unit.backend)
     refuse_to_compile(unit, target, program)
     assert unit.compiler is not None
@@ -57,17 +54,16 @@ def compile_for(
         raise TTTCError(str(error)) from error
 
 
-def _compiler(backend: str, target: str) -> Unit:
+def _compiler(backend: str, target: Target) -> Unit:
     """The backend of that name, or the first, if it compiles for a target."""
     known = registry.compilers()
     unit = next((u for u in known if backend in ("auto", u.name)), None)
     if unit is None:
         raise TTTCError(f"backend {backend!r} compiles for no GPU.\n  There are {', '.join(u.name for u in known)}.")
-    maker = "NVIDIA" if target.startswith("sm_") else "AMD"
-    if maker not in unit.targets:
-        others = [u.name for u in known if maker in u.targets]
+    if target.vendor not in unit.targets:
+        others = [u.name for u in known if target.vendor in u.targets]
         raise TTTCError(
-            f"backend {backend!r} compiles for {' and '.join(unit.targets)} GPUs, not for {target}.\n"
+            f"backend {backend!r} compiles for {' and '.join(unit.targets)} GPUs, not for {target.name}.\n"
             f"  Use --backend {others[0]}."
         )
     return unit

@@ -106,8 +106,8 @@ def compile(
     request = _checked(variant, Settings(dims, dtype, device, backend, chunk, checkpoint, config, decode, telemetry))
     taken = _choose(request, runs=True)
     began = time.perf_counter()
-    source = taken.backend.emit(taken.program)
-    config = _checked_config(taken.lookup, taken.unit.name, taken.backend, taken.program)
+    config = _checked_config(taken)
+    source = taken.backend.emit(taken.program, config, request.place)
     scans = taken.backend.load(source, taken.program, config, request.place)
     if not taken.asked:
         scans = with_standby(scans, request.declared.name, taken.unit.name)
@@ -146,8 +146,9 @@ def source_of(
     backend: str = "auto",
 ) -> Source:
     """What `tttc.compile` would generate, on a machine that need not be able to run it. Raises as it does."""
-    taken = _choose(_checked(variant, Settings(dims, dtype, device, backend)), runs=False)
-    return taken.backend.emit(taken.program)
+    request = _checked(variant, Settings(dims, dtype, device, backend))
+    taken = _choose(request, runs=False)
+    return taken.backend.emit(taken.program, _checked_config(taken), request.place)
 
 
 def untuned(variant: type[Variant], dims: Mapping[str, int], backend: Backend) -> AdjointProgram:
@@ -218,17 +219,6 @@ def _checked_checkpoint(given: int | str | None) -> int | str | None:
     return n
 
 
-def _checked_config(lookup: Lookup, name: str, backend: Backend, program: AdjointProgram) -> dict[str, int]:
-    """The settings of kernels: given, or tuned; those that are given must exist."""
-    known = backend.choices(program)
-    config = lookup.chosen_config(known)
-    bad = [f"{n}={v!r}" for n, v in config.items() if n not in known or (whole(v) or 0) < 1]
-    if bad:
-        said = f"has {', '.join(known)}, each a positive int" if known else "has no settings"
-        raise ShapeError(f"config has {', '.join(bad)}; backend {name!r} {said}")
-    return config
-
-
 # -- what is taken -----------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +252,7 @@ def _choose(request: Request, runs: bool) -> Taken:
         backend = unit.backend
         lookup = Lookup(unit.name, backend, device, given.dtype, given.chunk, given.checkpoint, given.config)
         stages = _staged(request, backend, lookup)
-        reasons = [*(unit.unavailable(device) if runs else ()), *backend.refusals(stages.program)]
+        reasons = [*(unit.unavailable(device) if runs else unit.unwritten()), *backend.refusals(stages.program)]
         if not reasons:
             break
         refused[unit.name] = reasons[0]
@@ -280,6 +270,17 @@ def _staged(request: Request, backend: Backend, lookup: Lookup) -> History:
     numbers = "f64" if given.dtype == torch.float64 else "f32"
     options = Options(given.dims, numbers, given.chunk, given.telemetry, lookup.chosen_chunk, backend.chunk)
     return run_pipeline(request.declared, options)
+
+
+def _checked_config(taken: Taken) -> dict[str, int]:
+    """The settings of kernels: given, or tuned; those that are given must exist."""
+    known = taken.backend.choices(taken.program)
+    config = taken.lookup.chosen_config(known)
+    bad = [f"{n}={v!r}" for n, v in config.items() if n not in known or (whole(v) or 0) < 1]
+    if bad:
+        said = f"has {', '.join(known)}, each a positive int" if known else "has no settings"
+        raise ShapeError(f"config has {', '.join(bad)}; backend {taken.unit.name!r} {said}")
+    return config
 
 
 def _candidates(backend: str, device: torch.device) -> tuple[list[Unit], str]:

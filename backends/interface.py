@@ -26,10 +26,17 @@ class Source:
 
     write: Callable[[], str | Wording]
     language: str
+    outline: Callable[[], str] | None = None
+    """The same in short, where the text is too long to be read among the stages of a program."""
 
     @cached_property
     def text(self) -> str:
         return self.wording.text
+
+    @property
+    def shown(self) -> str:
+        """The text, or what stands for it in short."""
+        return self.text if self.outline is None else self.outline()
 
     @cached_property
     def wording(self) -> Wording:

@@ -487,7 +487,7 @@ def test_input_that_is_wrong_is_an_error(change, said):
 
 
 def test_the_source_is_the_statements_of_the_kernels(golden):
-    golden("tvm/ttt_linear", tttc.compile(TTTLinear, {"D": 64}, backend="tvm").source)
+    golden("tvm/ttt_linear", tttc.compile(TTTLinear, {"D": 64}, backend="tvm").stages["emit"].text)
 
 
 def test_the_script_is_tensor_ir():

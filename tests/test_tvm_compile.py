@@ -88,11 +88,24 @@ def test_a_kernel_that_was_linked_is_not_compiled_again_by_another_layer(built):
     assert len(built) == 2
 
 
-def test_the_source_is_written_when_it_is_asked_for(monkeypatch):
-    emit = importlib.import_module("tttc.backends.tvm_cpu.emit")
-    calls = []
-    monkeypatch.setattr(emit, "listing", lambda program: calls.append(program) or "kernels\n")
-    layer = tttc.compile(LinearAttention, {"D": 3}, backend="tvm")
-    assert not calls
-    assert layer.source == layer.stages["emit"].text == "kernels\n"
-    assert len(calls) == 1
+def test_the_source_is_what_is_compiled_and_is_written_when_it_is_asked_for(load, monkeypatch):
+    written, compiled = [], []
+
+    def kernel(self, backward, stored, make=load.CPUScan.kernel):
+        written.append(backward)
+        return make(self, backward, stored)
+
+    def build(kernel, build=load.build):
+        compiled.append(str(kernel.function.script()))
+        return build(kernel)
+
+    monkeypatch.setattr(load.CPUScan, "kernel", kernel)
+    layer = tttc.compile(LinearAttention, {"D": 3}, torch.float64, backend="tvm")
+    assert "linear_attention" in layer.stages["emit"].text
+    assert not written
+    source = layer.source
+    assert written == [False, True, False]  # of chunks, both ways, and of a single token
+    monkeypatch.setattr(load, "build", build)
+    layer_result(layer, inputs_for(layer, 5))
+    assert len(compiled) == 2
+    assert all(text in source for text in compiled)

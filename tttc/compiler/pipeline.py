@@ -80,7 +80,7 @@ class Entry:
     @property
     def text(self) -> str:
         """The program, or where it has become one, the source."""
-        return self.source.text if self.source else str(self.program)
+        return self.source.shown if self.source else str(self.program)
 
 
 P = TypeVar("P", bound=Program)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-NAME = re.compile(r"sm_(\d{2,3})|gfx[0-9a-f]{3,4}")
+NAME = re.compile(r"sm_(\d{2,3})[af]?|gfx[0-9a-f]{3,4}")  # sm_90a has instructions that sm_90 has not
 MOST_REGISTERS = 255  # of a thread of NVIDIA's
 REGISTERS = 64 << 10  # of a multiprocessor of NVIDIA's
 # kibibytes of shared memory that one program may have, by compute capability; the newest that is not newer counts
@@ -62,7 +62,7 @@ class Target:
 
     @property
     def capability(self) -> int:
-        """Of NVIDIA's: 90 of "sm_90"; of others 0."""
+        """Of NVIDIA's: 90 of "sm_90" and "sm_90a"; of others 0."""
         found = NAME.fullmatch(self.name)
         return int(found[1] or 0) if found else 0
 

@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 TORCH := $(shell grep -E '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak lint bench clean
+.PHONY: help demo test smoke test-all soak lint bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,16 +23,20 @@ demo: $(STAMP) ## Compile a few layers, check them against their definition, and
 test: $(STAMP) ## Run the tests, but for the slow ones
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
+smoke: $(STAMP) ## Run a few tests of every room, in a minute and a half: what a commit is checked with
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" @tests/smoke.txt
+
 test-all: $(STAMP) ## Run all the tests
 	$(BIN)/python -m pytest -q -n 2
 
 soak: $(STAMP) ## Draw declarations without end and compare them with the definition: make soak SOAK="--seconds 600"
 	$(BIN)/python -m tests.soak $(SOAK)
 
-lint: $(STAMP) ## Check style, format and types
+lint: $(STAMP) ## Check style, format and types, and print the size of each folder
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p tttc
+	$(BIN)/python -m tests.house
 
 bench: $(STAMP) ## Measure on this CPU: every variant, the torch backend, chunks, milliseconds against context
 	$(BIN)/python -m benchmarks.cpu

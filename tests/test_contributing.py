@@ -1,0 +1,62 @@
+"""The walks of CONTRIBUTING.md, walked: on a copy of the sources, into which its blocks are put."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_readme import code_blocks
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+LONGEST = 80  # lines
+WALKS = ("Add an operation", "Add an update rule", "Add a backend")
+
+
+def edits_and_uses() -> tuple[list[tuple[str, str]], list[str]]:
+    """What is added to which file, and what is run then."""
+    edits, uses = [], []
+    for block in code_blocks(TEXT, "python"):
+        file = re.match(r"# (\S+\.py)\b.*\n", block)
+        if file is None:
+            uses.append(block)
+        else:
+            edits.append((file[1], block[file.end() :]))
+    return edits, uses
+
+
+def test_it_is_short_and_has_three_walks() -> None:
+    assert len(TEXT.splitlines()) <= LONGEST
+    assert re.findall(r"^## (Add .*)$", TEXT, re.MULTILINE) == list(WALKS)
+    for walk in WALKS:
+        assert "assert tttc.verify(" in TEXT.split(f"## {walk}")[1].split("\n## ")[0]
+
+
+def test_an_elementwise_operation_and_a_rule_are_in_two_files() -> None:
+    """As it says of both."""
+    assert [file for file, _ in edits_and_uses()[0]] == [
+        "tttc/declare/functions.py",
+        "tttc/public.py",
+        "tttc/declare/update_rules.py",
+        "tttc/public.py",
+    ]
+
+
+def test_the_walks_lead_where_they_say(tmp_path: Path) -> None:
+    for folder in ("tttc", "ir", "backends", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    edits, uses = edits_and_uses()
+    for file, block in edits:
+        with (tmp_path / file).open("a", encoding="utf-8") as written:
+            written.write(f"\n\n{block}")
+    (tmp_path / "walk.py").write_text("import tttc\n\n" + "\n".join(uses) + "\nprint(tttc.__file__)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TTTC_TUNING": "0"}
+    done = subprocess.run(
+        [sys.executable, "walk.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "tttc/__init__.py")

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, substitute, transform
-from tttc.ir.names import differential, suffixed
+from tttc.ir.names import as_declared, differential, suffixed
 from tttc.ir.program import (
     EACH,
     SEQUENCE,
@@ -239,7 +239,8 @@ def loop_params(program: LoopProgram) -> tuple[Expr, ...]:
                 found.setdefault(rate.name, rate)
     if all(p.role in ("state", "param") for p in found.values()):
         found[EACH.name] = EACH
-    tokens = [n for n in ("q", "k", "v") if n in found]
+    names = {as_declared(n): n for n, p in found.items() if p.role == "token"}
+    tokens = [names[n] for n in ("q", "k", "v") if n in names]
     order = [n for n in found if found[n].role in ("state", "param")]
     order += tokens + [n for n in found if n not in order and n not in tokens]
     return tuple(found[n] for n in order)

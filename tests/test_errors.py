@@ -219,7 +219,7 @@ class ManyMistakes(Good):
     W = tttc.state("key width", "D")
     B = tttc.state("T")
     speed = tttc.gate("my rate")
-    k = tttc.param("D")
+    output = tttc.param("D")
     update = tttc.sgd(lr={"W": 0.1})
 
 
@@ -365,10 +365,6 @@ class RateIsStrayParam(Good):
     update = tttc.sgd(lr=tttc.param(init=0.1))
 
 
-class StateNamedAsToken(Good):
-    v = tttc.state("D")
-
-
 class NonsenseElementwise(Good):
     def learner(self, x):
         import sympy
@@ -408,7 +404,6 @@ DECLARATIONS = cases(
     rate_is_text=(DeclarationError, compiling(RateIsText)),
     rate_is_vector_param=(DeclarationError, compiling(RateIsVectorParam)),
     rate_is_stray_param=(DeclarationError, compiling(RateIsStrayParam)),
-    state_named_as_token=(DeclarationError, compiling(StateNamedAsToken)),
     nonsense_elementwise=(DeclarationError, compiling(NonsenseElementwise)),
 )
 
@@ -430,7 +425,7 @@ def test_all_problems_are_reported_at_once():
     for word in (
         "mini_batch is 0",
         "read is 'sometimes'",
-        "`k` is both",
+        "param `output` is also",
         "('key width', 'D')",
         "gate `my rate`",
         "lr is given for W",

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 import tttc
-from tests.helpers import differences, keywords, oracle_result, result_of
+from tests.helpers import differences, keywords, oracle_result, result_of, split_call
 from tttc.backends.triton.emit import emit as emit_triton
 from tttc.errors import DeclarationError, ShapeError
 from tttc.ir.names import is_declared, marked, own, prefixed, spelled, suffixed, worded
 from tttc.ir.verify import MalformedProgram, verify
+from tttc.verification.comparison import relative_error
 from tttc.verification.inputs import random_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
@@ -194,6 +195,44 @@ def test_kernels_of_a_class_with_a_hard_name(backend, name):
 @pytest.mark.parametrize("gate", ["W", "q", "lambda", "D"])
 def test_a_gate_is_called_as_something_else(gate):
     assert not wrong(called("Named", update=tttc.sgd(lr=tttc.gate(gate))), {"D": 2}, "torch")
+
+
+class OfTokens(tttc.Variant):
+    """States, a param and gates that are called as what every declaration is given."""
+
+    mini_batch = 4
+    q = tttc.state("D", "D")
+    k = tttc.state("D")
+    v = tttc.param("D", init=1.0)
+
+    def learner(self, x):
+        return (x @ self.q) * self.v + self.k
+
+    def loss(self, k, v):
+        return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr={"q": tttc.gate("k"), "k": tttc.gate("q")}, momentum=0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_are_called_as_tokens(backend):
+    assert not tttc.check(OfTokens)
+    assert not wrong(OfTokens, {"D": 2}, backend)
+
+
+def test_what_is_called_as_a_token_is_decoded_grouped_and_explained():
+    """With a mini-batch left open, whose tokens and sums the state carries; q with heads of its own."""
+    for decode in ("sums", "rows"):
+        layer = tttc.compile(OfTokens, {"D": 2}, torch.float64, decode=decode)
+        inputs = random_inputs(layer.signature, layer.dims, 1, 6, 2)
+        whole, end = layer(inputs.q, inputs.k, inputs.v, **keywords(inputs))
+        z, state = split_call(layer, inputs, (1, 3))
+        assert max(relative_error(z, whole), *(relative_error(state[n], end[n]) for n in end)) <= 1e-12
+        q = torch.randn(1, 6, 4, 2, dtype=torch.float64)
+        grouped = layer(q, inputs.k, inputs.v, **keywords(inputs))[0]
+        alone = layer(q[:, :, ::2], inputs.k, inputs.v, **keywords(inputs))[0]
+        assert relative_error(grouped[:, :, ::2], alone) <= 1e-12
+        assert "q[D, D], k[D]" in layer.explain()
 
 
 class Weighted(Compared):

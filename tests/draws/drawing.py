@@ -172,9 +172,10 @@ def loss(draw: Draw) -> dict[str, Any]:
 
 def renamed(draw: Draw, recipe: Recipe) -> Recipe:
     """The same declaration, with names that generated code may have uses for."""
-    known, _ = read_declaration(declaration(recipe))
+    variant = declaration(recipe)
+    known, _ = read_declaration(variant)
     plain = [*known.states, *known.params, *known.gates, *(n for n in known.tokens if n not in ("q", "k", "v"))]
-    free = [n for n in HARD_NAMES if n not in (*plain, "q", "k", "v")]
+    free = [n for n in HARD_NAMES if n not in plain and n not in vars(variant)]  # which may declare q, k and v itself
     changed = draw.some(plain, 1, min(len(plain), 4))
     names = zip(changed, draw.random.sample(free, len(changed)), strict=True)
     return replace(recipe, names=tuple(names), title=draw.one(TITLES))

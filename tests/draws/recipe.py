@@ -133,7 +133,7 @@ BAD_RULES: dict[str, Callable[[], Any]] = {
 HARD_NAMES = (
     *("W", "W_out", "W_T", "W_kept", "W_work", "W_in", "W_start", "W_c", "dW", "dW_c", "S_W", "a_W", "A_W_0", "N_W"),
     *("W0_out", "dW0", "S_W0", "a_W0", "b0_T", "s_out", "dlr", "lr_out"),
-    *("C", "c", "T", "t", "s_", "i", "n", "m", "z", "dz", "u", "F", "G", "B", "H", "D_", "x", "h"),
+    *("q", "k", "v", "C", "c", "T", "t", "s_", "i", "n", "m", "z", "dz", "u", "F", "G", "B", "H", "D_", "x", "h"),
     *("list", "range", "len", "min", "max", "sum", "float", "print", "None_", "type", "self", "cls"),
     *("torch", "tttc", "np", "math", "aten", "tl", "tvm", "T_", "triton", "sympy", "exp", "sqrt", "where", "log"),
     *("chunk", "every", "kept", "saved", "sequences", "size", "start", "made", "now", "row_0", "past_0", "n_tokens"),

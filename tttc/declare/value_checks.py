@@ -21,8 +21,7 @@ METHODS = ("learner", "loss", "output")
 
 
 def name_problems(declared: Signature) -> Iterator[Problem]:
-    """Of what is declared: one name, of its own, for each."""
-    attributes: dict[str, str] = {}
+    """Attributes of a class have names of their own; a state may be called as a token that every declaration has: q."""
     groups = (
         ("state", declared.states),
         ("param", declared.params),
@@ -30,17 +29,12 @@ def name_problems(declared: Signature) -> Iterator[Problem]:
         ("gate", declared.gates),
     )
     for role, name, spec in ((role, n, s) for role, specs in groups for n, s in specs.items()):
-        if role != "gate" and name in attributes:
-            what = f"`{name}` is both a {attributes[name]} and a {role}."
-            yield Problem(what, "Give one of them another name.", spec.where)
-        elif role == "gate" and not (isinstance(name, str) and name.isidentifier()):
+        if role == "gate" and not (isinstance(name, str) and name.isidentifier()):
             what = f"gate `{name}` is not a name that a variable can have."
             yield Problem(what, "Give it another name.", spec.where)
         elif role != "gate" and _is_of_every_declaration(name):
             what = f"{role} `{name}` is also what every declaration has under that name."
             yield Problem(what, "Give it another name.", spec.where)
-        if role != "gate":
-            attributes[name] = role
         if not all(map(is_dim, spec.dims)):
             remedy = 'A dim is a name, such as "D"; its size is given to tttc.compile.'
             yield Problem(f"{role} `{name}` has the dims {spec.dims!r}.", remedy, spec.where)

@@ -107,9 +107,12 @@ class Signature:
         return tuple(dict.fromkeys(dim for spec in self.specs for dim in spec.dims))
 
     def identity(self, role: str, name: str) -> str:
-        """What a declared value is called in the IR: so, unless a gate has a name that an attribute has as well."""
-        taken = role == "gate" and any(name in group for group in (self.states, self.params, self.tokens))
-        return apart(name, role) if taken else name
+        """What a declared value is called in the IR: so, unless a gate has a name that an attribute has as well, or a
+        token one that a state or a param has.
+        """
+        attributes = (self.states, self.params)
+        others = {"gate": (*attributes, self.tokens), "token": attributes}.get(role, ())
+        return apart(name, role) if any(name in group for group in others) else name
 
     def rate_name(self, rate: ParamSpec) -> str:
         """The attribute that a `param` used inside `update` was declared as."""

@@ -10,7 +10,7 @@ import torch
 from tttc.declare.specs import TokenSpec
 from tttc.errors import NonFinite, ShapeError, StateMismatch
 from tttc.ir.expr import Expr
-from tttc.ir.names import spelled
+from tttc.ir.names import as_declared, spelled
 from tttc.ir.program import EACH
 from tttc.ir.update import Opened
 from tttc.runtime.packing import Arguments
@@ -43,7 +43,7 @@ class Call:
         if params is None:
             params = dict(layer.initial("param"))
         self._named("param", params, declared.params)
-        self.sequences = {n: self._flat_sequence(given[n]) for n in declared.tokens}
+        self.sequences = {declared.identity("token", n): self._flat_sequence(given[n]) for n in declared.tokens}
         self.sequences |= {declared.identity("gate", n): self._flat_sequence(gates[n]) for n in declared.gates}
         if layer.sequencing.counts:
             self.sequences[EACH.name] = q.new_ones(self.batch, self.heads, self.tokens)
@@ -53,7 +53,13 @@ class Call:
         }
         self.state = self._state(arguments.state)
         self.continues = isinstance(arguments.state, State)
-        self.taps = {n: self._window(n, spec) for n, spec in declared.tokens.items() if spec.window is not None}
+        windows = {declared.identity("token", n): s for n, s in declared.tokens.items() if s.window is not None}
+        self.taps = {n: self._window(n, spec) for n, spec in windows.items()}
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """[B, H, T, *dims]."""
+        return self.sequences[self.layer.signature.identity("token", "q")]
 
     def _window(self, name: str, spec: TokenSpec) -> torch.Tensor:
         """Lay the last K tokens of each token side by side; what is left for the next call."""
@@ -169,8 +175,8 @@ class Call:
         """Tokens that a state carries, of as many sequences and heads as this call has."""
         if x.shape[:2] != (self.batch, self.heads):
             raise StateMismatch(
-                f"variant `{self.layer.signature.name}`: the state carries tokens of `{name}` for a batch of "
-                f"{x.shape[0]} and {x.shape[1]} heads, this call has {self.batch} and {self.heads}.\n"
+                f"variant `{self.layer.signature.name}`: the state carries tokens of `{as_declared(name)}` for a batch "
+                f"of {x.shape[0]} and {x.shape[1]} heads, this call has {self.batch} and {self.heads}.\n"
                 "  Pass the state that a call of the same batch and heads returned."
             )
         return self._stored(x)

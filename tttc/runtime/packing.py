@@ -19,8 +19,8 @@ from tttc.runtime.state import PackedState, State, Tensors, layout, tensors_of
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a layer is called with. `group`: how many q heads read the weights of one k, v head; `wide`: the names of
-    what each of them has of its own.
+    """What a layer is called with. `group`: how many q heads read the weights of one k, v head; `wide`: what each of
+    them has of its own, by its name in the IR.
     """
 
     tokens: Tensors
@@ -80,7 +80,7 @@ def ungrouped(given: Arguments, declared: Signature, changing: Set[tuple[str, st
         params=None if given.params is None else weights(given.params, declared.params),
         state=state,
         group=n,
-        wide=frozenset(wide),
+        wide=frozenset(declared.identity(role, m) for role, m in wide),
     )
 
 
@@ -101,16 +101,16 @@ def _heads_axis(x: Any, spec: Any) -> int | None:
     return axis if axis >= 0 else None
 
 
-def _of_the_heads_of_q(given: Arguments, declared: Signature, heads: int) -> dict[str, str]:
-    """What comes with as many heads as q, by name, and what it is."""
-    found = {n: "token" for n, x in given.tokens.items() if _has_heads(x, 2, heads)}
-    found |= {n: "gate" for n, x in given.gates.items() if _has_heads(x, 2, heads)}
+def _of_the_heads_of_q(given: Arguments, declared: Signature, heads: int) -> list[tuple[str, str]]:
+    """Role and name of what comes with as many heads as q."""
+    found = [("token", n) for n, x in given.tokens.items() if _has_heads(x, 2, heads)]
+    found += [("gate", n) for n, x in given.gates.items() if _has_heads(x, 2, heads)]
     given_state = dict(given.state) if isinstance(given.state, Mapping) else {}
     for role, values, specs in (
         ("param", given.params or {}, declared.params),
         ("state", given_state, declared.states),
     ):
-        found |= {n: role for n, x in values.items() if _has_heads(x, _heads_axis(x, specs.get(n)), heads)}
+        found += [(role, n) for n, x in values.items() if _has_heads(x, _heads_axis(x, specs.get(n)), heads)]
     return found
 
 
@@ -119,10 +119,12 @@ def _has_heads(x: Any, axis: int | None, heads: int) -> bool:
 
 
 def _refuse_apart(
-    wide: Mapping[str, str], declared: Signature, changing: Set[tuple[str, str]], q_heads: int, heads: int
+    wide: Sequence[tuple[str, str]], declared: Signature, changing: Set[tuple[str, str]], q_heads: int, heads: int
 ) -> None:
     """Refuse what would give the q heads of a group weights of their own."""
-    specs = declared.tokens | declared.gates | declared.params | declared.states
+    groups: dict[str, Mapping[str, Any]]
+    groups = {"token": declared.tokens, "gate": declared.gates, "param": declared.params, "state": declared.states}
+    specs = {(role, name): spec for role, group in groups.items() for name, spec in group.items()}
     problems = [
         Problem(
             f"{role} `{name}` has the {q_heads} heads of q, but {'it is' if role == 'state' else 'it changes'} "
@@ -130,10 +132,10 @@ def _refuse_apart(
             f"Give it {heads} head{'s' * (heads > 1)}: {q_heads // heads} q heads read the same weights. Or give k, v "
             f"and all else {q_heads}, k.repeat_interleave({q_heads // heads}, 2): each head then has weights of its "
             "own.",
-            specs[name].where,
+            specs[role, name].where,
         )
-        for name, role in wide.items()
-        if name in specs and (role == "state" or (role, name) in changing)
+        for role, name in wide
+        if (role, name) in specs and (role == "state" or (role, name) in changing)
     ]
     if problems:
         raise ShapeError(problems_text(declared.name, problems))

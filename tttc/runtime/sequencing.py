@@ -56,7 +56,7 @@ class Sequencing:
         """z: [B, T, H, E], and the state after the last token."""
         B, T, H = call.batch, call.tokens, call.heads
         if T == 0:
-            empty = call.sequences["q"].new_zeros(B, 0, H, *self._width)
+            empty = call.queries.new_zeros(B, 0, H, *self._width)
             return _attached(empty, call), call.state.map(_copied)
         if T == 1 and self._has_kernel_of(call):
             z, after = self._decode_step(call, outputs)
@@ -237,4 +237,4 @@ def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _attached(z: torch.Tensor, call: Call) -> torch.Tensor:
     """An empty output that still belongs to the graph of q, so that calling backward on it is no error."""
-    return z + 0 * call.sequences["q"].sum() if call.sequences["q"].requires_grad else z
+    return z + 0 * call.queries.sum() if call.queries.requires_grad else z

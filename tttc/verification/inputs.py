@@ -33,10 +33,13 @@ class Inputs:
         return {"gates": self.gates, "params": self.params, "state": self.state, "tokens": self.tokens}
 
     def named(self) -> dict[str, torch.Tensor]:
-        """All of them by name; a gate that is called as another is says that it is one."""
-        others = {"q": self.q, "k": self.k, "v": self.v, **self.tokens, **self.params, **self.state}
+        """All of them by name; what is called as another is, says what it is: a gate, or a state called k."""
+        tokens = {"q": self.q, "k": self.k, "v": self.v, **self.tokens}
+        params = {f"param {n}" if n in tokens else n: x for n, x in self.params.items()}
+        state = {f"state {n}" if n in tokens else n: x for n, x in self.state.items()}
+        others = {*tokens, *self.params, *self.state}
         gates = {f"gate {n}" if n in others else n: x for n, x in self.gates.items()}
-        return {"q": self.q, "k": self.k, "v": self.v, **self.tokens, **gates, **self.params, **self.state}
+        return {**tokens, **gates, **params, **state}
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """Every tensor changed, and again a leaf."""

@@ -33,7 +33,9 @@ def test_it_is_short_and_has_three_walks() -> None:
     assert len(TEXT.splitlines()) <= LONGEST
     assert re.findall(r"^## (Add .*)$", TEXT, re.MULTILINE) == list(WALKS)
     for walk in WALKS:
-        assert "assert tttc.verify(" in TEXT.split(f"## {walk}")[1].split("\n## ")[0]
+        assert re.search(
+            r"^assert tttc\.verify\(.*\)\.ok$", TEXT.split(f"## {walk}")[1].split("\n## ")[0], re.MULTILINE
+        )
 
 
 def test_an_elementwise_operation_and_a_rule_are_in_two_files() -> None:

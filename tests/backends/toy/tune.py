@@ -1,0 +1,26 @@
+"""What may be tuned: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from tttc.backends.interface import Preferred, Settings
+from tttc.ir.program import ScanProgram
+
+
+def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
+    return {}
+
+
+def chunk(program: ScanProgram) -> Preferred | None:
+    return None
+
+
+def identity(program: ScanProgram, settings: Settings) -> Hashable:
+    return ()
+
+
+def toolchain() -> dict[str, str]:
+    return {"numpy": np.__version__}

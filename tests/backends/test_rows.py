@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -72,6 +73,10 @@ def test_a_user_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(import_module("tttc.backends.torch.ops").ROWS, "contract")
     with pytest.raises(BackendRefusal, match=r"no row for the operation `contract`: add one to backends/torch/ops\.py"):
         tttc.compile(LinearAttention, {"D": 3}, backend="torch")
+
+
+def test_the_toy_stays_small() -> None:
+    assert sum(len(f.read_text().splitlines()) for f in (Path(__file__).parent / "toy").glob("*.py")) <= 150
 
 
 def test_the_registered_backends_are_these() -> None:

@@ -15,7 +15,7 @@ from tttc.backends.target import GPUS, Resources, architecture, architecture_of
 from tttc.backends.triton.cost_model import turn_of
 from tttc.backends.triton.kernel_spec import form_of
 from tttc.library import GatedDeltaNet, LinearAttention
-from tttc.tuning.ranking import Row, rank, ranked
+from tttc.tuning.ranking import RankedRow, rank, ranked
 
 BF16 = torch.bfloat16
 H100 = GPUS["sm_90"]
@@ -188,7 +188,7 @@ class Fake:
     def row(self, candidate, seconds, best):
         with self.lock:
             self.compiled.append(dict(candidate))
-        return Row(candidate, (), self.seconds(candidate))
+        return RankedRow(candidate, (), self.seconds(candidate))
 
     def end(self):
         self.ended = True

@@ -16,9 +16,10 @@ import sympy
 
 import tttc
 from tests.helpers import LIBRARY, compiled, dims_of, inputs_for, keywords
+from tttc.explain.chunk_form import chunk_formulas
 from tttc.explain.costs import StageCost, layer_cost, stage_costs
 from tttc.explain.report import explain, summary
-from tttc.explain.update_rule import Rule, chunk_formulas, end_equations, rules, token_equations
+from tttc.explain.update_rule import StateRule, end_equations, rules, token_equations
 from tttc.ir import build as b
 from tttc.ir import cost
 from tttc.ir.expr import Axis, Expr, leaf
@@ -223,7 +224,7 @@ CASES = [(name, form) for name, parts in RULES.items() for form in FORMS if form
 GIVEN = {"W": 0.7, "S": -0.4, "V": 0.2}
 
 
-def rule_of(parts: tuple[str, ...], numbers: bool = False, **settings: object) -> Rule:
+def rule_of(parts: tuple[str, ...], numbers: bool = False, **settings: object) -> StateRule:
     """The rule with gates, or with the number 0.9 for everything but tau."""
     rates = {role: 0.9 if numbers and role != "read_scale" else RATES[role] for role in parts}
     variant = Regression.replace(update=tttc.sgd(**rates, **settings), mini_batch=TOKENS, read="end")

@@ -31,7 +31,7 @@ from tttc.errors import BackendRefusal, TuningError
 from tttc.library import TTTMLP, GatedDeltaNet, LinearAttention, RetNet, TTTLinear
 from tttc.tuning import database
 from tttc.tuning import records as tuning
-from tttc.tuning.ranking import Row
+from tttc.tuning.ranking import RankedRow
 from tttc.tuning.records import Choice, architecture_name, found_for
 from tttc.tuning.static import tune_statically
 
@@ -276,7 +276,9 @@ def test_a_run_on_made_up_kernels(monkeypatch, target):
 )
 def test_every_kernel_counts_as_often_as_a_call_runs_it(monkeypatch, changes, turns):
     fixed(monkeypatch)
-    monkeypatch.setattr("tttc.tuning.static.ranked", lambda candidate, kernels, *rest: Row(candidate, kernels, 1.0))
+    monkeypatch.setattr(
+        "tttc.tuning.static.ranked", lambda candidate, kernels, *rest: RankedRow(candidate, kernels, 1.0)
+    )
     chunk = changes.pop("chunk", None)
     variant = TTTLinear.replace(**changes)
     result = tttc.tune(variant, {"D": 16}, BF16, "sm_90", budget=60, tokens=128, progress=False)

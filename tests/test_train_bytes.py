@@ -15,7 +15,7 @@ from tttc.examples.demo.training import (
     ByteModel,
     Corpus,
     Curve,
-    Point,
+    CurvePoint,
     Size,
     bigram_bits_per_byte,
     matched_widths,
@@ -162,7 +162,7 @@ def test_progress_names_the_variant_and_the_loss(corpus: Corpus, capsys: pytest.
 
 
 def _curve(name: str, bits: float) -> Curve:
-    points = [Point(0, 8.0), Point(10, bits)]
+    points = [CurvePoint(0, 8.0), CurvePoint(10, bits)]
     return Curve(name, 1000, 10, points[1:], points, seconds=1.0, tokens_per_second=5.0)
 
 

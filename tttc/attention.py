@@ -27,8 +27,8 @@ from tttc.errors import DeclarationError, Problem, ShapeError, SourceLine, State
 from tttc.runtime.graphs import outside_graphs
 from tttc.runtime.layer import State
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-READS = {"after": 0, "before": -1, "end": math.inf}  # the last key that a query sees, from its own token on
+FLEX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAST_KEYS = {"after": 0, "before": -1, "end": math.inf}  # the last key that a query sees, from its own token on
 s = sympy.Symbol("s", real=True)
 logaddexp = type("logaddexp", (sympy.Function,), {"nargs": (2,), "is_real": True})  # log(exp(a) + exp(b)), kept whole
 
@@ -96,7 +96,7 @@ class AttentionLayer:
     def __init__(self, variant: type[NonParametric], dims: dict[str, int], dtype: torch.dtype, device: torch.device):
         self.variant, self.dims, self.dtype, self.device, self.scale = variant, dims, dtype, device, 1.0
         problems = []
-        for name, setting, legal in (("dtype", dtype, DTYPES), ("read", variant.read, [*READS])):
+        for name, setting, legal in (("dtype", dtype, FLEX_DTYPES), ("read", variant.read, [*LAST_KEYS])):
             if setting not in legal:
                 problems.append(Problem(f"{name} is {setting!r}.", f"It must be one of {', '.join(map(str, legal))}."))
         try:
@@ -169,7 +169,7 @@ on {self.device}: {"; ".join(f"{way}: {memory + why if why else flex}" for way, 
             raise StateMismatch(f"variant `{self.variant.__name__}`: {what}.\n  Give all tokens in one call.")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (torch.cat([past[name], x] if past else [x], 2) for name, x in (("k", k), ("v", v)))
-        last = offset + READS[self.variant.read]
+        last = offset + LAST_KEYS[self.variant.read]
         training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if q.numel() == 0 or self._not_flex(training):
             z = _in_memory(q, k, v, self._made["score_mod"], last, self.scale)

@@ -68,10 +68,7 @@ def run_demo(out: Path, quick: bool) -> Path:
     better than counting byte pairs; the latter is not asked of a quick run, which is too short to train.
     """
     began = time.perf_counter()
-    try:
-        out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of measuring
-    except OSError as error:
-        raise DemoFailed(f"cannot write to {out}: {error.strerror}.") from error
+    _make(out)  # now, and not after minutes of measuring
     effort = QUICK if quick else FULL
     declaration = inspect.getsource(GatedLearner)
     dims = full_dims(GatedLearner, {})
@@ -110,6 +107,13 @@ def run_demo(out: Path, quick: bool) -> Path:
     if not quick:
         _demand_learning(curves, bigram)
     return page
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoFailed(f"cannot write to {folder}: {error.strerror}.") from error
 
 
 def _section(number: int, title: str) -> None:

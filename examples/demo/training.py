@@ -66,7 +66,7 @@ class Size:
     batch: int = 4
 
 
-class Point(NamedTuple):
+class CurvePoint(NamedTuple):
     """One place on a learning curve."""
 
     step: int
@@ -80,9 +80,9 @@ class Curve:
     name: str
     parameters: int
     steps: int
-    train: list[Point] = field(repr=False)
+    train: list[CurvePoint] = field(repr=False)
     """One point per step, on that step's batch."""
-    validation: list[Point] = field(repr=False)
+    validation: list[CurvePoint] = field(repr=False)
     """On `Corpus.validation`, from before the first step to after the last."""
     seconds: float
     """Time spent in training steps, without compilation and validation."""
@@ -155,7 +155,7 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + TTT(norm(x)), then x + SwiGLU(norm(x))."""
 
     def __init__(self, variant: type[Variant], size: Size, feed_forward: int) -> None:
@@ -177,7 +177,7 @@ class ByteModel(nn.Module):
     def __init__(self, variant: type[Variant], size: Size, feed_forward: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(_BYTES, size.hidden)
-        self.blocks = nn.Sequential(*(Block(variant, size, feed_forward) for _ in range(size.layers)))
+        self.blocks = nn.Sequential(*(TransformerBlock(variant, size, feed_forward) for _ in range(size.layers)))
         self.norm = nn.RMSNorm(size.hidden, eps=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -354,17 +354,17 @@ def _learn(
     """Train to the end; `shown(completed=..., bits=...)` is told of every step."""
     trainer.trial().step(0.0)  # compiles, which is not training
     measured_at = {round(i * steps / validations) for i in range(1, validations + 1)}
-    train: list[Point] = []
-    validation = [Point(0, trainer.validation())]
+    train: list[CurvePoint] = []
+    validation = [CurvePoint(0, trainer.validation())]
     seconds = 0.0
     for step in range(1, steps + 1):
         warm_up = min(1.0, step / max(1.0, 0.05 * steps))
         cosine = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / steps)
         began = time.perf_counter()
-        train.append(Point(step, trainer.step(learning_rate * warm_up * cosine)))
+        train.append(CurvePoint(step, trainer.step(learning_rate * warm_up * cosine)))
         seconds += time.perf_counter() - began
         if step in measured_at:
-            validation.append(Point(step, trainer.validation()))
+            validation.append(CurvePoint(step, trainer.validation()))
         shown(completed=step, bits=train[-1].bits_per_byte)
     tokens = steps * trainer.size.batch * trainer.size.tokens
     return Curve(name, _parameters(trainer.model), steps, train, validation, seconds, tokens / seconds)

@@ -8,7 +8,6 @@ checked or verified and found wanting gives 1, one that cannot be verified 3.
 from __future__ import annotations
 
 import json
-import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Annotated, Any
 import torch
 import typer
 import typer.core
-from rich.table import Table
 from rich.text import Text
 
-from tttc.backends.interface import Built
-from tttc.cli.doctor import Diagnosis, diagnose
+from tttc.cli.app import DimOption, VariantArgument, app
+from tttc.cli.doctor import diagnose
 from tttc.cli.loading import full_dims, library_variants, load_variant
+from tttc.cli.printing import kernel_table, print_diagnosis
 from tttc.compiler.aot import compile_for
 from tttc.compiler.driver import DTYPES, source_of
 from tttc.compiler.driver import compile as compile_layer
@@ -38,47 +37,7 @@ from tttc.tuning.tune import tune as tune_variant
 from tttc.verification.comparison import verify as verify_variant
 from tttc.version import __version__
 
-
-class _Commands(typer.core.TyperGroup):
-    """The commands, with errors of `tttc` as messages instead of tracebacks."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except TTTCError as error:
-            if os.environ.get("TTTC_DEBUG", "0") not in ("", "0"):
-                raise
-            console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-            raise typer.Exit(2) from error
-
-
-app = typer.Typer(
-    cls=_Commands,
-    help="A compiler for Test-Time-Training layers: declare the inner-loop learner, get its kernels.",
-    epilog="A VARIANT is a ready one (see `tttc list`), file.py:Class, or a file.py with one declaration. "
-    "TTTC_DEBUG=1 shows tracebacks.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-VariantArgument = Annotated[
-    str,
-    typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
-]
-DimOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--dim",
-        "--dims",
-        metavar="NAME=SIZE",
-        help="Size of a dim, may be repeated; or D=64,F=256. Otherwise D=64, F=4*D, the rest D.",
-    ),
-]
-
-
-UNTOLD = 3  # the exit code of a verification in which nothing differs, but not everything could be compared
+NOT_ALL_COMPARED = 3  # the exit code of a verification in which nothing differs, but not everything could be compared
 DEMO_NEEDS = ("matplotlib", "jinja2", "markupsafe", "pygments")  # the extra `demo`
 VERIFIED_WIDTH = 8  # the definition runs token by token: wide enough to be wrong, narrow enough to be quick
 
@@ -244,7 +203,7 @@ def verify(
     console().print(error_table(result.rows))
     console().print(Text("\n".join(["", result.headline, *result.notes])), soft_wrap=True)
     if not result.ok:
-        raise typer.Exit(1 if result.differs else UNTOLD)
+        raise typer.Exit(1 if result.differs else NOT_ALL_COMPARED)
 
 
 @app.command("compile")
@@ -296,21 +255,9 @@ def _compile_for(
                     built.write(folder)
                 except OSError as error:
                     raise TTTCError(f"cannot write {folder}: {error.strerror}.") from error
-    console().print(_kernel_table(kernels))
+    console().print(kernel_table(kernels))
     if folder is not None:
         console(stderr=True).print(f"wrote {folder}", soft_wrap=True)
-
-
-def _kernel_table(kernels: list[Built]) -> Table:
-    """What each takes; what it keeps outside where one of them says that."""
-    outside = ("bytes outside per head",) if any(k.outside is not None for k in kernels) else ()
-    numbers = ("registers", "spilled bytes", "shared bytes", *outside)
-    found = table("kernel", "target", *numbers, numbers=numbers)
-    for built in kernels:
-        r = built.resources
-        shown = (r.registers, r.spilled, r.shared, built.outside)[: len(numbers)]
-        found.add_row(r.kernel, r.target, *("" if n is None else str(n) for n in shown))
-    return found
 
 
 @app.command()
@@ -411,20 +358,9 @@ def doctor(
     if as_json:
         print(json.dumps(diagnosis.as_json(), indent=2))
     else:
-        _print_diagnosis(diagnosis)
+        print_diagnosis(diagnosis)
     if diagnosis.problems:
         raise typer.Exit(1)
-
-
-def _print_diagnosis(diagnosis: Diagnosis) -> None:
-    styles = {"ok": "green", "absent": "yellow", "problem": "bold red"}
-    found = table("", "status", "what was found → what to do")
-    for group, findings in diagnosis.groups().items():
-        found.add_row(Text(group, "bold"))
-        for finding in findings:
-            text = f"{finding.found} → {finding.remedy}" if finding.remedy else finding.found
-            found.add_row(f"  {finding.name}", Text(finding.status, styles[finding.status]), text)
-    console().print(found)
 
 
 @app.command()

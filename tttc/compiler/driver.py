@@ -15,7 +15,7 @@ from tttc.backends import registry
 from tttc.backends.interface import Backend, Placement, Source
 from tttc.backends.registry import Unit
 from tttc.compiler.fallback import warn_of_fallback
-from tttc.compiler.pipeline import Entry, History, Options, run_pipeline
+from tttc.compiler.pipeline import History, HistoryEntry, Options, run_pipeline
 from tttc.declare.checks import checked_signature
 from tttc.declare.number import whole
 from tttc.declare.pickling import PickledVariant
@@ -113,7 +113,7 @@ def compile(
         scans = with_standby(scans, request.declared.name, taken.unit.name)
     milliseconds = (time.perf_counter() - began) * 1e3
     last = len(taken.stages) + 1
-    taken.stages.entries.append(Entry("emit", last, last, None, milliseconds, source))
+    taken.stages.entries.append(HistoryEntry("emit", last, last, None, milliseconds, source))
     given = request.settings
     return Layer(
         request.declared,

@@ -61,7 +61,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Entry:
+class HistoryEntry:
     """A stage of the history: the program that it made, and how long that took."""
 
     name: str
@@ -89,16 +89,16 @@ P = TypeVar("P", bound=Program)
 class History:
     """The stages that a declaration went through, verified as they were added. `history["dualize"]` is one of them."""
 
-    def __init__(self, entries: list[Entry] | None = None) -> None:
+    def __init__(self, entries: list[HistoryEntry] | None = None) -> None:
         self.entries = entries or []
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[HistoryEntry]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> HistoryEntry:
         for entry in self.entries:
             if entry.name == name:
                 return entry
@@ -113,7 +113,7 @@ class History:
         """What a backend is given."""
         return self.of(AdjointProgram)
 
-    def append(self, entry: Entry, stage: Stage) -> None:
+    def append(self, entry: HistoryEntry, stage: Stage) -> None:
         """Add a stage: its types, scopes and ops are verified, with `TTTC_CHECK=1` also its meaning."""
         if entry.program is not None:
             verify(entry.program, stage.forbidden)
@@ -129,7 +129,7 @@ class History:
         return "".join(difflib.unified_diff(before, after, fromfile=one, tofile=other))
 
 
-def _debug(entry: Entry) -> None:
+def _debug(entry: HistoryEntry) -> None:
     level = int(os.environ.get("TTTC_DEBUG", "0") or 0)
     if level >= 1:
         print(f"tttc: {entry.name:<14}{entry.milliseconds:8.1f} ms", file=sys.stderr)
@@ -192,5 +192,5 @@ def run_pipeline(declared: Signature, options: Options) -> History:
         except NoExactForm as reason:
             raise refusal(declared.name, [no_exact_form(declared, reason, options.dims)]) from None
         milliseconds = (time.perf_counter() - began) * 1e3
-        history.append(Entry(stage.name, number, total, current, milliseconds, where=where), stage)
+        history.append(HistoryEntry(stage.name, number, total, current, milliseconds, where=where), stage)
     return history

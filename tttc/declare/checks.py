@@ -8,7 +8,7 @@ from itertools import chain
 
 from tttc.declare.lower import declare, traced_stage
 from tttc.declare.read import read_declaration
-from tttc.declare.tracer import known_sizes
+from tttc.declare.sizes import known_sizes
 from tttc.declare.update_rules import AtEnd
 from tttc.declare.user_functions import Repeated, declared_leaves, traced_functions
 from tttc.declare.variant import Signature, Variant, is_dim

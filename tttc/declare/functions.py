@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from tttc.backends.torch.ops import function_of
 from tttc.declare.declared import Declared, no_value
 from tttc.declare.number import number
-from tttc.declare.tracer import Traced, apply_formula, axis_size, trace, unsupported
+from tttc.declare.sizes import axis_size
+from tttc.declare.traced_functions import apply_formula, trace
+from tttc.declare.tracer import Traced, unsupported
 from tttc.ir.formulas import formula_of
 from tttc.ir.scalars import Formula
 
@@ -117,7 +119,7 @@ stop_gradient = _dispatch(
 
 def size(x: Any, axis: int = -1) -> int:
     """The length of an axis: an int, also while a declaration is traced."""
-    return axis_size(x, axis) if isinstance(x, Traced) else int(x.shape[axis])
+    return axis_size(x.axes, axis) if isinstance(x, Traced) else int(x.shape[axis])
 
 
 def along(x: Any, y: Any, *, axis: int = 0) -> Any:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tttc.declare.sizes import known_sizes
 from tttc.declare.specs import GateSpec, ParamSpec
-from tttc.declare.tracer import Traced, known_sizes, lift
+from tttc.declare.tracer import Traced, lift
 from tttc.declare.update_rules import AtEnd, Rate
 from tttc.declare.user_functions import Leaves, Produce, Repeated, run_twice, traced_functions
 from tttc.declare.variant import Signature

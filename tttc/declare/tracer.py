@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tttc.declare.locations import note
 from tttc.declare.number import number
+from tttc.declare.sizes import axis_size
 from tttc.declare.suggest import instead
 from tttc.errors import ShapeError, TTTCError, users_line
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Axis, Expr, const, leaves
 from tttc.ir.names import as_declared
-from tttc.ir.scalars import SCALARS, Formula
 
 
 class Traced:
@@ -45,7 +43,7 @@ class Traced:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(axis_size(self, i) for i in range(self.ndim))
+        return tuple(axis_size(self.axes, i) for i in range(self.ndim))
 
     @property
     def ndim(self) -> int:
@@ -89,7 +87,7 @@ class Traced:
         return _binary("div", other, self)
 
     def __neg__(self) -> Traced:
-        _refuse_truths("negate", (self,))
+        refuse_truths("negate", (self,))
         return Traced(b.neg(self.expr), self.axes)
 
     def __pos__(self) -> Traced:
@@ -272,7 +270,7 @@ def _as_number(x: Any) -> Traced:
     return Traced(_as_truth(x).expr, x.axes)
 
 
-def _refuse_truths(verb: str, operands: Sequence[Traced]) -> None:
+def refuse_truths(verb: str, operands: Sequence[Traced]) -> None:
     """torch neither subtracts nor negates the results of comparisons, and adds them as `or`."""
     if any(x.truth for x in operands):
         remedy = "Make numbers of it: tttc.where(condition, 1.0, 0.0); or combine with `&`, `|` and `~`."
@@ -303,7 +301,7 @@ def leaf_axes(dims: Sequence[str]) -> Axes:
     return tuple(axes)
 
 
-def _aligned(operands: Sequence[Traced], what: str) -> tuple[list[Expr], Axes]:
+def aligned(operands: Sequence[Traced], what: str) -> tuple[list[Expr], Axes]:
     """Rename axes so that positions agree from the last dimension backwards, as NumPy broadcasts; the axes of the
     result.
     """
@@ -313,7 +311,7 @@ def _aligned(operands: Sequence[Traced], what: str) -> tuple[list[Expr], Axes]:
         own = widest.axes[len(widest.axes) - len(operand.axes) :]
         if any(a.size != t.size for a, t in zip(operand.axes, own, strict=True)):
             pair = [o for o in operands if o is operand or o is widest]
-            raise _shape_error(
+            raise shape_error(
                 f"cannot {what}", pair, "Declare both alike, or contract the axis that is too many with `@`."
             )
         renamed.append(b.rename(operand.expr, dict(zip(operand.axes, own, strict=True))))
@@ -326,23 +324,23 @@ _VERBS = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "
 def _binary(op: str, left: Any, right: Any) -> Traced:
     lifted = [lift(left), lift(right)]
     if op == "sub" or (op == "add" and all(x.truth for x in lifted)):
-        _refuse_truths(_VERBS[op], lifted)
-    operands, axes = _aligned(lifted, _VERBS[op])
+        refuse_truths(_VERBS[op], lifted)
+    operands, axes = aligned(lifted, _VERBS[op])
     return Traced(b.apply(op, *operands), axes)
 
 
 def _matmul(left: Any, right: Any) -> Traced:
     a, c = lift(left), lift(right)
-    _refuse_truths("contract", (a, c))
+    refuse_truths("contract", (a, c))
     what = "cannot contract with `@`"
     if not a.axes or not c.axes:
-        raise _shape_error(what, (a, c), "A number multiplies with `*`.")
+        raise shape_error(what, (a, c), "A number multiplies with `*`.")
     if a.ndim > 2 or c.ndim > 2:
-        raise _shape_error(what, (a, c), "`@` takes vectors and matrices.")
+        raise shape_error(what, (a, c), "`@` takes vectors and matrices.")
     summed, other = a.axes[-1], c.axes[0]
     if summed.size != other.size:
         remedy = f"The last axis of the left side must be the first of the right: {summed.size} is not {other.size}."
-        raise _shape_error(what, (a, c), remedy)
+        raise shape_error(what, (a, c), remedy)
     moved, kept = {other: summed}, list(a.axes)
     for axis in c.axes[1:]:
         moved[axis] = axis if axis not in kept else b.fresh(axis, [*kept, *c.axes])
@@ -351,7 +349,7 @@ def _matmul(left: Any, right: Any) -> Traced:
     return Traced(b.contract((a.expr, b.rename(c.expr, moved)), (summed,)), tuple(kept))
 
 
-def _shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeError:
+def shape_error(what: str, operands: Sequence[Traced], remedy: str) -> ShapeError:
     shapes = " and ".join("[" + ", ".join(o.dims) + "]" for o in operands)
     line = users_line()
     place = f"\n{line.shown()}" if line else ""
@@ -364,153 +362,3 @@ def _origin(e: Expr, dim: str) -> str:
     """The declared value that brought a dim into an expression."""
     found = [x.variable for x in leaves([e]) if dim in (a.size for a in x.axes)]
     return f"{found[-1].role} {as_declared(found[-1].name)}" if found else ""
-
-
-# -- operations --------------------------------------------------------------------------------------------------------
-
-
-def trace(name: str, operands: Sequence[Any], settings: Mapping[str, Any]) -> Traced:
-    """Add the node of one of the operations of `tttc/declare/functions.py`."""
-    values = [lift(x) for x in operands]
-    special = _SPECIAL.get(name)
-    row = "select" if name == "where" else name
-    count, known = (special.operands, special.settings) if special else (SCALARS[row].arity, ())
-    if len(values) != count:
-        takes = f"It takes {count} operand{'s' * (count > 1)}{''.join(f', and {n}=' for n in known)}."
-        raise unsupported(f"tttc.{name} with {len(values)} operands", takes)
-    if unknown := [n for n in settings if n not in known]:
-        takes = f"It takes {', '.join(known)}." if known else "It takes only operands."
-        raise unsupported(f"the argument {', '.join(unknown)} of tttc.{name}", takes)
-    if name in ("mean", "einsum"):
-        _refuse_truths("average" if name == "mean" else "contract", values)
-    if special:
-        return special.build(values, **settings)
-    renamed, axes = _aligned(values, f"apply {name} to")
-    return Traced(b.apply(row, *renamed), axes)
-
-
-class _Special(NamedTuple):
-    """An operation that is no elementwise function: how many operands it has, and which settings."""
-
-    build: Callable[..., Traced]
-    operands: int = 1
-    settings: tuple[str, ...] = ()
-
-
-def _reduction(reduce: Callable[[Expr, Axes], Expr]) -> Callable[..., Traced]:
-    def build(values: list[Traced], axis: int | None = None) -> Traced:
-        (x,) = values
-        if not x.axes:
-            return Traced(x.expr)
-        if axis is not None and not -x.ndim <= axis < x.ndim:
-            raise _shape_error(f"there is no axis {axis} in", values, f"axis runs from {-x.ndim} to {x.ndim - 1}.")
-        over = x.axes if axis is None else (x.axes[axis],)
-        return Traced(reduce(x.expr, over), tuple(a for a in x.axes if a not in over))
-
-    return build
-
-
-def _normalizing(op: str) -> Callable[..., Traced]:
-    def build(values: list[Traced], *, eps: float | None = None) -> Traced:
-        if eps is None:
-            raise unsupported(f"tttc.{op} without eps", "eps changes the result: write it, for example eps=1e-6.")
-        if not values[0].axes:
-            raise _shape_error(f"{op} normalises over the last axis of", values[:1], "Give it a vector.")
-        renamed, axes = _aligned(values, f"apply {op} to")
-        return Traced(Expr(op, tuple(renamed), (axes[-1], float(eps))), axes)
-
-    return build
-
-
-def _softmax(values: list[Traced]) -> Traced:
-    (x,) = values
-    if not x.axes:
-        raise _shape_error("softmax runs over the last axis of", values, "Give it a vector.")
-    return Traced(Expr("softmax", (x.expr,), (x.axes[-1],)), x.axes)
-
-
-def _dot(values: list[Traced]) -> Traced:
-    (x, y), axes = _aligned(values, "take the inner product of")
-    if not axes:
-        raise _shape_error("dot runs over the last axis of", values, "A number multiplies with `*`.")
-    return Traced(b.contract((x, y), axes[-1:]), axes[:-1])
-
-
-def _along(values: list[Traced], axis: int = 0) -> Traced:
-    x, y = values
-    kept = [a for i, a in enumerate(x.axes) if i != axis % max(x.ndim, 1)]
-    if len(kept) != y.ndim or any(a.size != c.size for a, c in zip(kept, y.axes, strict=True)):
-        raise _shape_error(f"cannot scale along axis {axis}", values, "The second lacks just that axis of the first.")
-    return Traced(b.mul(x.expr, b.rename(y.expr, dict(zip(y.axes, kept, strict=True)))), x.axes)
-
-
-def _einsum(values: list[Traced], spec: str) -> Traced:
-    inputs, arrow, output = spec.replace(" ", "").partition("->")
-    letters = inputs.split(",")
-    fits = (
-        arrow
-        and len(letters) == 2
-        and all(len(s) == x.ndim == len(set(s)) for s, x in zip(letters, values, strict=True))
-    )
-    if not fits or not set(output) <= set("".join(letters)) or len(set(output)) != len(output):
-        raise _shape_error(
-            f"einsum({spec!r}) does not fit", values, "It names every axis of two operands, then the result's."
-        )
-    named: dict[str, Axis] = {}
-    for letter, axis in [(c, a) for s, x in zip(letters, values, strict=True) for c, a in zip(s, x.axes, strict=True)]:
-        if letter in named and named[letter].size != axis.size:
-            raise _shape_error(f"einsum({spec!r}): {letter} is two sizes in", values, "One letter, one dim.")
-        named.setdefault(letter, b.fresh(axis, named.values()))
-    operands = [
-        b.rename(x.expr, dict(zip(x.axes, (named[c] for c in s), strict=True)))
-        for s, x in zip(letters, values, strict=True)
-    ]
-    over = tuple(a for c, a in named.items() if c not in output)
-    return Traced(b.contract(operands, over), tuple(named[c] for c in output))
-
-
-def _stop_gradient(values: list[Traced]) -> Traced:
-    held = Traced(b.stop_gradient(values[0].expr), values[0].axes)
-    held.viewed = values[0].viewed = True
-    return held
-
-
-_sizes: ContextVar[Mapping[str, int] | None] = ContextVar("sizes", default=None)
-
-
-@contextmanager
-def known_sizes(dims: Mapping[str, int]) -> Iterator[None]:
-    """Inside, `tttc.size` of a traced value is the size of its dim."""
-    token = _sizes.set(dims)
-    try:
-        yield
-    finally:
-        _sizes.reset(token)
-
-
-def axis_size(x: Traced, axis: int) -> int:
-    """The size of an axis of a traced value; 2 where a declaration is checked without sizes."""
-    found = number((_sizes.get() or {}).get(x.axes[axis].size, 2))
-    return 2 if found is None else int(found)  # a size that is none is refused when the dims are read
-
-
-_SPECIAL: dict[str, _Special] = {
-    "sum": _Special(_reduction(b.total), 1, ("axis",)),
-    "mean": _Special(_reduction(b.mean), 1, ("axis",)),
-    "layer_norm": _Special(_normalizing("layer_norm"), 3, ("eps",)),
-    "rms_norm": _Special(_normalizing("rms_norm"), 2, ("eps",)),
-    "l2_norm": _Special(_normalizing("l2_norm"), 1, ("eps",)),
-    "softmax": _Special(_softmax),
-    "dot": _Special(_dot, 2),
-    "along": _Special(_along, 2, ("axis",)),
-    "einsum": _Special(_einsum, 2, ("spec",)),
-    "stop_gradient": _Special(_stop_gradient),
-}
-
-
-def apply_formula(formula: Formula, operands: Sequence[Any]) -> Traced:
-    """Add the node of a user's own elementwise function."""
-    renamed, axes = _aligned([lift(x) for x in operands], "apply elementwise to")
-    if formula.body.is_number:  # a constant, whatever it is a function of
-        return Traced(b.broadcast(const(float(formula.body)), axes), axes)
-    return Traced(Expr("map", tuple(renamed), formula), axes)

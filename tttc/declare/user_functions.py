@@ -35,7 +35,7 @@ class Leaves(NamedTuple):
     states: dict[str, Expr]
 
 
-class Functions(NamedTuple):
+class TracedFunctions(NamedTuple):
     """What the user's functions are: the loss, the output, the names of their values, and the lines that make them."""
 
     leaves: Leaves
@@ -60,7 +60,7 @@ def declared_leaves(declared: Signature) -> Leaves:
     )
 
 
-def traced_functions(declared: Signature) -> tuple[Functions | None, list[Problem]]:
+def traced_functions(declared: Signature) -> tuple[TracedFunctions | None, list[Problem]]:
     """The user's functions as expressions; or every problem met on the way."""
     known = declared_leaves(declared)
     problems: list[Problem] = []
@@ -75,7 +75,7 @@ def traced_functions(declared: Signature) -> tuple[Functions | None, list[Proble
         )
     if problems or loss is None or output is None:
         return None, _merged(problems)
-    return Functions(known, loss, output, names, places), []
+    return TracedFunctions(known, loss, output, names, places), []
 
 
 def _held(value: Any) -> Expr | None:

@@ -14,7 +14,7 @@ from tttc.declare.number import number, whole
 from tttc.declare.specs import INIT, GateSpec, evaluated_scale
 from tttc.declare.suggest import near
 from tttc.declare.update_rules import ROLES, SGD, AtEnd, NoChunkForm
-from tttc.declare.variant import ANCHORS, READS, SETTINGS, Signature, Variant, class_line, is_dim
+from tttc.declare.variant import ANCHORS, READS, VARIANT_SETTINGS, Signature, Variant, class_line, is_dim
 from tttc.errors import Problem
 
 METHODS = ("learner", "loss", "output")
@@ -68,9 +68,11 @@ def _misspelt(variant: type[Variant]) -> list[Problem]:
         for name, value in vars(c).items():
             if name.startswith("__") or isinstance(value, Declared):
                 continue
-            if name in (*SETTINGS, *METHODS):
+            if name in (*VARIANT_SETTINGS, *METHODS):
                 continue
-            found = [m for m in (*SETTINGS, *METHODS) if m not in vars(c) and _one_slip(name, m) and _fits(m, value)]
+            found = [
+                m for m in (*VARIANT_SETTINGS, *METHODS) if m not in vars(c) and _one_slip(name, m) and _fits(m, value)
+            ]
             if found:
                 what = f"`{name}` is no setting, and nothing reads it."
                 problems.append(Problem(what, f"Is it `{found[0]}`? Otherwise call it something else.", class_line(c)))

@@ -20,7 +20,7 @@ from tttc.ir.names import apart
 
 READS = ("after", "before", "start", "end")
 ANCHORS = ("mini_batch", "token")
-SETTINGS = ("mini_batch", "read", "anchor", "steps", "update", "qk_norm")
+VARIANT_SETTINGS = ("mini_batch", "read", "anchor", "steps", "update", "qk_norm")
 
 
 class Variant:
@@ -56,13 +56,13 @@ class Variant:
     @classmethod
     def replace(cls, **settings: Any) -> type[Variant]:
         """The same declaration with other settings: `TTTLinear.replace(mini_batch=4, read="before")`."""
-        unknown = sorted(set(settings) - set(SETTINGS))
+        unknown = sorted(set(settings) - set(VARIANT_SETTINGS))
         if unknown:
-            found = [m for n in unknown if (m := near(n, SETTINGS, 0.6))]
+            found = [m for n in unknown if (m := near(n, VARIANT_SETTINGS, 0.6))]
             meant = f"Is it {', '.join(found)}? " if found else ""
             raise DeclarationError(
                 f"variant `{cls.__name__}`: no such setting: {', '.join(unknown)}.\n"
-                f"  {meant}The settings are {', '.join(SETTINGS)}."
+                f"  {meant}The settings are {', '.join(VARIANT_SETTINGS)}."
             )
         about = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__replaced__": settings}
         return type(cls.__name__, (cls,), {**settings, **about})

@@ -32,7 +32,7 @@ from tttc.ir.update import memories, openings
 if TYPE_CHECKING:
     from tttc.runtime.layer import Layer
 
-PAST = cost.dim(substitution.PAST.size)  # the tokens of a chunk as one of them sees them (ir/substitution.py)
+PAST_TOKENS = cost.dim(substitution.PAST.size)  # the tokens of a chunk as one of them sees them (ir/substitution.py)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _lengths(scan: Scan, program: ScanProgram) -> dict[sympy.Symbol, Formula]:
     chunk = cost.tokens(program.plan.chunk)
     if not scan.loops:
         return {CHUNK: chunk} if _unit(scan) == "chunk" else {}
-    past = {PAST: chunk} if scan.kind is ScanKind.ROWS else {}
+    past = {PAST_TOKENS: chunk} if scan.kind is ScanKind.ROWS else {}
     return {CHUNK: cost.tokens(scan.chunk), **past}
 
 
@@ -208,7 +208,7 @@ def _per_token(works: Mapping[ScanKind, Work], program: ScanProgram) -> Work:
         work = works[kind].times(share)
         if kind is ScanKind.ROWS:  # its chunk is one token, which reads the rows of all of C
             one = {CHUNK: sympy.S.One}
-            work = Work(*(f.subs(one).subs(PAST, CHUNK) for f in (work.contraction, work.elementwise)))
+            work = Work(*(f.subs(one).subs(PAST_TOKENS, CHUNK) for f in (work.contraction, work.elementwise)))
         total += work
     return total
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from tttc.compiler.pipeline import Entry
+from tttc.compiler.pipeline import HistoryEntry
+from tttc.explain.chunk_form import form_lines
 from tttc.explain.costs import LayerCost, kept, layer_cost, pieces_depth, plan_lengths, program_costs
 from tttc.explain.latex_document import latex_document
-from tttc.explain.update_rule import Line, form_lines, read_text, update_lines
+from tttc.explain.update_rule import Line, read_text, update_lines
 from tttc.ir import cost
 from tttc.ir.cost import CHUNK, EVERY, TOKENS, Formula, Work
 from tttc.ir.expr import Expr, postorder
@@ -91,7 +92,7 @@ def _declared_lines(layer: Layer) -> list[str]:
     return lines
 
 
-def _stage_text(entry: Entry) -> str:
+def _stage_text(entry: HistoryEntry) -> str:
     """The text of a stage as it is, and its costs."""
     lines = [str(entry).rstrip("\n")]
     costs = list(program_costs(entry.program)) if entry.program is not None else []

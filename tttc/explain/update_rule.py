@@ -1,26 +1,24 @@
-"""The update rule in formulas: what one token does, what ends a mini-batch, where gradients are taken, and what a chunk
-computes in place of single weights.
+"""The update rule in formulas: what one token does, what ends a mini-batch, where gradients are taken.
 
-    S_t = momentum_t * S_(t-1) + lr_t * g_t             A = P(decay) @ P(momentum) @ diag(lr)
+    S_t = momentum_t * S_(t-1) + lr_t * g_t
     W_t = decay_t * W_(t-1) - S_t
 
-Everything is read off the rule and off the class of its gradients; the right side is the rule itself, evaluated on
-words (`ChunkWords`).
+Everything is read off the rule and off the class of its gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tttc.ir.expr import Expr, is_const, leaf, leaves, rebuild, transform
 from tttc.ir.names import spelled
 from tttc.ir.program import SEQUENCE, EndStage, GradientClass, Plan, Update, end_leaf
-from tttc.ir.text import Printer, Text
-from tttc.ir.update import Advanced, Carried, accumulated, advance, is_staged
+from tttc.ir.text import Printer
+from tttc.ir.update import accumulated, is_staged
 
-ROLES = ("lr", "tau", "momentum", "decay", "average")
+RATES = ("lr", "tau", "momentum", "decay", "average")
 
 
 class Line(NamedTuple):
@@ -59,7 +57,7 @@ def _times(rate: Expr | None, text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Rule:
+class StateRule:
     """The rule of states that have the same parts; where their rates differ, a rate is called by its role."""
 
     update: Update
@@ -83,15 +81,15 @@ class Rule:
         return None if self.once else self.rates.get(role)
 
 
-def rules(update: Update) -> list[Rule]:
+def rules(update: Update) -> list[StateRule]:
     """The states, those of one shape of rule together."""
     alike: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for w in update.states:
         n = w.name
-        roles = tuple(role for role in ROLES if getattr(update, role).get(n) is not None)
+        roles = tuple(role for role in RATES if getattr(update, role).get(n) is not None)
         alike.setdefault((roles, "W" if accumulated(update, w) is w else "A"), []).append(n)
     return [
-        Rule(update, tuple(names), {role: _shared_rate(update, role, names) for role in roles}, base)
+        StateRule(update, tuple(names), {role: _shared_rate(update, role, names) for role in roles}, base)
         for (roles, base), names in alike.items()
     ]
 
@@ -101,7 +99,7 @@ def _shared_rate(update: Update, role: str, names: list[str]) -> Expr:
     return next(iter(given)) if len(given) == 1 else leaf(role, "gate")
 
 
-def _rates_by_state(rule: Rule) -> list[str]:
+def _rates_by_state(rule: StateRule) -> list[str]:
     """Which rate is whose, where they differ."""
     said = []
     for role in rule.rates:
@@ -109,17 +107,17 @@ def _rates_by_state(rule: Rule) -> list[str]:
         for n in rule.names:
             owners.setdefault(rate_text(getattr(rule.update, role)[n]), []).append(n)
         if len(owners) > 1:
-            said.append(f"{role} is {', '.join(f'{rate} for {_listed(names)}' for rate, names in owners.items())}")
+            said.append(f"{role} is {', '.join(f'{rate} for {listed(names)}' for rate, names in owners.items())}")
     return said
 
 
 def channel_rates(update: Update) -> list[str]:
     """The rates that hold one value for each entry of an axis of their state."""
     found = {rate_text(r): r.axes for r in update.rates if r.axes}
-    return [f"{name} has one value for each entry of {_listed(a.size for a in axes)}" for name, axes in found.items()]
+    return [f"{name} has one value for each entry of {listed(a.size for a in axes)}" for name, axes in found.items()]
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
@@ -132,7 +130,7 @@ def update_lines(update: Update, kind: GradientClass, plan: Plan) -> list[Line]:
     where = "" if plan.free else f" of {_span(update)}"
     lines = [Line(f"for each token t{where}{_named(found[0].names) if len(found) == 1 else ''}:")]
     for rule in found:
-        lines += _heading(rule, found)
+        lines += heading(rule, found)
         lines += [Line(equation, deep=True) for equation in token_equations(rule)]
         lines += [Line(said) for said in _rates_by_state(rule)]
     lines += [Line(said) for said in channel_rates(update)]
@@ -140,7 +138,7 @@ def update_lines(update: Update, kind: GradientClass, plan: Plan) -> list[Line]:
     if is_staged(update):
         lines.append(Line(f"where a {_piece(update)} ends, with the values of its last token:"))
         for rule in found:
-            lines += _heading(rule, found)
+            lines += heading(rule, found)
             lines += [Line(equation, deep=True) for equation in end_equations(rule)]
     return lines
 
@@ -155,15 +153,15 @@ def _named(names: tuple[str, ...]) -> str:
     """What W stands for, unless it is the name of the only state."""
     if names == ("W",):
         return ""
-    return f", W being {names[0]}" if len(names) == 1 else f", W being each of {_listed(names)}"
+    return f", W being {names[0]}" if len(names) == 1 else f", W being each of {listed(names)}"
 
 
-def _heading(rule: Rule, found: list[Rule]) -> list[Line]:
+def heading(rule: StateRule, found: list[StateRule]) -> list[Line]:
     """Whose rule follows, where there are several."""
-    return [Line(f"for W being {'each of ' if len(rule.names) > 1 else ''}{_listed(rule.names)}:")] if found[1:] else []
+    return [Line(f"for W being {'each of ' if len(rule.names) > 1 else ''}{listed(rule.names)}:")] if found[1:] else []
 
 
-def token_equations(rule: Rule) -> list[str]:
+def token_equations(rule: StateRule) -> list[str]:
     """S: momentum, U: what the mini-batch has added, a: what is left of the weights that it began with, V: average."""
     lines, step = _step_equations(rule)
     decay, tau, average = rule.each_token("decay"), rule.rates.get("tau"), rule.rates.get("average")
@@ -179,7 +177,7 @@ def token_equations(rule: Rule) -> list[str]:
     return lines
 
 
-def _step_equations(rule: Rule) -> tuple[list[str], str]:
+def _step_equations(rule: StateRule) -> tuple[list[str], str]:
     """Momentum, and what a token adds."""
     lr, mu = rule.rates["lr"], rule.each_token("momentum")
     step = _times(lr, "g_t")
@@ -209,7 +207,7 @@ def _gradient_text(update: Update, kind: GradientClass) -> str:
     return f"g_t is the gradient of the loss of token t, {where}{clipped}"
 
 
-def _beginnings(found: list[Rule]) -> list[str]:
+def _beginnings(found: list[StateRule]) -> list[str]:
     """What the variables beside the weights begin with."""
     said = []
     carried = ["S = 0"] if any("momentum" in rule.rates for rule in found) else []
@@ -239,7 +237,7 @@ def _steps_text(update: Update) -> list[str]:
 # -- the end of a mini-batch ---------------------------------------------------------------------------------------
 
 
-def end_equations(rule: Rule) -> list[str]:
+def end_equations(rule: StateRule) -> list[str]:
     """What acts where a mini-batch ends, in its order: U is what it added, W what it hands on."""
     lines = _once_equations(rule) if rule.once else []
     if "tau" in rule.rates:
@@ -257,7 +255,7 @@ def end_equations(rule: Rule) -> list[str]:
     return lines
 
 
-def _once_equations(rule: Rule) -> list[str]:
+def _once_equations(rule: StateRule) -> list[str]:
     mu = rule.rates.get("momentum")
     if mu is None:
         return []
@@ -270,14 +268,14 @@ def _mean(rate: Expr) -> str:
     return f"mean({rate_text(rate)})" if rate.op == "leaf" and rate.role == "gate" else rate_text(rate)
 
 
-def _acting(rule: Rule) -> list[EndStage]:
+def _acting(rule: StateRule) -> list[EndStage]:
     return [s for s in rule.update.at_end if any(n in s.values for n in rule.names)]
 
 
-def _stage_text(stage: EndStage, target: str, given: str, rule: Rule) -> str:
+def _stage_text(stage: EndStage, target: str, given: str, rule: StateRule) -> str:
     """W = weight_norm(axis=0) of W; for which states, where it is not for all."""
     acted = [n for n in rule.names if n in stage.values]
-    only = "" if len(acted) == len(rule.names) else f", for {_listed(acted)}"
+    only = "" if len(acted) == len(rule.names) else f", for {listed(acted)}"
     kept = f" and of {given} where the sequence began" if stage.begins and stage.on == "weights" else ""
     return f"{target} = {stage.label} of {given}{_jointly(stage, rule.update)}{kept}{only}"
 
@@ -296,12 +294,12 @@ def read_text(update: Update, declared: str) -> str:
     said: dict[str, list[str]] = {}
     for rule in rules(update):
         said.setdefault(_read_from(rule), []).extend(rule.names)
-    text = next(iter(said)) if len(said) == 1 else "; ".join(f"{_listed(n)}: {what}" for what, n in said.items())
+    text = next(iter(said)) if len(said) == 1 else "; ".join(f"{listed(n)}: {what}" for what, n in said.items())
     single = "" if declared == update.read else f', in a mini-batch of a single token "{update.read}"'
     return f'"{declared}"{single}: {text}'
 
 
-def _read_from(rule: Rule) -> str:
+def _read_from(rule: StateRule) -> str:
     read, staged = rule.update.read, is_staged(rule.update)
     letter = "V" if "average" in rule.rates else "W"
     if read == "start":
@@ -318,188 +316,6 @@ def _read_from(rule: Rule) -> str:
     return f"z_t from {'V' if letter == 'V' else 'the weights'} {end}"
 
 
-def _scaled_by_own_tau(rule: Rule, index: str) -> str:
+def _scaled_by_own_tau(rule: StateRule, index: str) -> str:
     decay = rule.each_token("decay")
     return f"{_started(decay, index)} - {_times(rule.rates['tau'], f'U{index}')}"
-
-
-# -- a chunk: the rule on words ------------------------------------------------------------------------------------
-
-
-class Coefficient(NamedTuple):
-    sign: int
-    text: Text
-
-
-Words = Mapping[str, Coefficient]
-"""A value along the tokens of a chunk: "g" has the matrix before the gradients, other letters the coefficients of what
-the chunk found. An empty text is the identity, or ones."""
-
-GRADIENT: Words = {"g": Coefficient(1, Text(""))}
-
-
-class ChunkWords:
-    """The algebra of `ChunkAlgebra` (ir/response.py) on text: every matrix by the name of what it is made of."""
-
-    def recur(self, before: Words | None, decay: Expr | None, added: Words) -> Words:
-        rate = "1" if decay is None else rate_text(decay)
-        result = {k: Coefficient(c.sign, _propagated(k, rate, c.text)) for k, c in added.items()}
-        for k, c in (before or {}).items():
-            result[k] = c if decay is None else Coefficient(c.sign, Text(f"cumprod({rate})"))
-        return result
-
-    def scaled(self, x: Words, rate: Expr) -> Words:
-        if is_const(rate, 1):
-            return x
-        return {k: Coefficient(c.sign, _scaled(k, rate, c.text)) for k, c in x.items()}
-
-    def plus(self, x: Words, y: Words) -> Words:
-        result = dict(x)
-        for k, c in y.items():
-            one = result.get(k)
-            result[k] = c if one is None else Coefficient(one.sign, _sum(one.text, c.text))
-        return result
-
-    def minus(self, x: Words, y: Words) -> Words:
-        return self.plus(x, {k: Coefficient(-c.sign, c.text) for k, c in y.items()})
-
-    def started(self, scale: None, decay: Expr | None, start: str) -> tuple[None, Words]:
-        return None, {start: Coefficient(1, Text("" if decay is None else f"cumprod({rate_text(decay)})"))}
-
-
-def _propagated(letter: str, rate: str, inner: Text) -> Text:
-    if letter == "g":
-        return Text(f"P({rate}) @ {inner.at_least(2)}", 2) if inner.text else Text(f"P({rate})")
-    return Text(f"cumsum({inner.text})") if rate == "1" else Text(f"P({rate}) @ {inner.at_least(3)}", 2)
-
-
-def _scaled(letter: str, rate: Expr, inner: Text) -> Text:
-    name, varies = rate_text(rate), any(e.role == "gate" for e in leaves([rate]))
-    if letter == "g":
-        return Text(f"diag({name}) @ {inner.at_least(2)}", 2) if inner.text else Text(f"diag({name})")
-    if inner.text or not varies:
-        return Text(f"{name} * {inner.at_least(3) if inner.text else 'ones'}", 2)
-    return Text(name, 5 if rate.op == "leaf" else 2)
-
-
-def _sum(x: Text, y: Text) -> Text:
-    return Text(f"{x.text or 'I'} + {y.text or 'I'}", 1)
-
-
-@dataclass(frozen=True)
-class ChunkFormulas:
-    """What one chunk computes for states of one rule: `target` in terms of A, and what A and the other letters are."""
-
-    target: str
-    formula: str
-    matrix: str
-    letters: Mapping[str, str]
-    found: tuple[str, ...]
-    """What the chunk finds: W the weights, S momentum, U what its mini-batch has added, V the average."""
-
-    @property
-    def lines(self) -> list[str]:
-        """As text."""
-        letters = ", ".join(f"{letter} = {text}" for letter, text in self.letters.items())
-        return [f"{self.target}_t = {self.formula}", self.matrix, *([letters] if letters else [])]
-
-
-def chunk_formulas(rule: Rule, tiled: bool) -> ChunkFormulas:
-    """The rule over a chunk: U, or the weights W, or their average V."""
-    advanced = _advanced(rule, tiled)
-    target = "V" if "average" in rule.rates else "U" if rule.summed else "W"
-    words: Words = {"V": advanced.average, "U": advanced.added, "W": advanced.weights}[target]
-    letters: dict[str, str] = {}
-    terms = []
-    found = tuple(k for k in "VWSU" if k in words)
-    for k in found:
-        text = words[k].text.text
-        letter = next((n for n, t in letters.items() if t == text), None) or "cdefh"[len(letters)]
-        if text:
-            letters[letter] = text
-        terms.append((words[k].sign, f"{letter}_t * {k}" if text else k))
-    terms.append((words["g"].sign, "sum over s of A[t, s] * g_s"))
-    return ChunkFormulas(target, _signed(terms), _matrix_text(rule, words["g"].text.text), letters, found)
-
-
-def _advanced(rule: Rule, tiled: bool) -> Advanced:
-    """The rule on words; a tile of an open mini-batch finds what that has added, too."""
-
-    def given(letter: str, present: bool) -> Words | None:
-        return {letter: Coefficient(1, Text(""))} if present else None
-
-    name = rule.names[0]
-    rates: dict[str, dict[str, Expr | None]] = {role: {name: rule.rates.get(role)} for role in ROLES}
-    update = replace(rule.update, **rates)  # type: ignore[arg-type]
-    momentum = given("S", rule.each_token("momentum") is not None)
-    carried = Carried("W", given("U", tiled and rule.summed), None, momentum, given("V", "average" in rule.rates))
-    return advance(update, name, carried, GRADIENT, ChunkWords())
-
-
-def _signed(terms: list[tuple[int, str]]) -> str:
-    text = ""
-    for sign, term in terms:
-        text += (f" {'+' if sign > 0 else '-'} " if text else "" if sign > 0 else "-") + term
-    return text
-
-
-def _matrix_text(rule: Rule, matrix: str) -> str:
-    """A triangle of ones times a diagonal by its entries, anything else as a product."""
-    recurs = rule.each_token("momentum") or rule.each_token("decay") or rule.rates.get("average")
-    return f"A = {matrix}" if recurs else f"A[t, s] = {rate_text(rule.rates['lr'], '_s')} where s <= t, else 0"
-
-
-_ROWS = {
-    "after": "token t reads with row t of A: what s <= t taught",
-    "before": "token t reads with row t - 1 of A: what s < t taught",
-    "start": "no token reads what another of its mini-batch taught: the last row of A makes what is handed on",
-    "end": "every token reads with the last row of A: what the whole mini-batch taught",
-}
-
-
-def form_lines(update: Update, kind: GradientClass, plan: Plan, unknown: str) -> list[Line]:
-    """How a chunk is computed; `unknown` is the part of an online gradient that depends on the weights."""
-    if kind.sequential and not plan.substitution:
-        return [Line("token by token: every gradient waits for the weights that the token before left")]
-    lines = [Line("dual: a chunk at once in matrix products, the weights of no single token")]
-    found = rules(update)
-    formulas = [(rule, chunk_formulas(rule, plan.tiled)) for rule in found]
-    for rule, made in formulas:
-        lines += _heading(rule, found)
-        lines += [Line(text, deep=True) for text in made.lines]
-    written = " ".join(text for _, made in formulas for text in made.lines)
-    if "P(" in written:
-        lines.append(Line("P(x)[t, s] = x_(s+1) * ... * x_t where s <= t, else 0", deep=True))
-    if channel_rates(update):
-        lines.append(Line("what a rate of channels is part of has an entry for each channel, and is no single matrix"))
-    if kind.kind == "affine":
-        lines.append(Line(_system_text(unknown)))
-    if plan.substitution:
-        lines.append(Line(_SUBSTITUTION))
-    letters = [letter for letter in "VWSU" if any(letter in made.found for _, made in formulas)]
-    handed_on = update.read == "end" and is_staged(update)
-    reading = "every token reads the weights that the mini-batch hands on" if handed_on else _ROWS[update.read]
-    return [*lines, *_pieces(update, plan, letters), Line(reading)]
-
-
-_SUBSTITUTION = (
-    "the gradients of a chunk come first, one token after the other: that of token s is taken at what row s - 1 of A "
-    "and the gradients before it make of W"
-)
-
-
-def _system_text(unknown: str) -> str:
-    return (
-        f"gradients of a chunk: u_s = {unknown} depends on the u of earlier tokens through row s - 1 of A, which makes "
-        "one system (I + N) u = r; N is strictly lower triangular, r what u would be if the chunk taught nothing"
-    )
-
-
-def _pieces(update: Update, plan: Plan, found: list[str]) -> list[Line]:
-    """What the letters of a chunk stand for, and what a longer mini-batch hands from one piece of it to the next."""
-    lines = [Line(f"{_listed(found)}: as the chunk finds {'them' if found[1:] else 'it'}")] if found else []
-    if plan.tiled:
-        lines.append(Line("a chunk is a tile of its mini-batch, and hands on what that has added so far"))
-    if update.steps > 1:
-        lines.append(Line("so for each step, with the gradients of that step and the W that the one before left"))
-    return lines

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tttc.runtime.arguments import Call
     from tttc.runtime.layer import Layer
 
-HEADS = 16  # at most so many sequences are looked at
+MOST_SEQUENCES = 16  # at most so many sequences are looked at
 LARGEST = 2.0  # a step multiplies the error by 1 - gain: beyond 2 its size grows
 
 
@@ -39,7 +39,7 @@ def warn_of_growth(layer: Layer, call: Call) -> None:
     if found is None or not call.tokens:
         return
     largest, at = 0.0, (0, 0)
-    for g in range(min(HEADS, call.batch * call.heads)):
+    for g in range(min(MOST_SEQUENCES, call.batch * call.heads)):
         values = _values(found, call, g)
         if values.size and float(values.max()) > largest:
             largest, at = float(values.max()), (g, int(values.argmax()))

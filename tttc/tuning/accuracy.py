@@ -32,7 +32,7 @@ TOLERANCES = {  # of outputs and of gradients, against float64: rounding of the 
 OTHERS = 2.0  # where torch in the same dtype is further off than the tolerance: times its own error,
 MOST = 10.0  # but never more than this many times the tolerance
 AMPLIFIED = 100.0  # roundings: a definition that makes more of one excuses its candidates
-UNTOLD = 0.1  # a comparison that allows more says nothing
+SAYS_NOTHING = 0.1  # a comparison that allows more says nothing
 HEADS = 2
 
 Results = dict[str, torch.Tensor]
@@ -57,7 +57,7 @@ class Accuracy:
         fewer tokens are.
         """
         wrong = self._too_far_off(layer)
-        while wrong and self.tokens > 1 and max(self._excuses.values(), default=0.0) > UNTOLD:
+        while wrong and self.tokens > 1 and max(self._excuses.values(), default=0.0) > SAYS_NOTHING:
             self._shorten()
             wrong = self._too_far_off(layer)
         wrong = {n: (e, max(most, self._excuses.get(n, 0.0))) for n, (e, most) in wrong.items()}

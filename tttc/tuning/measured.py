@@ -7,7 +7,7 @@ timed, call by call in turn with the best one so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -34,9 +34,10 @@ from tttc.terminal import budget_bar, plain, table
 from tttc.tuning import database
 from tttc.tuning.accuracy import Accuracy, in_dtype
 from tttc.tuning.chunks import chunk_choices
+from tttc.tuning.descent import Candidate, Value, candidate_of, default_of
 from tttc.tuning.lookup import untuned
 from tttc.tuning.records import Choice, Entry, Key, found_for, key_of
-from tttc.tuning.search import Call, Candidate, Search, Trial, Value, search
+from tttc.tuning.search import Call, Search, Trial, search
 from tttc.verification.comparison import Inputs, random_inputs
 
 CHECKPOINTS = (4, 2, 1, 8, 16)  # chunks between two carries that are kept
@@ -132,12 +133,12 @@ def tune_measured(
 ) -> TuningResult:
     """Time candidates on this CPU; `size` is the batch, tokens and heads of the call, all else as for `tttc.tune`."""
     began = perf_counter()
-    subject = _Subject(variant, dims, dtype, backend, size, forward_only)
+    subject = _Timed(variant, dims, dtype, backend, size, forward_only)
     choices = subject.choices()
-    defaults = {n: values[0] for n, values in choices.items()}
+    defaults = default_of(choices)
     mine = next((e for e in database.own_entries() if e.key == subject.key), None)
     before = mine or found_for(subject.key, *database.entries()).entry
-    again = None if before is None else _candidate(before.choice, choices)
+    again = None if before is None else candidate_of(before.choice, choices)
     first = [] if again is None else [again]
     with budget_bar(seconds) if progress else nullcontext() as bar:
 
@@ -173,16 +174,7 @@ def _choice(candidate: Candidate, defaults: Candidate) -> Choice:
     return Choice(left.pop("chunk", None), left.pop("checkpoint", None), left)
 
 
-def _candidate(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[str, Value] | None:
-    """A choice of an earlier run; None where this one does not have it."""
-    wanted: dict[str, Value] = {"chunk": choice.chunk, "checkpoint": choice.checkpoint, **choice.config}
-    wanted = {n: v for n, v in wanted.items() if v is not None}
-    if any(v not in choices.get(n, ()) for n, v in wanted.items()):
-        return None
-    return {n: wanted.get(n, values[0]) for n, values in choices.items()}
-
-
-class _Subject:
+class _Timed:
     """A declaration on a device: its candidates compiled, checked and called."""
 
     def __init__(

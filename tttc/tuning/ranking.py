@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,13 +17,13 @@ import torch
 
 from tttc.backends.cost_model import Kernel, estimate
 from tttc.backends.target import GPU
-from tttc.tuning.search import Candidate, Value
+from tttc.tuning.descent import Candidate, Choices, Value, default_of, descend
 
 LONGEST = 120.0  # seconds for what is compiled whatever the budget is
 
 
 @dataclass(frozen=True)
-class Row:
+class RankedRow:
     """One candidate: its kernels, forward and backward by turns, and its estimate, or the reason why it has none."""
 
     candidate: Candidate
@@ -37,46 +37,46 @@ class Ranking:
     """What was compiled; `stopped` is "budget", "exhausted" or "interrupted"."""
 
     budget: float
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RankedRow] = field(default_factory=list)
     elapsed: float = 0.0
     stopped: str = ""
     now: str = ""
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> RankedRow | None:
         """The lowest estimate; of equal ones the one that was compiled first, which changes least."""
         return min((r for r in self.rows if r.seconds is not None), key=lambda r: r.seconds or 0.0, default=None)
 
     @property
-    def default(self) -> Row | None:
+    def default(self) -> RankedRow | None:
         return next((r for r in self.rows if r.seconds is not None and r is self.rows[0]), None)
 
 
-def ranked(candidate: Candidate, kernels: Sequence[Kernel], gpu: GPU, programs: int, dtype: torch.dtype) -> Row:
+def ranked(candidate: Candidate, kernels: Sequence[Kernel], gpu: GPU, programs: int, dtype: torch.dtype) -> RankedRow:
     """A candidate with its estimate, or what it takes more of than there is."""
     for k in kernels:
         taken = k.made.resources
         if taken.shared > gpu.shared_of_program:
             most = f"{taken.shared} bytes of shared memory, {gpu.shared_of_program} at most"
-            return Row(candidate, kernels, reason=f"does not fit: {taken.kernel} takes {most}")
+            return RankedRow(candidate, kernels, reason=f"does not fit: {taken.kernel} takes {most}")
         if not k.resident(gpu):
-            return Row(candidate, kernels, reason=f"does not fit: {taken.kernel} takes more registers than there are")
-    return Row(candidate, kernels, estimate(kernels, gpu, programs, dtype))
+            return RankedRow(
+                candidate, kernels, reason=f"does not fit: {taken.kernel} takes more registers than there are"
+            )
+    return RankedRow(candidate, kernels, estimate(kernels, gpu, programs, dtype))
 
 
-class Subject(Protocol):
+class Estimated(Protocol):
     """What is tuned."""
 
     @property
-    def choices(self) -> Mapping[str, Sequence[Value]]:
-        """The values of each coordinate, the default first."""
-        ...
+    def choices(self) -> Choices: ...
 
     def identity(self, candidate: Candidate) -> Hashable:
         """Equal for candidates whose kernels are the same."""
         ...
 
-    def row(self, candidate: Candidate, seconds: float, best: float) -> Row:
+    def row(self, candidate: Candidate, seconds: float, best: float) -> RankedRow:
         """A candidate compiled, kernel by kernel, in at most so many seconds, and for as long as its estimate is below
         the best.
         """
@@ -88,7 +88,7 @@ class Subject(Protocol):
 
 
 def rank(
-    subject: Subject,
+    subject: Estimated,
     budget: float,
     known: Sequence[Candidate] = (),
     *,
@@ -98,14 +98,14 @@ def rank(
 ) -> Ranking:
     """Compile the default and what is `known` from earlier, whatever the budget is, and then what is near the best."""
     found = Ranking(budget)
-    _Descent(subject, found, time.perf_counter() if began is None else began, workers, report).run(known)
+    _Ranking(subject, found, time.perf_counter() if began is None else began, workers, report).run(known)
     return found
 
 
-class _Descent:
+class _Ranking:
     def __init__(
         self,
-        subject: Subject,
+        subject: Estimated,
         found: Ranking,
         began: float,
         workers: int | None,
@@ -117,12 +117,9 @@ class _Descent:
 
     def run(self, known: Sequence[Candidate]) -> None:
         choices, found = self.subject.choices, self.found
-        default = {n: values[0] for n, values in choices.items()}
         try:
-            self._compile([default, *known], always=True)
-            found.stopped = "exhausted"
-            while self._round(choices, default):
-                pass
+            self._compile([default_of(choices), *known], always=True)
+            found.stopped = descend(choices, self._best, self._along)
         except KeyboardInterrupt:
             if found.best is None:
                 raise
@@ -132,15 +129,12 @@ class _Descent:
             self.pool.shutdown(cancel_futures=True)
             found.elapsed = time.perf_counter() - self.began
 
-    def _round(self, choices: Mapping[str, Sequence[Value]], default: Candidate) -> bool:
-        """Whether another round may find something: the best has changed, and there is time."""
-        before = self.found.best
-        for name, values in choices.items():
-            best = self.found.best.candidate if self.found.best else default
-            if not self._compile([{**best, name: v} for v in values]):
-                self.found.stopped = "budget"
-                return False
-        return self.found.best is not before
+    def _best(self) -> Candidate:
+        return self.found.best.candidate if self.found.best else default_of(self.subject.choices)
+
+    def _along(self, name: str, values: Sequence[Value]) -> bool:
+        """All values of one coordinate at once; whether there was time for them."""
+        return self._compile([{**self._best(), name: v} for v in values])
 
     def _compile(self, candidates: Iterable[Candidate], always: bool = False) -> bool:
         """Compile what is new; whether there was time for all of it."""
@@ -150,18 +144,19 @@ class _Descent:
             if identity not in self.seen:
                 self.seen.add(identity)
                 waiting[self.pool.submit(self._row, candidate, always)] = candidate
-        before, order, late = self.found.rows, list(waiting), False
+        before, order = self.found.rows, dict(waiting)
         while waiting:
             self._news(waiting.values())
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                 del waiting[done]
             finished = [f.result() for f in order if f not in waiting]
-            late = None in finished
             self.found.rows = [*before, *(row for row in finished if row is not None)]
+        late = [c for f, c in order.items() if f.result() is None]
+        self.seen -= set(map(self.subject.identity, late))
         self._news(())
         return not late
 
-    def _row(self, candidate: Candidate, always: bool) -> Row | None:
+    def _row(self, candidate: Candidate, always: bool) -> RankedRow | None:
         """A candidate compiled; None where no time is left to begin."""
         left = self.found.budget - (time.perf_counter() - self.began)
         if left <= 0 and not always:
@@ -171,7 +166,7 @@ class _Descent:
         try:
             return self.subject.row(candidate, max(left, LONGEST) if always else left, best)
         except Exception as error:
-            return Row(candidate, reason=f"failed: {' '.join(str(error).split()) or type(error).__name__}")
+            return RankedRow(candidate, reason=f"failed: {' '.join(str(error).split()) or type(error).__name__}")
 
     def _news(self, waiting: Iterable[Candidate]) -> None:
         self.found.now = "; ".join(shown(c) or "the default" for c in list(waiting)[:2])
@@ -188,4 +183,4 @@ def shown(candidate: Candidate) -> str:
     return ", ".join(f"{n}={v}" for n, v in candidate.items() if v is not None)
 
 
-__all__ = ["LONGEST", "Ranking", "Row", "Subject", "rank", "ranked", "shown"]
+__all__ = ["LONGEST", "Estimated", "RankedRow", "Ranking", "rank", "ranked", "shown"]

@@ -1,4 +1,4 @@
-"""The search for what is fastest, in a budget of time: coordinate descent, each candidate checked before it is timed.
+"""The search for what is fastest in a budget of time: coordinate descent, a candidate is checked before it is timed.
 
 It knows neither layers nor backends. Times are compared in pairs, one call of each in turn, because a machine that is
 shared is fast one second and slow the next.
@@ -7,13 +7,13 @@ shared is fast one second and slow the next.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol, TypeAlias
 
-Value: TypeAlias = int | None
-Candidate: TypeAlias = Mapping[str, Value]
+from tttc.tuning.descent import Candidate, Choices, Value, default_of, descend
+
 Call: TypeAlias = Callable[[], None]
 
 MARGIN = 0.03  # a candidate that is faster by less may be so by chance
@@ -28,7 +28,7 @@ class Wrong(Exception):
     """A candidate whose result is not that of the reference, with what differs."""
 
 
-class Subject(Protocol):
+class Timed(Protocol):
     """What is tuned."""
 
     def identity(self, candidate: Candidate) -> tuple[Hashable, Hashable]:
@@ -105,8 +105,8 @@ class Search:
 
 
 def search(
-    subject: Subject,
-    choices: Mapping[str, Sequence[Value]],
+    subject: Timed,
+    choices: Choices,
     budget: float,
     *,
     ordered: Collection[str] = (),
@@ -132,8 +132,8 @@ def search(
 class _Searching:
     def __init__(
         self,
-        subject: Subject,
-        choices: Mapping[str, Sequence[Value]],
+        subject: Timed,
+        choices: Choices,
         budget: float,
         ordered: Collection[str],
         clock: Callable[[], float],
@@ -149,11 +149,10 @@ class _Searching:
         self.calls: dict[str, Call] = {}
 
     def run(self, first: Sequence[Candidate]) -> Search:
-        default = {n: values[0] for n, values in self.choices.items()}
         found = self.found
         try:
-            self._begin(default)
-            found.stopped = self._descend(default, first)
+            self._begin(default_of(self.choices))
+            found.stopped = self._descend(first)
             self._confirm()
         except KeyboardInterrupt:
             if found.best is None:
@@ -178,24 +177,24 @@ class _Searching:
         self.found.trials.append(trial)
         self.costs.append(self.clock() - started)
 
-    def _descend(self, default: Candidate, first: Sequence[Candidate]) -> str:
+    def _descend(self, first: Sequence[Candidate]) -> str:
         """Candidates known from elsewhere, then one coordinate after the other, until nothing near is faster."""
         for candidate in first:
             if {n: candidate.get(n) for n in self.choices} == candidate:
                 self._try(candidate)
-        while True:
-            before = self.found.best
-            late = [self._try(candidate) is None for candidate in self._near(default)]
-            if self.found.best is before:
-                return "budget" if any(late) else "exhausted"
+        return descend(self.choices, self._best, self._along)
 
-    def _near(self, default: Candidate) -> Iterator[Candidate]:
-        """What differs from the best in one coordinate; the best may become another one in between."""
-        for name, values in self.choices.items():
-            for value in values:
-                best = self.found.best.candidate if self.found.best else default
-                if value != best[name] and not self._beyond(best, name, value):
-                    yield {**best, name: value}
+    def _best(self) -> Candidate:
+        return self.found.best.candidate if self.found.best else default_of(self.choices)
+
+    def _along(self, name: str, values: Sequence[Value]) -> bool:
+        """The values of one coordinate; the best may become another one in between. Whether there was time for all."""
+        late = False
+        for value in values:
+            best = self._best()
+            if value != best[name] and not self._beyond(best, name, value):
+                late = self._try({**best, name: value}) is None or late
+        return not late
 
     def _beyond(self, best: Candidate, name: str, value: Value) -> bool:
         """Whether something slower lies between the best and a value of an ordered coordinate."""

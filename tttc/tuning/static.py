@@ -42,10 +42,10 @@ from tttc.ir.program import AdjointProgram, DualProgram, Scan, ScanKind, number_
 from tttc.terminal import budget_bar, plain, table
 from tttc.tuning import database
 from tttc.tuning.chunks import chunk_choices
+from tttc.tuning.descent import Candidate, Choices, Value, candidate_of
 from tttc.tuning.lookup import untuned
-from tttc.tuning.ranking import Ranking, Row, rank, ranked, shown
+from tttc.tuning.ranking import RankedRow, Ranking, rank, ranked, shown
 from tttc.tuning.records import Choice, Entry, Key, architecture_name, key_of
-from tttc.tuning.search import Candidate, Value
 
 SHORT_CHUNKS = (16, 32, 64)  # beside the default: a product of matrices has at least 16 rows, and long chunks take long
 
@@ -88,11 +88,11 @@ class StaticTuning:
             made.add_row(self._shown(r), *shown, seconds, self._verdict(r))
         return made
 
-    def _shown(self, row: Row) -> str:
+    def _shown(self, row: RankedRow) -> str:
         said = shown(row.candidate)
         return (f"default ({said})" if said else "default") if row is self.ranking.rows[0] else said
 
-    def _verdict(self, row: Row) -> Text:
+    def _verdict(self, row: RankedRow) -> Text:
         if row.seconds is None:
             return Text(row.reason, style="red" if row.reason.startswith(("failed", "does not fit")) else "")
         return Text("taken", style="green") if row is self.ranking.best else Text("")
@@ -151,9 +151,9 @@ def tune_statically(
             f'  Use backend="{known[0]}".'
         )
     began = time.perf_counter()
-    subject = _Subject(unit, variant, dims, dtype, GPUS[target], size, forward_only)
+    subject = _Estimated(unit, variant, dims, dtype, GPUS[target], size, forward_only)
     mine = next((e for e in database.own_entries() if e.key == subject.key and e.static), None)
-    earlier = None if mine is None else _again(mine.choice, subject.choices)
+    earlier = None if mine is None else candidate_of(mine.choice, subject.choices)
     with budget_bar(budget) if progress else nullcontext() as bar:
 
         def report(found: Ranking) -> None:
@@ -177,16 +177,7 @@ def _progress_text(found: Ranking) -> str:
     return ", ".join(x for x in (said, f"now {found.now}" if found.now else "") if x)
 
 
-def _again(choice: Choice, choices: Mapping[str, Sequence[Value]]) -> dict[str, Value] | None:
-    """A choice of an earlier run; None where this one does not have it."""
-    wanted: dict[str, Value] = {"chunk": choice.chunk, **choice.config}
-    wanted = {n: v for n, v in wanted.items() if v is not None}
-    if any(v not in choices.get(n, ()) for n, v in wanted.items()):
-        return None
-    return {n: wanted.get(n, values[0]) for n, values in choices.items()}
-
-
-class _Subject:
+class _Estimated:
     """A declaration for a GPU: its candidates, as kernels to be compiled and as what they cost."""
 
     def __init__(
@@ -225,7 +216,7 @@ class _Subject:
         self.notes = [f"Not in the estimate: {n}." for n in first[0].left_out]
         choices = {"chunk": chunks} if len(chunks) > 1 else {}
         settings = unit.backend.choices(program)
-        self.choices: Mapping[str, Sequence[Value]] = choices | {n: (None, *values) for n, values in settings.items()}
+        self.choices: Choices = choices | {n: (None, *values) for n, values in settings.items()}
 
     @property
     def settings(self) -> str:
@@ -253,10 +244,10 @@ class _Subject:
     def identity(self, candidate: Candidate) -> Hashable:
         return candidate.get("chunk"), self._of(candidate.get("chunk")).identity(_config(candidate))
 
-    def row(self, candidate: Candidate, seconds: float, best: float) -> Row:
+    def row(self, candidate: Candidate, seconds: float, best: float) -> RankedRow:
         made, kernels = self._of(candidate.get("chunk")), list[Kernel]()
         if made.refused:
-            return Row(candidate, reason=f"no kernel: {made.refused}")
+            return RankedRow(candidate, reason=f"no kernel: {made.refused}")
         try:
             for kernel in made.compiled(_config(candidate), self.pool, seconds):
                 kernels.append(kernel)
@@ -264,9 +255,9 @@ class _Subject:
                 if row.seconds is None:
                     break
                 if row.seconds > best and len(kernels) < len(made):
-                    return Row(candidate, kernels, reason="slower than the best before all of it was compiled")
+                    return RankedRow(candidate, kernels, reason="slower than the best before all of it was compiled")
         except NotCompiled as error:
-            return Row(candidate, kernels, reason=str(error))
+            return RankedRow(candidate, kernels, reason=str(error))
         return row
 
     def end(self) -> None:

@@ -11,11 +11,17 @@ from pathlib import Path
 
 import pytest
 
+import tttc
+from tttc.examples.demo import main as demo
+from tttc.examples.demo.layer import GatedLearner
 from tttc.examples.demo.report import (
+    LIGHT,
     LossCurve,
     Report,
     StageText,
     TimingRow,
+    _curve_figure,
+    _timing_figure,
     error_text,
     milliseconds,
     render,
@@ -40,6 +46,8 @@ REPORT = Report(
     training_setup="On bytes.",
     bigram=3.25,
     reproduce=["tttc demo"],
+    figures=[("13/13", "tensors equal"), ("9.9×", "faster than eager")],
+    formulas=[("The gradient", [r"\mathrm{d}W = k^{\top} g", r"x = \frac{1}{\sqrt{y}}"])],
 )
 
 
@@ -99,6 +107,8 @@ def test_every_part_is_there(page: str) -> None:
         "10.0×",
         "tttc demo",
         "On bytes.",
+        "<dd>9.9×</dd><dt>faster than eager</dt>",
+        "<h3>The gradient</h3>",
     ):
         assert text in page
 
@@ -116,16 +126,59 @@ def test_verdicts_follow_the_errors(page: str) -> None:
 
 def test_pictures_come_light_and_dark(page: str) -> None:
     pictures = [address for address in parsed(page).addresses if address.startswith("data:image/svg+xml;base64,")]
-    assert len(pictures) == 4
+    assert len(pictures) == 6
     for picture in pictures:
         assert b"<svg" in base64.b64decode(picture.partition(",")[2])
 
 
 def test_a_run_without_training_or_times_has_no_pictures() -> None:
-    nothing = dataclasses.replace(REPORT, curves=[], bigram=None, timings=[TimingRow("tttc", None, None, "failed")])
+    nothing = dataclasses.replace(
+        REPORT, curves=[], bigram=None, timings=[TimingRow("tttc", None, None, "failed")], formulas=[], figures=[]
+    )
     bare = render(nothing)
     assert "<picture>" not in bare
     assert 'id="training"' not in bare
+
+
+def test_no_curve_leaves_its_plot() -> None:
+    curves = [*REPORT.curves, LossCurve("Other", 1, [0, 90], [0.0, 3.0], [8.4, 2.1])]
+    for axes in _curve_figure(curves, 3.25, LIGHT).axes:
+        low, high = axes.get_ylim()
+        assert low < 2.1
+        assert high > 8.4
+
+
+def test_curves_that_lie_on_one_another_are_told_apart() -> None:
+    alike = [dataclasses.replace(REPORT.curves[0], name=name) for name in "abc"]
+    drawn = _curve_figure(alike, None, LIGHT).axes[0].get_lines()
+    looks = {(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in drawn}
+    assert len(looks) == len(drawn) == 3
+
+
+def test_short_bars_are_seen_and_say_how_many_times_longer_the_others_are() -> None:
+    (axes,) = _timing_figure([TimingRow("tttc", 1.0, 2.0), TimingRow("eager", 100.0, 500.0)], LIGHT).axes
+    assert axes.get_xscale() == "log"
+    assert [text.get_text().strip() for text in axes.texts] == ["3.00 ms", "600 ms  200.0×"]
+
+
+def test_the_formulas_of_the_demo_are_drawn() -> None:
+    found = demo._formulas(tttc.compile(GatedLearner, {"D": 8, "F": 16}))
+    assert [title for title, _ in found] == ["The gradient of the loss", "The dual form, for each mini-batch"]
+    assert r"W_{1} \leftarrow W_{1} - x_{11}^{\top} x_{7}" in found[1][1]
+    page = render(dataclasses.replace(REPORT, formulas=found))
+    assert page.count("<h3>") == 2
+
+
+def test_a_short_training_gets_no_verdict() -> None:
+    """Fewer steps than counting byte pairs would ask for: the numbers, and nothing beside them."""
+    arguments = REPORT.verification, REPORT.timings, REPORT.curves
+    assert "counting byte pairs gives 3.25" in demo._summary(*arguments, 3.25)[-1]
+    assert demo._summary(*arguments, None)[-1] == "Bits per byte of unseen text after 100 steps: Mine 2.50."
+    assert demo._figures(*arguments) == [
+        ("1/2", "tensors equal the definition, gradients included"),
+        ("10.0×", "faster than eager"),
+        ("2.50", "bits per byte of unseen text, Mine"),
+    ]
 
 
 def test_the_same_report_is_the_same_file(tmp_path: Path, page: str) -> None:

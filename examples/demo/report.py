@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -17,10 +18,12 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from pygments import highlight  # type: ignore[import-untyped]
 from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
 from pygments.lexers import PythonLexer  # type: ignore[import-untyped]
 
+from tttc.examples.demo import formulas
 from tttc.verification.comparison import Row
 
 
@@ -75,6 +78,10 @@ class Report:
     bigram: float | None
     reproduce: Sequence[str]
     open_stages: Sequence[str] = field(default=("dualize",))
+    figures: Sequence[tuple[str, str]] = ()
+    """What is to be seen first: a number, and what it counts."""
+    formulas: Sequence[tuple[str, Sequence[str]]] = ()
+    """Equations in LaTeX, with what they are."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ def render(report: Report) -> str:
         curve_picture=_picture(lambda theme: _curve_figure(report.curves, report.bigram, theme))
         if report.curves
         else None,
+        formula_pictures=[(title, _picture(partial(_formula_figure, lines))) for title, lines in report.formulas],
         factor=lambda row: _factor(row, report.timings[0]),
     )
 
@@ -180,27 +188,32 @@ def _as_data(draw: Callable[[Theme], Figure], theme: Theme) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
+def _formula_figure(lines: Sequence[str], theme: Theme) -> Figure:
+    return formulas.figure_of(lines, theme.ink)
+
+
 def _timing_figure(rows: Sequence[TimingRow], theme: Theme) -> Figure:
-    """One bar per implementation, the forward and the backward pass end to end."""
+    """One bar per implementation on a logarithmic axis, the forward pass inside it, and how many times the first."""
     timed = _timed(rows)
     figure = Figure(figsize=(9, 0.5 * len(timed) + 1.1), layout="constrained")
     axes = figure.subplots()
     names = [row.name for row in timed]
+    totals = [row.total_ms or 0.0 for row in timed]
     forward = [row.forward_ms or 0.0 for row in timed]
-    backward = [row.backward_ms or 0.0 for row in timed]
-    axes.barh(names, forward, height=0.55, color=theme.series[0], label="forward")
-    axes.barh(names, backward, height=0.55, left=forward, color=theme.series[1], label="backward")
+    axes.barh(names, totals, height=0.55, color=theme.series[1], label="forward and backward")
+    axes.barh(names, forward, height=0.25, color=theme.series[0], label="forward")
     for name, row in zip(names, timed, strict=True):
         axes.annotate(
-            milliseconds(row.total_ms),
+            f"{milliseconds(row.total_ms)}  {_factor(row, rows[0]) if row is not rows[0] else ''}",
             (row.total_ms or 0.0, name),
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
         )
+    axes.set_xscale("log")
+    axes.set_xlim(min(forward) / 2, max(totals) * 4)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("milliseconds per pass, median")
+    axes.set_xlabel("milliseconds per pass, median, logarithmic")
     axes.tick_params(axis="y", length=0)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     return figure
@@ -225,10 +238,22 @@ def _plot_curves(
     bigram: float | None,
     theme: Theme,
 ) -> None:
-    for curve, x, color in zip(curves, positions, theme.series * len(curves), strict=False):
-        axes.plot(x, curve.bits_per_byte, color=color, label=curve.name, linewidth=1.8, marker="o", markersize=3)
+    for number, (curve, x) in enumerate(zip(curves, positions, strict=True)):
+        axes.plot(
+            x,
+            curve.bits_per_byte,
+            color=theme.series[number % len(theme.series)],
+            label=curve.name,
+            linewidth=1.8,
+            linestyle=(0, (6, 2 * number)),  # of curves that lie on one another, all are seen
+            marker="osD^v*"[number % 6],
+            markersize=4,
+        )
     if bigram is not None:
-        axes.axhline(bigram, color=theme.ink, linestyle=(0, (4, 3)), linewidth=1, label="bigram counts")
-        axes.set_ylim(top=1.3 * bigram)  # an untrained model's 8 bits would leave the ends no room
+        axes.axhline(bigram, color=theme.ink, linestyle=(0, (1, 2)), linewidth=1, label="bigram counts")
+    axes.set_yscale("log", base=2)  # from the 8 bits of an untrained model to ends that are close together
+    axes.yaxis.set_major_locator(FixedLocator([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0]))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y")
     axes.set_xlim(left=0)

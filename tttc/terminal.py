@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tttc.backends.notice import covered
+
 _UNWRAPPED = 1000  # columns; wider than any line that is printed
 
 
@@ -94,7 +96,10 @@ def budget_bar(seconds: float) -> Iterator[Progress]:
             return ProgressBar(total=seconds, completed=spent, width=30)
 
     columns = (Spent(), Left(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with (
+        Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar,
+        covered(),
+    ):
         bar.add_task("")
         yield bar
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tttc.backends.cache import cached
+from tttc.backends.notice import compiling
 from tttc.backends.scan import Tensors
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.statements import heads_together
@@ -54,8 +55,9 @@ class CPUScan(TVMScan):
         built: list[Any] = []
 
         def make(path: Path) -> None:
-            built.append(build(self.kernel(backward, stored)))
-            link(built[0], path)
+            with compiling(self.program.title, "this CPU"):
+                built.append(build(self.kernel(backward, stored)))
+                link(built[0], path)
 
         path = cached("tvm", self._key(backward, stored), ".so", make)
         if path is not None:

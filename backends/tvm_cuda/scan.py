@@ -15,6 +15,7 @@ import torch
 
 from tttc.backends import nvidia
 from tttc.backends.cache import cached
+from tttc.backends.notice import compiling
 from tttc.backends.target import architecture_of
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.tir import writing
@@ -76,7 +77,8 @@ class CudaScan(TVMScan):
         made: list[CudaSource] = []
 
         def make(path: Path) -> None:
-            made.append(self._emitted(backward, stored))
+            with compiling(self.program.title, "this GPU"):
+                made.append(self._emitted(backward, stored))
             path.write_text(made[0].to_json(), encoding="utf-8")
 
         path = cached("cuda", self._key(backward, stored), ".kernel", make)

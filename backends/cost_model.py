@@ -8,11 +8,11 @@ A kernel is a loop; one turn of it, for one program, has
     spilled                2 * spilled bytes * threads: each is written once and read once, as if in memory: what spills
                            comes after what does not, unless it is little
     chain                  contractions that wait for one another, each `CONTRACTION` seconds at least
-    steps                  rows of triangular systems, one after the other, each `STEP` seconds
+    steps                  rows of triangular systems, one after the other, each `SOLVE_STEP` seconds
     loads                  times `LOAD` seconds for the first bytes, unless they are read while the turn before computes
 
     work   = matrix / rate of matrix units + elementwise / rate of float32 + (moved + spilled) / bandwidth
-    waits  = chain * CONTRACTION + steps * STEP + loads * LOAD
+    waits  = chain * CONTRACTION + steps * SOLVE_STEP + loads * LOAD
     turn   = max(waits + work / min(1, warps / 4), resident * work)
     kernel = waves * turns * turn
 
@@ -35,7 +35,7 @@ import torch
 from tttc.backends.target import GPU, Resources
 
 CONTRACTION = 0.3e-6  # seconds: factors through shared memory, a barrier, a few dependent matrix instructions
-STEP = 0.1e-6  # seconds: two sums over a block
+SOLVE_STEP = 0.1e-6  # seconds: two sums over a block
 LOAD = 0.6e-6  # seconds from a load to its first bytes, from memory
 
 
@@ -68,7 +68,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class EstimatedKernel:
     """A kernel as it was compiled, how often a call runs its loop, and the warps of a program."""
 
     turn: Turn
@@ -89,7 +89,7 @@ class Kernel:
         each = -(-programs * self.strips // gpu.multiprocessors)
         resident = min(fit, each)
         turn, work = self.turn, self._work(gpu, dtype)
-        waits = turn.chain * CONTRACTION + turn.steps * STEP + (0.0 if self.made.ahead else turn.loads * LOAD)
+        waits = turn.chain * CONTRACTION + turn.steps * SOLVE_STEP + (0.0 if self.made.ahead else turn.loads * LOAD)
         alone = waits + work / min(1.0, self.warps / 4)
         return -(-each // resident) * self.turns * max(alone, resident * work)
 
@@ -101,9 +101,9 @@ class Kernel:
         return gpu.multiprocessors * (seconds + (self.turn.moved + spilled) / gpu.bandwidth)
 
 
-def estimate(kernels: Sequence[Kernel], gpu: GPU, programs: int, dtype: torch.dtype) -> float:
+def estimate(kernels: Sequence[EstimatedKernel], gpu: GPU, programs: int, dtype: torch.dtype) -> float:
     """Seconds of a call that runs these kernels one after the other."""
     return sum(k.seconds(gpu, programs, dtype) for k in kernels)
 
 
-__all__ = ["CONTRACTION", "LOAD", "STEP", "Kernel", "Made", "NotCompiled", "TooLate", "Turn", "estimate"]
+__all__ = ["CONTRACTION", "LOAD", "SOLVE_STEP", "EstimatedKernel", "Made", "NotCompiled", "TooLate", "Turn", "estimate"]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from tttc.backends.cost_model import Kernel
+from tttc.backends.cost_model import EstimatedKernel
 from tttc.backends.target import Resources
 from tttc.ir.names import Wording
 from tttc.ir.program import AdjointProgram, Scan, ScanProgram
@@ -251,7 +251,7 @@ class Tunable(Protocol):
         """Equal for settings that make the same kernels."""
         ...
 
-    def compiled(self, settings: Settings, pool: CompilePool, seconds: float) -> Iterator[Kernel]:
+    def compiled(self, settings: Settings, pool: CompilePool, seconds: float) -> Iterator[EstimatedKernel]:
         """One kernel after the other, in at most so many seconds for all. Raises `NotCompiled`, `TooLate`."""
         ...
 

@@ -18,7 +18,8 @@ import torch
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result
 from tttc.backends.memory import dense_from
-from tttc.backends.tvm_common.statements import TOKENS, gathered, grouped, statements
+from tttc.backends.tvm_common.loops import grouped
+from tttc.backends.tvm_common.statements import TOKENS, gathered, statements
 from tttc.ir import build as b
 from tttc.ir.adjoint import backward_block
 from tttc.ir.expr import Axis, Expr, leaf, leaves, postorder

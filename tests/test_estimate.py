@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tttc
-from tttc.backends.cost_model import CONTRACTION, LOAD, STEP, Kernel, Made, Turn, estimate
+from tttc.backends.cost_model import CONTRACTION, LOAD, SOLVE_STEP, EstimatedKernel, Made, Turn, estimate
 from tttc.backends.target import GPUS, Resources, architecture, architecture_of
 from tttc.backends.triton.cost_model import turn_of
 from tttc.backends.triton.kernel_spec import form_of
@@ -83,7 +83,7 @@ TURN = Turn(matrix=2e6, elementwise=3e4, moved=3e4, chain=2)
 
 
 def kernel(registers=128, spilled=0, shared=16384, warps=4, turns=128.0, turn=TURN, ahead=False):
-    return Kernel(turn, turns, Made(Resources("k", "sm_90", registers, spilled, shared), ahead), warps)
+    return EstimatedKernel(turn, turns, Made(Resources("k", "sm_90", registers, spilled, shared), ahead), warps)
 
 
 def seconds(programs=132, gpu=H100, dtype=BF16, **settings):
@@ -96,7 +96,7 @@ def test_the_estimate_is_the_formula():
     assert seconds() == pytest.approx(128 * (waits + work))
     assert seconds(warps=2) == pytest.approx(128 * (waits + 2 * work))  # half of a multiprocessor
     assert seconds(ahead=True) == pytest.approx(128 * (waits - LOAD + work))
-    assert seconds(turn=replace(TURN, steps=15)) == pytest.approx(128 * (waits + 15 * STEP + work))
+    assert seconds(turn=replace(TURN, steps=15)) == pytest.approx(128 * (waits + 15 * SOLVE_STEP + work))
     assert seconds(turns=256.0) == pytest.approx(2 * seconds())
     slow = 132 * (2e6 / 66.9e12 + 3e4 / 66.9e12 + 3e4 / 3.35e12)
     assert seconds(dtype=torch.float32) == pytest.approx(128 * (waits + slow))

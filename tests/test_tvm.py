@@ -169,7 +169,7 @@ UNITS = {
 
 def elementwise(name, values):
     """A function of tttc.backends.tvm_cpu.ops on an array whose length is a whole number of vectors."""
-    from tttc.backends.tvm_common.tir import LEFT_OUT, SETTINGS, imported_tvm
+    from tttc.backends.tvm_common.tir import LEFT_OUT, PASS_SETTINGS, imported_tvm
 
     tvm = imported_tvm()
     from tvm.script.ir_builder import IRBuilder
@@ -196,7 +196,7 @@ def elementwise(name, values):
         with T.serial(count) as i:
             found = functions[name](functions.let(x.vload([i * machine.lanes], machine.vector)))
             T.add_to_parent(y.vstore([i * machine.lanes], found))
-    with tvm.transform.PassContext(opt_level=3, config=SETTINGS, disabled_pass=list(LEFT_OUT)):
+    with tvm.transform.PassContext(opt_level=3, config=PASS_SETTINGS, disabled_pass=list(LEFT_OUT)):
         library = tvm.compile(builder.get(), target=machine.target())
     result = np.zeros_like(values)
     library["f"](values, result)

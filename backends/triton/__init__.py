@@ -1,10 +1,11 @@
 """Fused kernels for GPUs: scans as Triton source, a program for each batch element and head, or for a strip of one.
 
-    emit.py     a scan as two kernels: forward, and the derived backward
+    emit.py     a program as a file of kernels
+    kernel_writer.py  a scan as two kernels: forward, and the derived backward
     kernel_spec.py  what a kernel is made of: a head or a strip of it, its blocks, its tensors
     printer.py  expressions as blocks
     padding.py  what lies beyond the ends of blocks
-    ops.py      elementwise functions
+    ops.py      the table of operations, and functions that Triton lacks
     load.py     kernels launched on torch tensors
     tune.py     what may be tuned
     aot.py      kernels compiled for a GPU that need not be there

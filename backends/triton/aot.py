@@ -12,8 +12,9 @@ from tttc.backends.interface import Built
 from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton import llvm_flags as frugal
-from tttc.backends.triton.emit import emit, refusals, rounded
+from tttc.backends.triton.emit import emit, refusals
 from tttc.backends.triton.kernel_spec import Form, form_of, unfused
+from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.resources import resources
 from tttc.backends.triton.tune import Config, bounded, default_config

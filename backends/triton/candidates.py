@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tttc.backends.cost_model import Kernel, NotCompiled, TooLate, Turn
+from tttc.backends.cost_model import EstimatedKernel, NotCompiled, TooLate, Turn
 from tttc.backends.interface import CompilePool, Settings
 from tttc.backends.triton.aot import order_of
 from tttc.backends.triton.compile_process import Compilers
@@ -36,7 +36,7 @@ class Candidate:
         """The settings that are given, otherwise its own."""
         return replace(default_config(self.form, self.backward), **settings)
 
-    def compiled(self, settings: Settings, pool: Compilers, seconds: float) -> Kernel:
+    def compiled(self, settings: Settings, pool: Compilers, seconds: float) -> EstimatedKernel:
         config, target = self.config(settings), self.order["target"]
         order = {**self.order, "options": bounded(config.options, target)}
         try:
@@ -45,7 +45,7 @@ class Candidate:
             raise TooLate(f"no time was left to compile {order['kernel']}") from None
         except NotCompiled as error:
             raise NotCompiled(f"failed: {order['kernel']}: {error}") from None
-        return Kernel(self.turn, self.turns, made, config.num_warps, self.form.strips)
+        return EstimatedKernel(self.turn, self.turns, made, config.num_warps, self.form.strips)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TunableKernels:
     def identity(self, settings: Settings) -> Hashable:
         return tuple(k.config(settings) for k in self.kernels)
 
-    def compiled(self, settings: Settings, pool: CompilePool, seconds: float) -> Iterator[Kernel]:
+    def compiled(self, settings: Settings, pool: CompilePool, seconds: float) -> Iterator[EstimatedKernel]:
         assert isinstance(pool, Compilers)
         began = time.perf_counter()
         for kernel in self.kernels:

@@ -16,7 +16,7 @@ from typing import Any
 
 GENERATED = runpy.run_path(str(Path(__file__).parents[1] / "generated.py"))["module"]
 TEXTS = ("ptx", "amdgcn")
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32", "int64": "int64"}
+TRITON_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32", "int64": "int64"}
 
 
 def compiled(order: Mapping[str, Any], function: Any) -> Any:
@@ -36,7 +36,8 @@ def asked(order: Mapping[str, Any], function: Any) -> tuple[Any, Any]:
     signature = order["signature"]
     attributes = {(list(signature).index(n),): x for n, x in order["attributes"].items()}
     constants = {
-        n: getattr(triton.language, DTYPES[x]) if isinstance(x, str) else x for n, x in order["constants"].items()
+        n: getattr(triton.language, TRITON_DTYPES[x]) if isinstance(x, str) else x
+        for n, x in order["constants"].items()
     }
     source = ASTSource(function, dict(signature), constants, attributes)
     return source, GPUTarget(*order["driver"])

@@ -8,8 +8,8 @@ import torch
 
 from tttc.backends.cost_model import Turn
 from tttc.backends.triton.aot import stored
-from tttc.backends.triton.emit import rounded
 from tttc.backends.triton.kernel_spec import SMALLEST, Form, block_size
+from tttc.backends.triton.kernel_writer import rounded
 from tttc.ir import cost
 from tttc.ir.adjoint import backward_block
 from tttc.ir.cost import CHUNK, Formula

@@ -23,8 +23,9 @@ from tttc.backends.memory import laid_out, like, reach
 from tttc.backends.scan import BaseScan, Tensors
 from tttc.backends.target import architecture_of
 from tttc.backends.triton import llvm_flags as frugal
-from tttc.backends.triton.emit import emit_forms, rounded
+from tttc.backends.triton.emit import emit_forms
 from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, halves_of, unfused
+from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import function, suffixed

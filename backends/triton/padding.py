@@ -18,12 +18,12 @@ from tttc.ir.scalars import Formula
 
 Axes = frozenset[Axis]
 NONE: Axes = frozenset()
-_LINEAR = {"add", "sub", "neg", "sum", "mean", "mask", "last", "put_last", "shift", "shift_back"}
+_ZERO_TO_ZERO = {"add", "sub", "neg", "sum", "mean", "mask", "last", "put_last", "shift", "shift_back"}
 _PRODUCTS = {"mul", "contract", "segprod", "cumprod", "solve"}
 _LAYOUT = {"broadcast", "rename", "stop_gradient", "max"}
 _SMOOTH = {"exp", "tanh", "sigmoid", "silu", "gelu", "erf", "sin", "cos", "softplus"}
 _PIECEWISE = {"abs", "sign", "relu", "step", "less_equal", "select", "huber"}
-_FINITE = _LINEAR | _PRODUCTS | _LAYOUT | _SMOOTH | _PIECEWISE  # numbers where their operands are
+_FINITE = _ZERO_TO_ZERO | _PRODUCTS | _LAYOUT | _SMOOTH | _PIECEWISE  # numbers where their operands are
 _ZERO_AT_ZERO = frozenset(("tanh", "silu", "gelu", "erf", "sin", "abs", "sign", "relu", "step", "sqrt"))  # f(0) = 0
 _NOT_NEGATIVE = frozenset(("abs", "relu", "sqrt", "softplus", "step", "less_equal"))
 _POSITIVE = frozenset(("exp", "sigmoid"))

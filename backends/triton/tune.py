@@ -15,7 +15,7 @@ THREADS = 32
 VALUES = {"num_warps": (4, 8, 16, 2), "num_stages": (1, 2, 3)}
 # Tokens of a chunk, and the numbers of a state up to which so many spill little (benchmarks/resources.py): at D=64 and
 # 64 tokens, where the least is computed, a backward spills 1.4 to 7 KB on sm_80, at 32 tokens 0.3 to 1.5 KB.
-CHUNKS = {32: 1 << 12, SMALLEST: LARGEST_STATE}
+STATE_OF_CHUNK = {32: 1 << 12, SMALLEST: LARGEST_STATE}
 STATE = {4: 48, 8: 72}  # numbers of the state that a thread may hold, by the number of warps
 
 
@@ -52,7 +52,7 @@ def default_config(form: Form, backward: bool) -> Config:
 def chunk(program: ScanProgram) -> Preferred | None:
     """Of a free chunk no more than what keeps a backward in registers, or nearly, beside the state."""
     least = program.plan.chunk
-    for tokens, most in CHUNKS.items():
+    for tokens, most in STATE_OF_CHUNK.items():
         scan = replace(program.scans[0], chunk=tokens)
         if least is SEQUENCE or least <= tokens or unfused(scan, program):
             continue

@@ -34,7 +34,7 @@ def imported_tvm() -> Any:
     return tvm
 
 
-SETTINGS = {"tirx.disable_storage_rewrite": True}  # it would merge the accumulators and drop their annotation
+PASS_SETTINGS = {"tirx.disable_storage_rewrite": True}  # it would merge the accumulators and drop their annotation
 # Passes that find nothing in these functions, whose memory, loops and shared values are where they should be, and that
 # would take as long as LLVM.
 LEFT_OUT = (
@@ -50,7 +50,7 @@ LEFT_OUT = (
 def compiled(function: Any, target: Any, without: Sequence[str] = ()) -> Any:
     """A function of TensorIR as TVM compiles it for a target, without some more passes."""
     tvm = imported_tvm()
-    with tvm.transform.PassContext(opt_level=3, config=SETTINGS, disabled_pass=[*LEFT_OUT, *without]):
+    with tvm.transform.PassContext(opt_level=3, config=PASS_SETTINGS, disabled_pass=[*LEFT_OUT, *without]):
         return tvm.compile(function, target=target)
 
 

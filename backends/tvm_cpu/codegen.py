@@ -12,14 +12,15 @@ from math import prod
 from typing import Any
 
 from tttc.backends.tvm_common.accumulators import triangle
+from tttc.backends.tvm_common.loops import Group, by_vectors
 from tttc.backends.tvm_common.lowering import LOCAL, Place, Places, Point, Registers, Store
-from tttc.backends.tvm_common.statements import TOKENS, Group, Statement, by_vectors
+from tttc.backends.tvm_common.statements import TOKENS, Statement
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.arena import Scratch
 from tttc.backends.tvm_cpu.machine import HIGHEST, Machine
 from tttc.backends.tvm_cpu.matmul import products
 from tttc.backends.tvm_cpu.ops import Functions
-from tttc.backends.tvm_cpu.recurrences import WALKS
+from tttc.backends.tvm_cpu.recurrences import RECURRENCES
 from tttc.ir.expr import Axes, Axis, leaves
 from tttc.ir.names import spelled
 
@@ -159,7 +160,7 @@ class Emitter:
 
     def statement(self, s: Statement, at: Places) -> None:
         if s.kind == "walk":
-            WALKS[s.value.op](self, s)
+            RECURRENCES[s.value.op](self, s)
         else:
             getattr(self, f"_{s.kind}")(s, at)
 

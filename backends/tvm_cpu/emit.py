@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.rows import missing_rows
+from tttc.backends.tvm_common.loops import listing
 from tttc.backends.tvm_common.refusals import unordered
 from tttc.backends.tvm_common.scan import all_kernels
-from tttc.backends.tvm_common.statements import listing
-from tttc.backends.tvm_cpu.machine import Config
+from tttc.backends.tvm_cpu.machine import TileConfig
 from tttc.backends.tvm_cpu.ops import ROWS
 from tttc.backends.tvm_cpu.scan import CPUScan
 from tttc.ir.program import AdjointProgram, ScanProgram
@@ -29,7 +29,7 @@ def emit(program: AdjointProgram, settings: Settings | None = None, place: Place
     """
 
     def text() -> str:
-        config = Config(**(settings or {}))
+        config = TileConfig(**(settings or {}))
         scans = {s.name: CPUScan(s, program, config) for s in program.scans}
         statements = [f"# {line.removeprefix('# ')}".rstrip() for line in listing(program).splitlines()]
         return "\n".join([*statements, "", all_kernels(scans, place.dtype)])

@@ -7,7 +7,7 @@ import shutil
 import torch
 
 from tttc.backends.interface import HOST, Placement, Settings, Source
-from tttc.backends.tvm_cpu.machine import Config
+from tttc.backends.tvm_cpu.machine import TileConfig
 from tttc.backends.tvm_cpu.tiled import StripScan
 from tttc.ir.program import AdjointProgram
 
@@ -27,7 +27,7 @@ def load(
     source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, StripScan]:
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
-    config = Config(**(settings or {}))
+    config = TileConfig(**(settings or {}))
     return {scan.name: StripScan(scan, program, config) for scan in program.scans}
 
 

@@ -15,7 +15,7 @@ BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Config:
+class TileConfig:
     """What may be tuned: how high and wide tiles may be, and how many vectors of a row are held in registers."""
 
     tile_rows: int = HIGHEST
@@ -31,7 +31,7 @@ class Machine:
     lanes: int
     registers: int
     processor: str = ""
-    config: Config = Config()
+    config: TileConfig = TileConfig()
 
     @property
     def vector(self) -> str:
@@ -68,9 +68,9 @@ class Machine:
         return {"kind": "llvm", "mcpu": processor, "opt-level": 2}  # 3 takes half as long again for the same speed
 
 
-def host(dtype: str, config: Config | None = None) -> Machine:
+def host(dtype: str, config: TileConfig | None = None) -> Machine:
     """This machine."""
     flags = instruction_sets()
     size, registers = next((v for flag, v in VECTORS.items() if flag in flags), (16, 16))
     name = f"{processor()} {' '.join(sorted(flags))}"
-    return Machine(dtype, size // BYTES[dtype], registers, name, config or Config())
+    return Machine(dtype, size // BYTES[dtype], registers, name, config or TileConfig())

@@ -18,7 +18,7 @@ from tttc.ir.ops import is_upper
 if TYPE_CHECKING:
     from tttc.backends.tvm_cpu.codegen import Emitter
 
-ROWS = 4  # of a triangular system, solved together: what they all need is loaded once
+ROWS_AT_ONCE = 4  # of a triangular system, solved together: what they all need is loaded once
 WIDE = 4  # vectors of these
 
 
@@ -92,9 +92,9 @@ def _solve(e: Emitter, s: Statement) -> None:
     _, unknown = s.value.arg
     upper = is_upper(s.value)
     others = [a for a in s.target.axes if a != unknown]
-    with T.serial(T.truncdiv(e.tokens + (ROWS - 1), ROWS)) as i:
-        done = i * ROWS
-        order = [done + r for r in range(ROWS)]
+    with T.serial(T.truncdiv(e.tokens + (ROWS_AT_ONCE - 1), ROWS_AT_ONCE)) as i:
+        done = i * ROWS_AT_ONCE
+        order = [done + r for r in range(ROWS_AT_ONCE)]
         inside = [t < e.tokens for t in order]
         last = e.tokens - 1
         rows = [e.held(T.max(last - t, 0) if upper else T.min(t, last)) for t in order]
@@ -149,7 +149,7 @@ def _solve_rows(
                 _saved(e, s, {**at, unknown: row}, held[r * len(columns) + c])
 
 
-WALKS: dict[str, Callable[[Emitter, Statement], None]] = {
+RECURRENCES: dict[str, Callable[[Emitter, Statement], None]] = {
     "cumprod": _cumprod,
     "segprod": _segprod,
     "shift": _shift,

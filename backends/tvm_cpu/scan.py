@@ -15,12 +15,12 @@ import torch
 from tttc.backends.cache import cached
 from tttc.backends.notice import compiling
 from tttc.backends.scan import Tensors
+from tttc.backends.tvm_common.loops import heads_together
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
-from tttc.backends.tvm_common.statements import heads_together
 from tttc.backends.tvm_common.tir import writing
 from tttc.backends.tvm_cpu.build import build, link, loader, use_threads
 from tttc.backends.tvm_cpu.kernels import Kernel, backward_kernel, forward_kernel
-from tttc.backends.tvm_cpu.machine import Config, Machine, host
+from tttc.backends.tvm_cpu.machine import Machine, TileConfig, host
 from tttc.ir.program import AdjointProgram, Scan
 
 CACHED = 1 << 17  # numbers that a second cache holds: the weights of the heads that a thread takes together
@@ -29,9 +29,9 @@ CACHED = 1 << 17  # numbers that a second cache holds: the weights of the heads 
 class CPUScan(TVMScan):
     """One scan, head by head, or some heads together."""
 
-    def __init__(self, scan: Scan, program: AdjointProgram, config: Config | None = None) -> None:
+    def __init__(self, scan: Scan, program: AdjointProgram, config: TileConfig | None = None) -> None:
         super().__init__(scan, program)
-        self.config = config or Config()
+        self.config = config or TileConfig()
 
     @property
     def made_of(self) -> tuple[Hashable, ...]:

@@ -20,7 +20,7 @@ from tttc.backends.memory import like
 from tttc.backends.scan import Tensors
 from tttc.backends.tiling import cut_axis, cut_program
 from tttc.backends.tvm_common.scan import Stored
-from tttc.backends.tvm_cpu.machine import Config
+from tttc.backends.tvm_cpu.machine import TileConfig
 from tttc.backends.tvm_cpu.scan import CPUScan
 from tttc.ir.expr import Expr
 from tttc.ir.free import FreeAxis
@@ -29,13 +29,13 @@ from tttc.ir.program import AdjointProgram, Scan, cotangent
 LITTLE = 1 << 24  # tokens times weights of a head, for which waking another thread takes what it would save
 FEWEST = 4  # threads for each head: with two, both strips doing what they share, a whole head was up to a third faster
 SERIAL = 1 << 14  # numbers that torch adds up without waking other threads
-VECTORS = 2  # that a strip has at least: narrower ones would do little but what all of them do
+LEAST_VECTORS = 2  # that a strip has at least: narrower ones would do little but what all of them do
 
 
 class StripScan(CPUScan):
     """One scan: head by head, or in strips of heads where that keeps more threads busy."""
 
-    def __init__(self, scan: Scan, program: AdjointProgram, config: Config | None = None) -> None:
+    def __init__(self, scan: Scan, program: AdjointProgram, config: TileConfig | None = None) -> None:
         super().__init__(scan, program, config)
         self._parts: dict[int, CPUScan] = {}
         self._lock = Lock()
@@ -109,7 +109,7 @@ class StripScan(CPUScan):
         vectors, rest = divmod(self.program.dims[self.free.size], self._machine.lanes)
         if rest:
             return 1
-        return max(n for n in range(1, most + 1) if n == 1 or (vectors % n == 0 and vectors // n >= VECTORS))
+        return max(n for n in range(1, most + 1) if n == 1 or (vectors % n == 0 and vectors // n >= LEAST_VECTORS))
 
     def _strips_of(self, saved: Tensors, inputs: Tensors) -> int:
         """Into how many the forward cut each head: the backward may find another number of threads."""

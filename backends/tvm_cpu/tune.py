@@ -9,7 +9,7 @@ from math import prod
 
 from tttc.backends.interface import Preferred, Settings
 from tttc.backends.tvm_common.refusals import only_chunk
-from tttc.backends.tvm_cpu.machine import BYTES, Config, host
+from tttc.backends.tvm_cpu.machine import BYTES, TileConfig, host
 from tttc.ir.program import SEQUENCE, ScanProgram
 
 # the default first, then what differs from it by less and less
@@ -21,12 +21,12 @@ VALUES: Mapping[str, tuple[int, ...]] = {
 # Tokens of a chunk, and the KiB of carried state up to which that many are the fastest (`python -m benchmarks.chunks`):
 # the products of a chunk with itself grow with its tokens, and to pass once more over a state that stays in a near
 # cache costs little. A backward passes over it three times, so that a larger state wants longer chunks.
-CHUNKS = {16: 64, 32: 256}
+STATE_OF_CHUNK = {16: 64, 32: 256}
 
 
 def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
-    """The fields of a `Config`, each with its default and other values."""
-    return {n: (default, *(v for v in VALUES[n] if v != default)) for n, default in asdict(Config()).items()}
+    """The fields of a `TileConfig`, each with its default and other values."""
+    return {n: (default, *(v for v in VALUES[n] if v != default)) for n, default in asdict(TileConfig()).items()}
 
 
 def chunk(program: ScanProgram) -> Preferred | None:
@@ -36,7 +36,7 @@ def chunk(program: ScanProgram) -> Preferred | None:
     least = program.plan.chunk
     size = BYTES["float64" if program.dtype == "f64" else "float32"]
     state = sum(prod(program.dims[str(a.size)] for a in p.axes) for p in program.scans[0].carry) * size
-    for tokens, most in CHUNKS.items():
+    for tokens, most in STATE_OF_CHUNK.items():
         if isinstance(least, int) and tokens < least and state <= most << 10:
             why = f"{tokens} tokens are fastest where {-(-state // 1024)} KiB of state stay in a near cache"
             return Preferred(tokens, why)
@@ -45,7 +45,7 @@ def chunk(program: ScanProgram) -> Preferred | None:
 
 def identity(program: ScanProgram, settings: Settings) -> Hashable:
     """The tiles that every statement which this program might have would get, and whether its rows are unrolled."""
-    config = Config(**settings)
+    config = TileConfig(**settings)
     machine = host("float64" if program.dtype == "f64" else "float32", config)
     lengths = {s.chunk for s in program.scans if s.chunk is not SEQUENCE} | set(program.dims.values())
     widths = sorted({-(-n // machine.lanes) for n in lengths} | {1})

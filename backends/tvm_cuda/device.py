@@ -7,7 +7,7 @@ from typing import Any
 
 from tttc.backends.interface import Placement
 from tttc.backends.target import MOST_REGISTERS, OLDEST, Target, architecture_of
-from tttc.backends.tvm_cpu.machine import Config, Machine
+from tttc.backends.tvm_cpu.machine import Machine, TileConfig
 
 WARP = OLDEST.warp
 HALVES = ("bfloat16", "float16")
@@ -41,7 +41,7 @@ class Device(Machine):
 def gpu(dtype: str, target: Target = OLDEST, *, threads: int = 256) -> Device:
     """gpu("bfloat16", Target("sm_90")): blocks for compute capability 9.0 whose products are rounded to bfloat16."""
     compute = "float64" if dtype == "float64" else "float32"
-    return Device(compute, 1, MOST_REGISTERS, "", Config(), dtype, threads, target.shared)
+    return Device(compute, 1, MOST_REGISTERS, "", TileConfig(), dtype, threads, target.shared)
 
 
 def of_place(place: Placement) -> Device:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tttc.backends.tvm_common.accumulators import accumulated
-from tttc.backends.tvm_common.statements import Group, Statement, read, read_often
+from tttc.backends.tvm_common.loops import Group, read_often
+from tttc.backends.tvm_common.statements import Statement, read
 from tttc.backends.tvm_cuda.device import WARP, Device
 from tttc.ir.expr import Axes, Axis, Expr
 from tttc.ir.names import suffixed

@@ -16,11 +16,12 @@ from itertools import count
 from typing import Any
 
 from tttc.backends.tvm_common.accumulators import Sum, accumulated
+from tttc.backends.tvm_common.loops import Group
 from tttc.backends.tvm_common.lowering import Place, Places, Point, Store, Value
-from tttc.backends.tvm_common.statements import TOKENS, Group, Statement, read
+from tttc.backends.tvm_common.statements import TOKENS, Statement, read
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.codegen import Emitter
-from tttc.backends.tvm_cpu.recurrences import WALKS
+from tttc.backends.tvm_cpu.recurrences import RECURRENCES
 from tttc.backends.tvm_cuda.device import WARP, Device
 from tttc.backends.tvm_cuda.ops import DeviceFunctions
 from tttc.backends.tvm_cuda.phases import lane
@@ -295,7 +296,7 @@ class Threads(Emitter):
         if s.value.op == "solve":
             self._solve(s)
         else:
-            WALKS[s.value.op](self, s)
+            RECURRENCES[s.value.op](self, s)
 
     def token_by_token(self, s: Statement, along: Axis, step: Callable[[Any, bool, Places], None]) -> None:
         """Each thread its own columns, token after token."""

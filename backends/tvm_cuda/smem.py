@@ -42,7 +42,7 @@ class Variable:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Allocation:
     """Offsets in shared memory, its size, and what lies in the workspace of the caller instead."""
 
     offsets: Mapping[str, int]
@@ -60,7 +60,7 @@ class Layout:
         return a < b + (self.inside[y].bytes or 0) and b < a + (self.inside[x].bytes or 0)
 
 
-def laid_out(variables: Iterable[Variable], limit: int) -> Layout:
+def laid_out(variables: Iterable[Variable], limit: int) -> Allocation:
     """Largest first, each at the lowest place that is free while it is alive; what does not fit goes outside.
 
     laid_out([W: 0..9 64 KB, x: 1..2 16 KB, y: 3..4 16 KB], 96 KB)  ->  W at 0, x and y at 64 KB; 80 KB in all
@@ -74,7 +74,7 @@ def laid_out(variables: Iterable[Variable], limit: int) -> Layout:
     while True:
         offsets, size = _packed(inside)
         if size <= limit:
-            return Layout(offsets, size, tuple(outside), {v.name: v for v in inside})
+            return Allocation(offsets, size, tuple(outside), {v.name: v for v in inside})
         moved = _least(inside, size - limit)
         inside.remove(moved)
         outside.append(moved)
@@ -109,4 +109,4 @@ def _least(variables: Sequence[Variable], excess: int) -> Variable:
     return min(enough, key=lambda v: v.bytes or 0) if enough else max(passing, key=lambda v: v.bytes or 0)
 
 
-__all__ = ["ALIGNED", "FOREVER", "Layout", "Size", "Variable", "laid_out"]
+__all__ = ["ALIGNED", "FOREVER", "Allocation", "Size", "Variable", "laid_out"]

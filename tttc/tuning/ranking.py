@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from tttc.backends.cost_model import Kernel, estimate
+from tttc.backends.cost_model import EstimatedKernel, estimate
 from tttc.backends.target import GPU
 from tttc.tuning.descent import Candidate, Choices, Value, default_of, descend
 
@@ -27,7 +27,7 @@ class RankedRow:
     """One candidate: its kernels, forward and backward by turns, and its estimate, or the reason why it has none."""
 
     candidate: Candidate
-    kernels: Sequence[Kernel] = ()
+    kernels: Sequence[EstimatedKernel] = ()
     seconds: float | None = None
     reason: str = ""
 
@@ -52,7 +52,9 @@ class Ranking:
         return next((r for r in self.rows if r.seconds is not None and r is self.rows[0]), None)
 
 
-def ranked(candidate: Candidate, kernels: Sequence[Kernel], gpu: GPU, programs: int, dtype: torch.dtype) -> RankedRow:
+def ranked(
+    candidate: Candidate, kernels: Sequence[EstimatedKernel], gpu: GPU, programs: int, dtype: torch.dtype
+) -> RankedRow:
     """A candidate with its estimate, or what it takes more of than there is."""
     for k in kernels:
         taken = k.made.resources

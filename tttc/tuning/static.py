@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tttc.backends import registry
-from tttc.backends.cost_model import Kernel, NotCompiled
+from tttc.backends.cost_model import EstimatedKernel, NotCompiled
 from tttc.backends.interface import Tunable
 from tttc.backends.registry import Unit
 from tttc.backends.target import GPU, GPUS
@@ -245,7 +245,7 @@ class _Estimated:
         return candidate.get("chunk"), self._of(candidate.get("chunk")).identity(_config(candidate))
 
     def row(self, candidate: Candidate, seconds: float, best: float) -> RankedRow:
-        made, kernels = self._of(candidate.get("chunk")), list[Kernel]()
+        made, kernels = self._of(candidate.get("chunk")), list[EstimatedKernel]()
         if made.refused:
             return RankedRow(candidate, reason=f"no kernel: {made.refused}")
         try:

@@ -281,9 +281,9 @@ class Many(tttc.Variant):
 
 layer = tttc.compile(Many, {"D": 2}, torch.float64, backend="tvm")
 scan = layer._scans["many"]
-scan._kernel(False, ())
+scan.kernel(False, ())
 sys.setrecursionlimit(sys.getrecursionlimit() // 4)
-print(scan._kernel(True, ()).name)
+print(scan.kernel(True, ()).name)
 """
 
 

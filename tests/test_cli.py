@@ -383,13 +383,13 @@ def test_triton_without_its_assembler_is_a_problem(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
 
-    def triton() -> doctor.Finding:
+    def triton() -> doctor.DoctorFinding:
         return next(finding for finding in doctor.diagnose().packages if finding.name == "triton")
 
     assert triton().status == "problem"
     (tmp_path / "backends/nvidia/bin").mkdir(parents=True)
     (tmp_path / "backends/nvidia/bin/ptxas").touch()
-    assert triton() == doctor.Finding("triton", "ok", "3.6.0, has ptxas")
+    assert triton() == doctor.DoctorFinding("triton", "ok", "3.6.0, has ptxas")
 
 
 def test_the_cache_is_where_the_user_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

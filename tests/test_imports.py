@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tttc
+from tests import house
 from tttc.runtime.state import State
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,12 @@ def test_the_pattern_of_variant_names_covers_the_library():
     from tttc import library
 
     assert all(VARIANT_NAME.search(name) for name in library.__all__)
+
+
+@pytest.mark.parametrize("figure", [house.circles, house.inner_imports])
+def test_no_module_of_the_package_imports_in_a_circle_or_inside_a_function(figure):
+    """But through the doors of what is loaded when it is asked for, which name a module in a text."""
+    assert not [place for place in figure() if "tttc/" in place or "tttc.declare" in place or "tttc.runtime" in place]
 
 
 # -- what is imported when ---------------------------------------------------------------------------------------------

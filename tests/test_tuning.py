@@ -360,7 +360,7 @@ def test_doctor_says_where_the_results_are(monkeypatch):
 
     assert finding().found == f"0 results in {database.database_path()}"
     path = database.add([entry()])
-    assert finding() == doctor.Finding("tuning", "ok", f"1 result in {path}")
+    assert finding() == doctor.DoctorFinding("tuning", "ok", f"1 result in {path}")
     monkeypatch.setenv("TTTC_TUNING", "0")
     assert (finding().status, finding().remedy) == ("absent", "unset TTTC_TUNING")
     path.write_text("{")

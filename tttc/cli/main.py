@@ -23,7 +23,7 @@ from tttc.cli.doctor import diagnose
 from tttc.cli.loading import full_dims, library_variants, load_variant
 from tttc.cli.printing import kernel_table, print_diagnosis
 from tttc.compiler.aot import compile_for
-from tttc.compiler.driver import DTYPES, source_of
+from tttc.compiler.driver import SUPPORTED_DTYPES, source_of
 from tttc.compiler.driver import compile as compile_layer
 from tttc.declare.checks import check as check_declaration
 from tttc.declare.read import read_declaration
@@ -336,7 +336,7 @@ def _results(count: int) -> str:
 
 def _dtype(name: str) -> torch.dtype:
     """float32 or torch.float32 as the dtype."""
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in SUPPORTED_DTYPES}
     found = known.get(name.removeprefix("torch."))
     if found is None:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}.", param_hint="--dtype")

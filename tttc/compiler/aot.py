@@ -8,7 +8,7 @@ from tttc.backends import nvidia, registry
 from tttc.backends.interface import Built
 from tttc.backends.registry import Unit
 from tttc.backends.target import Target
-from tttc.compiler.driver import DTYPES, untuned
+from tttc.compiler.driver import SUPPORTED_DTYPES, untuned
 from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, TTTCError
 from tttc.ir.program import AdjointProgram
@@ -39,7 +39,7 @@ def compile_for(
     except ValueError as error:
         known = "Name a compute capability, such as sm_80 or sm_90, or an AMD GPU, such as gfx942."
         raise TTTCError(f"{error}.\n  {known}") from None
-    names = {str(d).removeprefix("torch."): d for d in DTYPES}
+    names = {str(d).removeprefix("torch."): d for d in SUPPORTED_DTYPES}
     if dtype not in names:
         raise TTTCError(f"there is no dtype {dtype!r}.\n  There are {', '.join(names)}.")
     if (oldest := gpu.oldest_for(names[dtype])) != gpu:

@@ -26,7 +26,7 @@ from tttc.runtime.layer import Layer
 from tttc.runtime.standby import with_standby
 from tttc.tuning.lookup import Lookup
 
-DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+SUPPORTED_DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @overload
@@ -193,8 +193,10 @@ def _checked(variant: type[Variant], given: Settings) -> Request:
         raise ShapeError(f"config is {given.config!r}; it must be a dict of settings of the backend's kernels")
     declared = checked_signature(variant, given.dims)
     sizes = checked_dims(declared, given.dims)
-    if given.dtype not in DTYPES:
-        raise DeclarationError(f"dtype {given.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if given.dtype not in SUPPORTED_DTYPES:
+        raise DeclarationError(
+            f"dtype {given.dtype} is not supported; use one of {', '.join(map(str, SUPPORTED_DTYPES))}"
+        )
     if given.backend not in ("auto", *registry.names()):
         known = f"there is no such backend in this version; there are auto, {', '.join(registry.names())}"
         raise _refused(given.backend, [known])

@@ -8,7 +8,7 @@ from typing import Any
 from tttc.ir.program import SEQUENCE, DualProgram, Plan
 from tttc.ir.schedule import choose_plan
 
-CHUNKS = (1, 8, 16, 32, 64, 128, 256, 512)
+TRIED = (1, 8, 16, 32, 64, 128, 256, 512)
 SMALLEST_TILE = 16  # of a mini-batch: smaller ones read and write its weights too often
 
 
@@ -23,7 +23,7 @@ def chunk_choices(program: DualProgram, tokens: int, preferred: int | None = Non
         return ()
     start = default.chunk
     found = {_layout(default): start}
-    for chunk in CHUNKS:
+    for chunk in TRIED:
         plan = choose_plan(program, chunk)
         if plan.chunk is SEQUENCE or (not plan.free and plan.chunk < SMALLEST_TILE):
             continue

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from tttc.backends.target import GPUS, architecture_of
-from tttc.compiler.driver import DTYPES
+from tttc.compiler.driver import SUPPORTED_DTYPES
 from tttc.declare.variant import Variant
 from tttc.errors import TuningError
 from tttc.tuning.measured import TuningResult, tune_measured
@@ -55,8 +55,8 @@ def tune(
     """
     seconds = _budget_seconds(budget)
     _refuse_other_devices(device)
-    if dtype not in DTYPES:
-        raise TuningError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if dtype not in SUPPORTED_DTYPES:
+        raise TuningError(f"dtype {dtype} is not supported; use one of {', '.join(map(str, SUPPORTED_DTYPES))}")
     target = str(device) if str(device) in GPUS else None
     batch = (1 if target is None else BATCH) if batch is None else batch
     counts = {"batch": batch, "tokens": tokens, "heads": heads}

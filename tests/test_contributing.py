@@ -49,8 +49,9 @@ def test_an_elementwise_operation_and_a_rule_are_in_two_files() -> None:
 
 
 def test_the_walks_lead_where_they_say(tmp_path: Path) -> None:
-    for folder in ("tttc", "ir", "backends", "examples"):
+    for folder in ("tttc", "ir", "backends", "examples", "tests/backends"):
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests/__init__.py").touch()
     edits, uses = edits_and_uses()
     for file, block in edits:
         with (tmp_path / file).open("a", encoding="utf-8") as written:

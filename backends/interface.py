@@ -147,6 +147,16 @@ def content_of(scan: Scan, program: AdjointProgram, *kernels: object) -> str:
     return "\n".join([written((scan, what, sorted(program.dims.items()), program.dtype)), *map(str, kernels)])
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmittedProgram(AdjointProgram):
+    """A program and the text of its kernels."""
+
+    source: Source
+
+    def __str__(self) -> str:
+        return self.source.shown
+
+
 class Backend(Protocol):
     """The functions of a backend package: those that make kernels, and those that say what about them may be chosen."""
 

@@ -1,10 +1,8 @@
 """The verifier: types are re-derived, every variable is defined before it is read, and a stage holds only what its spec
-allows.
+allows (ir/spec.py).
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from tttc.ir.expr import OPS, Expr, postorder
 from tttc.ir.names import is_declared, own
@@ -14,6 +12,7 @@ from tttc.ir.program import (
     Allocate,
     Block,
     For,
+    Function,
     Program,
     Restore,
     Save,
@@ -22,23 +21,22 @@ from tttc.ir.program import (
     Statement,
     values,
 )
-
-DECLARED = ("state", "param", "token", "gate")  # what a user names
+from tttc.ir.spec import DECLARED, SPECS, Spec
 
 
 class MalformedProgram(Exception):
     """Internal: a stage made a program that breaks the rules of the IR."""
 
 
-def verify(program: Program, forbidden: Iterable[str] = ()) -> None:
+def verify(program: Program) -> None:
     """Raise `MalformedProgram` naming the stage, the function and the expression at fault."""
-    forbidden = frozenset(forbidden)
+    spec = SPECS[program.stage]
+    if not isinstance(program, spec.program):
+        raise MalformedProgram(
+            f"stage {program.stage!r} made a {type(program).__name__}, not a {spec.program.__name__}"
+        )
     for function in program.functions:
-        scope = {p.name for p in function.params}
-        _statements(function.body, scope, f"stage {program.stage!r}, function {function.name!r}", forbidden)
-        missing = [r.name for r in function.returns if r.name not in scope]
-        if missing:
-            raise MalformedProgram(f"stage {program.stage!r}: {function.name!r} returns undefined {', '.join(missing)}")
+        _Scope(function, f"stage {program.stage!r}, function {function.name!r}", spec).verify()
     for scan in program.scans if isinstance(program, ScanProgram) else ():
         _given_tokens(scan, f"stage {program.stage!r}, scan {scan.name!r}")
 
@@ -52,53 +50,76 @@ def _given_tokens(scan: Scan, where: str) -> None:
         raise MalformedProgram(f"{where}: there is no parameter")
 
 
-def _statements(body: tuple[Statement, ...], scope: set[str], where: str, forbidden: frozenset[str]) -> None:
-    for statement in body:
-        if isinstance(statement, For):
-            if statement.over is not SEQUENCE and own(statement.over) not in scope:
-                raise MalformedProgram(f"{where}: the loop over {statement.over!r} runs over nothing")
-            scope.add(own(statement.var))
-            _statements(statement.body, scope, where, forbidden)
-        elif isinstance(statement, Allocate):
-            scope.add(statement.target.name)
-        elif isinstance(statement, Restore):
-            scope.update(t.name for t in statement.targets)
-        elif isinstance(statement, Block):
-            _block(statement, scope, where, forbidden)
-        else:
-            assert isinstance(statement, Save)
+class _Scope:
+    """One function, and what is defined where it has come to."""
 
+    def __init__(self, function: Function, where: str, spec: Spec) -> None:
+        self.function, self.where, self.spec = function, where, spec
+        self.defined = {p.name for p in function.params}
 
-def _block(block: Block, scope: set[str], where: str, forbidden: frozenset[str]) -> None:
-    for e in postorder(a.value for a in block.assigns):
-        if e.op in forbidden:
-            raise MalformedProgram(f"{where}: {e.op!r} must not occur after this stage, in {_shown(e)}")
+    def verify(self) -> None:
+        for p in self.function.params:
+            self._kind(p)
+        self._statements(self.function.body)
+        missing = [r.name for r in self.function.returns if r.name not in self.defined]
+        if missing:
+            raise MalformedProgram(f"{self.where} returns undefined {', '.join(missing)}")
+
+    def _statements(self, body: tuple[Statement, ...]) -> None:
+        for statement in body:
+            if not isinstance(statement, self.spec.statements):
+                self._fail(f"there is no {type(statement).__name__} after this stage")
+            if isinstance(statement, For):
+                if statement.over is not SEQUENCE and own(statement.over) not in self.defined:
+                    self._fail(f"the loop over {statement.over!r} runs over nothing")
+                self.defined.add(own(statement.var))
+                self._statements(statement.body)
+            elif isinstance(statement, Allocate):
+                self.defined.add(statement.target.name)
+            elif isinstance(statement, Restore):
+                self.defined.update(t.name for t in statement.targets)
+            elif isinstance(statement, Block):
+                self._block(statement)
+            else:
+                assert isinstance(statement, Save)
+
+    def _block(self, block: Block) -> None:
+        for e in postorder(a.value for a in block.assigns):
+            self._node(e)
+        for a in block.assigns:
+            if set(a.value.axes) != set(a.target.axes):
+                self._fail(
+                    f"{a.leaf.name} has axes {_names(a.target)} "
+                    f"but is assigned {_shown(a.value)} with axes {_names(a.value)}"
+                )
+            if a.leaf.at is not None and a.leaf.name not in self.defined:
+                self._fail(f"{a.leaf.name} is stored into before it is allocated")
+            self._kind(a.target)
+            self.defined.add(a.leaf.name)
+
+    def _node(self, e: Expr) -> None:
+        if e.op not in self.spec.ops:
+            self._fail(f"{e.op!r} must not occur after this stage, in {_shown(e)}")
         axes = OPS[e.op].infer(e.src, e.arg)
         if axes != e.axes:
-            raise MalformedProgram(f"{where}: {_shown(e)} has axes {e.axes}, its type rule gives {axes}")
+            self._fail(f"{_shown(e)} has axes {e.axes}, its type rule gives {axes}")
         if len(set(e.axes)) != len(e.axes):
-            raise MalformedProgram(f"{where}: an axis occurs twice in {_shown(e)}")
-        _leaf(e, scope, where)
-    for a in block.assigns:
-        if set(a.value.axes) != set(a.target.axes):
-            raise MalformedProgram(
-                f"{where}: {a.leaf.name} has axes {_names(a.target)} "
-                f"but is assigned {_shown(a.value)} with axes {_names(a.value)}"
-            )
-        if a.leaf.at is not None and a.leaf.name not in scope:
-            raise MalformedProgram(f"{where}: {a.leaf.name} is stored into before it is allocated")
-        scope.add(a.leaf.name)
+            self._fail(f"an axis occurs twice in {_shown(e)}")
+        if e.op == "leaf":
+            self._kind(e)
+            for name in (e.name, e.at and own(e.at)):
+                if name is not None and name not in self.defined:
+                    self._fail(f"{name} is read before it is defined")
 
+    def _kind(self, e: Expr) -> None:
+        """Whether there may be such a leaf, and it has no name of a kind that users give."""
+        if e.role not in self.spec.kinds or e.at not in self.spec.places:
+            self._fail(f"{e!r} is a {e.role} at {e.at}, of which there are none after this stage")
+        if e.role not in DECLARED and is_declared(e.name):
+            self._fail(f"{e.name}, a {e.role}, is called as a user may call a variable")
 
-def _leaf(e: Expr, scope: set[str], where: str) -> None:
-    if e.op != "leaf":
-        return
-    leaf = e.variable
-    if leaf.role not in DECLARED and is_declared(leaf.name):
-        raise MalformedProgram(f"{where}: {leaf.name}, a {leaf.role}, is called as a user may call a variable")
-    for name in (leaf.name, leaf.at and own(leaf.at)):
-        if name is not None and name not in scope:
-            raise MalformedProgram(f"{where}: {name} is read before it is defined")
+    def _fail(self, what: str) -> None:
+        raise MalformedProgram(f"{self.where}: {what}")
 
 
 def _names(e: Expr) -> str:

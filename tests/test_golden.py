@@ -13,7 +13,7 @@ from tttc.declare.read import signature
 from tttc.runtime.layer import Layer
 from tttc.verification.comparison import default_dims
 
-STAGES = [*(stage.name for stage in tttc.PIPELINE), "emit"]
+STAGES = [stage.name for stage in tttc.PIPELINE]
 
 
 @cache

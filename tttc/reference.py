@@ -63,13 +63,20 @@ def reference(
             rates = {name: x[i, :, h] for name, x in gates.items()}
             slow = {n: _of_head(params[n], len(s.dims), i, h) for n, s in declared.params.items()}
             fast = {n: _of_head(state[n], len(s.dims), i, h) for n, s in declared.states.items()}
-            with _numbers_of(q.dtype):
-                z, final = _Head(declared, own, rates, slow).run(fast)
+            z, final = of_one_head(declared, own, rates, slow, fast)
             outputs.append(z)
             for name, w in final.items():
                 finals[name].append(w)
     z = torch.stack(outputs).unflatten(0, (batch, heads)).transpose(1, 2)
     return z, {name: torch.stack(ws).unflatten(0, (batch, heads)) for name, ws in finals.items()}
+
+
+def of_one_head(
+    declared: Signature, sequences: Tensors, gates: Tensors, params: Tensors, state: Tensors
+) -> tuple[torch.Tensor, Tensors]:
+    """The same of one batch element and head: sequences [T, ...], those with a window [T, K, ...]."""
+    with _numbers_of(sequences["q"].dtype):
+        return _Head(declared, sequences, gates, params).run(state)
 
 
 @contextmanager

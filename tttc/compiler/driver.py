@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
@@ -12,10 +11,10 @@ import torch
 
 from tttc.attention import AttentionLayer, NonParametric, compile_attention
 from tttc.backends import registry
-from tttc.backends.interface import Backend, Placement, Source
+from tttc.backends.interface import Backend, EmittedProgram, Placement, Source
 from tttc.backends.registry import Unit
 from tttc.compiler.fallback import warn_of_fallback
-from tttc.compiler.pipeline import History, HistoryEntry, Options, run_pipeline
+from tttc.compiler.pipeline import History, Options, advance
 from tttc.declare.checks import checked_signature
 from tttc.declare.number import whole
 from tttc.declare.pickling import PickledVariant
@@ -105,19 +104,16 @@ def compile(
         return compile_attention(variant, dims, dtype, device)
     request = _checked(variant, Settings(dims, dtype, device, backend, chunk, checkpoint, config, decode, telemetry))
     taken = _choose(request, runs=True)
-    began = time.perf_counter()
     config = _checked_config(taken)
-    source = taken.backend.emit(taken.program, config, request.place)
+    stages = _emitted(taken, config)
+    source = stages.of(EmittedProgram).source
     scans = taken.backend.load(source, taken.program, config, request.place)
     if not taken.asked:
         scans = with_standby(scans, request.declared.name, taken.unit.name)
-    milliseconds = (time.perf_counter() - began) * 1e3
-    last = len(taken.stages) + 1
-    taken.stages.entries.append(HistoryEntry("emit", last, last, None, milliseconds, source))
     given = request.settings
     return Layer(
         request.declared,
-        taken.stages,
+        stages,
         scans,
         source,
         dims=given.dims,
@@ -146,15 +142,15 @@ def source_of(
     backend: str = "auto",
 ) -> Source:
     """What `tttc.compile` would generate, on a machine that need not be able to run it. Raises as it does."""
-    request = _checked(variant, Settings(dims, dtype, device, backend))
-    taken = _choose(request, runs=False)
-    return taken.backend.emit(taken.program, _checked_config(taken), request.place)
+    taken = _choose(_checked(variant, Settings(dims, dtype, device, backend)), runs=False)
+    return _emitted(taken, _checked_config(taken)).of(EmittedProgram).source
 
 
 def untuned(variant: type[Variant], dims: Mapping[str, int], backend: Backend) -> AdjointProgram:
     """The program that a backend is given where nothing was tuned; float32."""
     declared = checked_signature(variant, dims)
-    return run_pipeline(declared, Options(checked_dims(declared, dims), preferred=backend.chunk)).program
+    options = Options(checked_dims(declared, dims), backend=backend)
+    return advance(History(declared), options, "adjoint").program
 
 
 # -- what was asked for ------------------------------------------------------------------------------------------------
@@ -231,6 +227,7 @@ class Taken:
     unit: Unit
     backend: Backend
     stages: History
+    options: Options
     lookup: Lookup
     asked: str
     """How it was asked for; "auto" does not."""
@@ -247,13 +244,17 @@ def _choose(request: Request, runs: bool) -> Taken:
     candidates, asked = _candidates(given.backend, device)
     refused: dict[str, str] = {}
     absent: dict[str, str] = {}
+    numbers = "f64" if given.dtype == torch.float64 else "f32"
+    options = Options(given.dims, numbers, given.chunk, given.telemetry, place=request.place)
+    common = advance(History(request.declared), options, "dualize")
     for unit in candidates:  # the last one runs, or is refused
         if not asked and (gone := unit.missing()):
             absent[unit.name] = gone[0]
             continue
         backend = unit.backend
         lookup = Lookup(unit.name, backend, device, given.dtype, given.chunk, given.checkpoint, given.config)
-        stages = _staged(request, backend, lookup)
+        options = replace(options, tuned=lookup.chosen_chunk, backend=backend)
+        stages = advance(common, options, "adjoint")
         reasons = [*(unit.unavailable(device) if runs else unit.unwritten()), *backend.refusals(stages.program)]
         if not reasons:
             break
@@ -263,15 +264,7 @@ def _choose(request: Request, runs: bool) -> Taken:
     warn_of_fallback(request.declared, unit.name, refused, absent)
     declined = [f"not {name}: {reason}" for name, reason in (absent | refused).items()]
     why = "; ".join([f"{unit.name}: {asked or unit.reason}", *declined, *backend.notes(stages.program)])
-    return Taken(unit, backend, stages, lookup, asked, why)
-
-
-def _staged(request: Request, backend: Backend, lookup: Lookup) -> History:
-    """The stages of a program for a backend."""
-    given = request.settings
-    numbers = "f64" if given.dtype == torch.float64 else "f32"
-    options = Options(given.dims, numbers, given.chunk, given.telemetry, lookup.chosen_chunk, backend.chunk)
-    return run_pipeline(request.declared, options)
+    return Taken(unit, backend, stages, options, lookup, asked, why)
 
 
 def _checked_config(taken: Taken) -> dict[str, int]:
@@ -283,6 +276,11 @@ def _checked_config(taken: Taken) -> dict[str, int]:
         said = f"has {', '.join(known)}, each a positive int" if known else "has no settings"
         raise ShapeError(f"config has {', '.join(bad)}; backend {taken.unit.name!r} {said}")
     return config
+
+
+def _emitted(taken: Taken, config: Mapping[str, int]) -> History:
+    """The stages to the last one, with the kernels made as `config` says."""
+    return advance(taken.stages, replace(taken.options, settings=config), "emit")
 
 
 def _candidates(backend: str, device: torch.device) -> tuple[list[Unit], str]:

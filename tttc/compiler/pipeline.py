@@ -9,34 +9,41 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from tttc.backends.garbage import uncollected
-from tttc.backends.interface import Preferred, Source
-from tttc.compiler.stage_check import check_meaning
+from tttc.backends.interface import HOST, Backend, EmittedProgram, Placement, Settings
+from tttc.compiler.stage_check import blamed, check_meaning
 from tttc.declare.checks import no_exact_form, no_gradient
 from tttc.declare.lower import declare
 from tttc.declare.variant import Signature
-from tttc.errors import NotDifferentiable, SourceLine, problems_text, refusal
-from tttc.ir import differentiate
+from tttc.errors import NotDifferentiable, PassChangedMeaning, SourceLine, problems_text, refusal
 from tttc.ir.adjoint import adjoint
+from tttc.ir.differentiate import NoGradient, differentiate
 from tttc.ir.dualize import dualize
-from tttc.ir.expr import OPS
 from tttc.ir.primal import token_loop
-from tttc.ir.program import AdjointProgram, DualProgram, GradientProgram, Program, ScanProgram, TokenProgram
+from tttc.ir.program import (
+    AdjointProgram,
+    DualProgram,
+    GradientProgram,
+    LoopProgram,
+    Program,
+    ScanProgram,
+    TokenProgram,
+)
 from tttc.ir.reading import NoExactForm
+from tttc.ir.rewrite import counted
 from tttc.ir.schedule import schedule
 from tttc.ir.simplify import simplify_program
 from tttc.ir.verify import verify
 
-COMPOSITES = tuple(op.name for op in OPS.values() if op.lower)
-
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose beside the declaration; every stage is given them."""
+    """What a user may choose beside the declaration, and whom the program is for; every stage is given them."""
 
     dims: Mapping[str, int]
     dtype: str = "f32"
@@ -44,8 +51,10 @@ class Options:
     telemetry: bool = False
     tuned: Callable[[DualProgram], int | None] | None = None
     """What tuning has found for the chunk of a program, asked before it is scheduled; it has the last word."""
-    preferred: Callable[[ScanProgram], Preferred | None] | None = None
-    """What the backend would rather have, asked of the scheduled program where nothing else has chosen its chunk."""
+    backend: Backend | None = None
+    """Who makes the kernels; what it prefers is asked where nothing else has chosen a free chunk."""
+    settings: Settings | None = None
+    place: Placement = HOST
 
     def chunk_for(self, program: DualProgram) -> int | None:
         return self.chunk if self.tuned is None else self.tuned(program)
@@ -53,34 +62,32 @@ class Options:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the compiler: its name, what it does, and the ops that must be gone after it."""
+    """One step of the compiler: its name, and what makes its program of that of the stage before."""
 
     name: str
     run: Callable[[Any, Options], Program]
-    forbidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """A stage of the history: the program that it made, and how long that took."""
+    """A stage of the history: the program that it made, how long that took, and the rules of rewriting that fired."""
 
     name: str
     number: int
-    total: int
-    program: Program | None
+    program: Program
     milliseconds: float
-    source: Source | None = None
+    fired: Mapping[str, int]
     where: SourceLine | None = None
 
     def __str__(self) -> str:
         origin = f" - from {self.where}" if self.where else ""
-        head = f"# stage {self.number} of {self.total}: {self.name} - {self.milliseconds:.1f} ms{origin}\n"
+        head = f"# stage {self.number} of {len(PIPELINE)}: {self.name} - {self.milliseconds:.1f} ms{origin}\n"
         return head + self.text
 
     @property
     def text(self) -> str:
         """The program, or where it has become one, the source."""
-        return self.source.shown if self.source else str(self.program)
+        return str(self.program)
 
 
 P = TypeVar("P", bound=Program)
@@ -89,8 +96,8 @@ P = TypeVar("P", bound=Program)
 class History:
     """The stages that a declaration went through, verified as they were added. `history["dualize"]` is one of them."""
 
-    def __init__(self, entries: list[HistoryEntry] | None = None) -> None:
-        self.entries = entries or []
+    def __init__(self, declared: Signature, entries: Sequence[HistoryEntry] = ()) -> None:
+        self.declared, self.entries = declared, list(entries)
 
     def __iter__(self) -> Iterator[HistoryEntry]:
         return iter(self.entries)
@@ -113,13 +120,11 @@ class History:
         """What a backend is given."""
         return self.of(AdjointProgram)
 
-    def append(self, entry: HistoryEntry, stage: Stage) -> None:
-        """Add a stage: its types, scopes and ops are verified, with `TTTC_CHECK=1` also its meaning."""
-        if entry.program is not None:
-            verify(entry.program, stage.forbidden)
-            before = [e for e in self.entries if e.program is not None]
-            if os.environ.get("TTTC_CHECK", "0") not in ("", "0") and before:
-                check_meaning(before[-1].program, entry.program)  # type: ignore[arg-type]
+    def append(self, entry: HistoryEntry) -> None:
+        """Add a stage: its types, scopes and spec are verified, with `TTTC_CHECK=1` its meaning too."""
+        verify(entry.program)
+        if os.environ.get("TTTC_CHECK", "0") not in ("", "0") and self.entries:
+            check_meaning(self.declared, self.entries[-1].program, entry.program)
         self.entries.append(entry)
         _debug(entry)
 
@@ -133,6 +138,8 @@ def _debug(entry: HistoryEntry) -> None:
     level = int(os.environ.get("TTTC_DEBUG", "0") or 0)
     if level >= 1:
         print(f"tttc: {entry.name:<14}{entry.milliseconds:8.1f} ms", file=sys.stderr)
+    if level >= 2:
+        print("".join(f"{n:20}  {title}\n" for title, n in entry.fired.items()), end="", file=sys.stderr)
     if level >= 3:
         print(entry, file=sys.stderr)
 
@@ -142,55 +149,91 @@ def _debug(entry: HistoryEntry) -> None:
 
 def traced(declared: Signature, options: Options) -> TokenProgram:
     """The declaration as per-token functions."""
-    program = declare(declared, options.dims, options.dtype)
-    return replace(program, telemetry=options.telemetry)
+    return replace(declare(declared, options.dims, options.dtype), telemetry=options.telemetry)
 
 
-def differentiate_loss(program: TokenProgram) -> GradientProgram:
+def derived(program: TokenProgram, _: Options) -> GradientProgram:
     """The derivative of the loss; raises `NotDifferentiable` where there is none."""
     try:
-        return differentiate.differentiate(program)
-    except differentiate.NoGradient as states:
+        return differentiate(program)
+    except NoGradient as states:
         raise NotDifferentiable(problems_text(program.title, [no_gradient(str(states))])) from None
+
+
+def simplified(program: GradientProgram, _: Options) -> GradientProgram:
+    """The functions of one token in their shortest form."""
+    return replace(simplify_program(program), stage="simplify")
+
+
+def looped(program: GradientProgram, _: Options) -> LoopProgram:
+    """The update rule token by token."""
+    return token_loop(program)
+
+
+def dualized(program: LoopProgram, _: Options) -> DualProgram:
+    """Mini-batches at once."""
+    return dualize(program)
 
 
 def scheduled(program: DualProgram, options: Options) -> ScanProgram:
     """The program as scans of chunks: the chunk as given or tuned, or as the backend would have a free one."""
     chunk = options.chunk_for(program)
     made = schedule(program, chunk)
-    if chunk is not None or not made.plan.free or options.preferred is None or program.telemetry:
+    if chunk is not None or not made.plan.free or options.backend is None or program.telemetry:
         return made
-    wanted = options.preferred(made)
+    wanted = options.backend.chunk(made)
     if wanted is None:
         return made
     made = schedule(program, wanted.chunk)
     return replace(made, plan=replace(made.plan, reason=f"{made.plan.reason}; {wanted.why}"))
 
 
+def reversed_too(program: ScanProgram, _: Options) -> AdjointProgram:
+    """Every scan with its reverse."""
+    return adjoint(program)
+
+
+def emitted(program: AdjointProgram, options: Options) -> EmittedProgram:
+    """The kernels of the backend, as text."""
+    assert options.backend is not None
+    return EmittedProgram.of(
+        program, "emit", functions=(), source=options.backend.emit(program, options.settings, options.place)
+    )
+
+
 PIPELINE: tuple[Stage, ...] = (
-    Stage("declare", lambda d, o: traced(d, o)),  # the user's loss and output, as written
-    Stage("differentiate", lambda p, o: differentiate_loss(p)),  # the gradient of the loss, kept as products
-    Stage("simplify", lambda p, o: replace(simplify_program(p), stage="simplify")),
-    Stage("primal", lambda p, o: token_loop(p)),  # the definition: a loop over tokens
-    Stage("dualize", lambda p, o: dualize(p)),  # a mini-batch at once, no weights of a single token
-    Stage("schedule", lambda p, o: scheduled(p, o)),  # chunks, open mini-batches, what is carried
-    Stage("adjoint", lambda p, o: adjoint(p), COMPOSITES),  # the derivative of every chunk
+    Stage("declare", traced),  # the user's loss and output, as written
+    Stage("differentiate", derived),  # the gradient of the loss, kept as products
+    Stage("simplify", simplified),
+    Stage("primal", looped),  # the definition: a loop over tokens
+    Stage("dualize", dualized),  # a mini-batch at once, no weights of a single token
+    Stage("schedule", scheduled),  # chunks, open mini-batches, what is carried
+    Stage("adjoint", reversed_too),  # the derivative of every chunk
+    Stage("emit", emitted),  # the backend's source
 )
 
 
 @uncollected()
-def run_pipeline(declared: Signature, options: Options) -> History:
-    """Every stage before `emit`, which is the backend's."""
-    history = History()
-    where = next(iter(declared.states.values())).where
-    total = len(PIPELINE) + 1
-    current: Any = declared
-    for number, stage in enumerate(PIPELINE, 1):
+def advance(history: History, options: Options, last: str) -> History:
+    """The stages that come after those of `history`, to the one called `last`; `history` itself stays as it is.
+
+    Only those from `schedule` on depend on the backend: what comes before is made once, whoever is asked for kernels.
+    """
+    made = History(history.declared, history.entries)
+    where = next(iter(made.declared.states.values())).where
+    stop = [s.name for s in PIPELINE].index(last) + 1
+    for number, stage in enumerate(PIPELINE[len(made) : stop], len(made) + 1):
+        given: Any = made.entries[-1].program if made.entries else made.declared
         began = time.perf_counter()
         try:
-            current = stage.run(current, options)
+            with counted() as fired:
+                program = stage.run(given, options)
         except NoExactForm as reason:
-            raise refusal(declared.name, [no_exact_form(declared, reason, options.dims)]) from None
+            raise refusal(made.declared.name, [no_exact_form(made.declared, reason, options.dims)]) from None
         milliseconds = (time.perf_counter() - began) * 1e3
-        history.append(HistoryEntry(stage.name, number, total, current, milliseconds, where=where), stage)
-    return history
+        origin = None if isinstance(program, EmittedProgram) else where
+        try:
+            made.append(HistoryEntry(stage.name, number, program, milliseconds, dict(fired), origin))
+        except PassChangedMeaning as error:
+            raise blamed(error, partial(stage.run, given, options)) from None
+    return made

@@ -1,24 +1,30 @@
 """Whether a stage kept the meaning of a program: `TTTC_CHECK=1` runs it before and after on the same random inputs.
 
 Functions that both programs have are interpreted and compared. Where a stage turns the per-token functions into a loop,
-the loop is compared with the update rule applied token by token; where it takes the derivative, that is compared with
-finite differences of the loss.
+the loop is compared with the definition: the class itself, token by token (tttc/reference.py). Where it takes the
+derivative, that is compared with finite differences of the loss. A stage that fails runs again, and every rule of
+rewriting that fires is compared by itself, so that the one at fault is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 
+from tttc.declare.specs import Spec
+from tttc.declare.variant import Signature
 from tttc.errors import PassChangedMeaning
-from tttc.ir.expr import Axis, Expr, leaves, postorder
+from tttc.ir.expr import OPS, Axis, Expr, postorder
 from tttc.ir.interpret import interpret
-from tttc.ir.names import differentiated, prefixed, spelled
-from tttc.ir.ops import align, evaluate
-from tttc.ir.program import S_AXIS, T_AXIS, EndStage, GradientProgram, Program, number_of
+from tttc.ir.names import differentiated, spelled
+from tttc.ir.ops import align
+from tttc.ir.program import S_AXIS, T_AXIS, GradientProgram, LoopProgram, Program
+from tttc.ir.rewrite import Rule, watched
 from tttc.ir.substitution import PAST
+from tttc.reference import of_one_head
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-9  # far above float64 rounding of a few hundred operations (1e-13), far below any wrong term
@@ -26,21 +32,20 @@ STEP = 1e-5  # of the central differences: wrong by its square, 1e-10, times thi
 DIFFERENCES_TOLERANCE = 1e-6
 
 
-def check_meaning(before: Program, after: Program, tokens: int = 21) -> None:
+def check_meaning(declared: Signature, before: Program, after: Program, tokens: int = 21) -> None:
     """Raise `PassChangedMeaning` naming the stage `after`, where it differs from the one before."""
     names = {f.name for f in before.functions} & {f.name for f in after.functions}
     for name in sorted(names):
         arguments = random_arguments((*after[name].params, *before[name].params), after.dims, tokens)
         wanted, found = interpret(before, name, arguments), interpret(after, name, arguments)
         _compare(before, after, name, wanted, found, TOLERANCE)
-    functions = {f.name for f in before.functions}
-    if "loss" in functions and "gradient" not in functions and after.stage != before.stage:
+    if isinstance(after, GradientProgram) and not isinstance(before, GradientProgram):
         _check_gradient(before, after)
-    if isinstance(before, GradientProgram) and {"gradient", "output"} <= functions and not names:
-        arguments = random_arguments(after.functions[0].params, after.dims, tokens)
-        name = after.functions[0].name
-        found = interpret(after, name, arguments)
-        _compare(before, after, name, token_by_token(before, after[name].params, arguments), found, TOLERANCE)
+    if isinstance(after, LoopProgram) and not isinstance(before, LoopProgram):
+        (loop,) = after.functions
+        arguments = random_arguments(loop.params, after.dims, tokens)
+        wanted = tuple(by_definition(declared, after.dims, arguments, tokens))
+        _compare(before, after, loop.name, wanted, interpret(after, loop.name, arguments), TOLERANCE)
 
 
 def _compare(
@@ -81,133 +86,72 @@ def _check_gradient(before: Program, after: Program) -> None:
     _compare(before, after, "gradient", tuple(wanted), tuple(found), DIFFERENCES_TOLERANCE)
 
 
-def token_by_token(program: GradientProgram, params: tuple[Expr, ...], arguments: Arrays) -> tuple[np.ndarray, ...]:
-    """Outputs and final weights by the update rule itself, from the per-token functions `gradient` and `output`."""
-    rule = _Rule(program, {p.name for p in params if p.at}, arguments)
-    return rule.run()
+def by_definition(declared: Signature, dims: Mapping[str, int], arguments: Arrays, tokens: int) -> list[np.ndarray]:
+    """Outputs and final weights of one head as the class itself gives them; what no function reads is zero."""
 
-
-class _Rule:
-    """The update rule on arrays, spelled out for one state and one token at a time (tttc/reference.py, in NumPy)."""
-
-    def __init__(self, program: GradientProgram, sequences: set[str], arguments: Arrays) -> None:
-        self.program, self.update, self.sequences, self.arguments = program, program.update, sequences, arguments
-        self.states = {w.name: w for w in program.update.states}
-        self.tokens = len(arguments[next(iter(sequences))])
-        self.memory: Arrays = {}
-        for n in self.states:
-            self.memory[prefixed("M", n)], self.memory[prefixed("V", n)] = np.zeros_like(arguments[n]), arguments[n]
-        for stage in self.update.at_end:
-            for n in stage.values:
-                given = {prefixed("in", n): arguments[n]}
-                begun = self.evaluated(stage.begins[n], given) if n in stage.begins else arguments[n]
-                if stage.on == "view":
-                    self.memory[prefixed("A", n)] = begun
-                elif n in stage.kept:
-                    self.memory[stage.kept[n].name] = begun
-
-    def run(self) -> tuple[np.ndarray, ...]:
-        b = number_of(self.update.mini_batch, self.tokens)
-        weights: Arrays = {n: self.arguments[n] for n in self.states}
-        outputs: list[np.ndarray] = []
-        for first in range(0, self.tokens, b):
-            z, weights = self.mini_batch(range(first, min(first + b, self.tokens)), weights)
-            outputs += z
-        return (np.stack(outputs), *(weights[n] for n in self.states))
-
-    def mini_batch(self, tokens: range, weights: Arrays) -> tuple[list[np.ndarray], Arrays]:
-        update, at_start, trail = self.update, weights, []
-        for _ in range(update.steps):
-            start = weights
-            U = {n: np.zeros_like(w) for n, w in start.items()}
-            a = {n: np.ones_like(w) for n, w in start.items()}
-            trail = [(U, a, {n: self.memory[prefixed("V", n)] for n in start})]
-            for s in tokens:
-                trail.append(self.after_token(s, start, *trail[-1]))
-            weights = self.ended(tokens, start, *trail[-1][:2])
-        for n in self.states:
-            self.memory[prefixed("V", n)] = trail[-1][2][n]
-        staged, outputs = bool(update.at_end) or update.per != "token", []
-        for i, t in enumerate(tokens):
-            seen = trail[{"after": i + 1, "before": i, "start": 0, "end": -1}[update.read]]
-            read = self.readable(t, start, *seen)
-            read = at_start if update.read == "start" else weights if update.read == "end" and staged else read
-            outputs.append(interpret(self.program, "output", self.at(t) | read)[0])
-        return outputs, weights
-
-    def after_token(self, s: int, start: Arrays, U: Arrays, a: Arrays, V: Arrays) -> tuple[Arrays, Arrays, Arrays]:
-        update, per_token = self.update, self.update.per == "token"
-        at = {n: a[n] * start[n] - U[n] for n in start} if update.anchor == "token" else start
-        if update.decay_first:
-            at = {n: self.rate("decay", n, s, 1.0) * w for n, w in at.items()}
-        g = dict(zip(start, interpret(self.program, "gradient", self.at(s) | at), strict=True))
-        if update.clip is not None:
-            norm = np.sqrt(sum(float(np.sum(x * x)) for x in g.values()))
-            g = {n: x * min(1.0, update.clip / norm) if norm else x for n, x in g.items()}
-        U, a, V = dict(U), dict(a), dict(V)
-        for n in start:
-            mu, lr = self.rate("momentum", n, s, 0.0), self.rate("lr", n, s, 1.0)
-            decay, rho = self.rate("decay", n, s, 1.0) if per_token else 1.0, self.rate("average", n, s, 0.0)
-            step = lr * g[n]
-            if update.momentum.get(n) is not None and per_token:
-                self.memory[prefixed("M", n)] = M = mu * self.memory[prefixed("M", n)] + (
-                    (1 - mu) * g[n] if update.ema else step
-                )
-                step = lr * M if update.ema else step + mu * M if update.nesterov else M
-            U[n], a[n] = decay * U[n] + step, decay * a[n]
-            V[n] = (1 - rho) * V[n] + rho * (a[n] * start[n] - U[n])
-        return U, a, V
-
-    def readable(self, t: int, start: Arrays, U: Arrays, a: Arrays, V: Arrays) -> Arrays:
-        averaged = {n for n, r in self.update.average.items() if r is not None}
-        moved = {n: a[n] * start[n] - self.rate("tau", n, t, 1.0) * U[n] for n in start}
-        return {n: V[n] if n in averaged else w for n, w in moved.items()}
-
-    def ended(self, tokens: range, start: Arrays, U: Arrays, a: Arrays) -> Arrays:
-        update, weights, steps = self.update, {}, {}
-        for n in start:
-            step, scale = U[n], a[n]
-            if update.per == "mini_batch":
-                mu, decay = (
-                    np.mean([self.rate(r, n, s, x) for s in tokens], 0) for r, x in (("momentum", 0), ("decay", 1))
-                )
-                self.memory[prefixed("M", n)] = M = mu * self.memory[prefixed("M", n)] + step
-                step, scale = step + mu * M if update.nesterov else M, scale * decay
-            steps[n] = self.rate("tau", n, tokens[-1], 1.0) * step
-            weights[n] = scale * self.memory.get(prefixed("A", n), start[n])
-        for stage in update.at_end:
-            if stage.on == "update":
-                steps |= self.staged(stage, steps)
-        weights = {n: w - steps[n] for n, w in weights.items()}
-        for stage in update.at_end:
-            if stage.on == "view":
-                self.memory |= {prefixed("A", n): weights[n] for n in stage.values}
-            if stage.on != "update":
-                weights |= self.staged(stage, weights)
-        return weights
-
-    def staged(self, stage: EndStage, values: Arrays) -> Arrays:
-        given = {prefixed("in", n): values[n] for n in stage.values} | self.memory
-        return {n: self.value(e, given, self.states[n]) for n, e in stage.values.items()}
-
-    def at(self, t: int) -> Arrays:
-        return {n: x[t] if n in self.sequences else x for n, x in self.arguments.items()}
-
-    def rate(self, role: str, name: str, t: int, missing: float) -> Any:
-        e = getattr(self.update, role).get(name)
-        return missing if e is None else self.value(e, self.at(t), self.states[name])
-
-    def value(self, e: Expr, given: Arrays, like: Expr) -> np.ndarray:
-        """An expression of a rate or a stage, ready to multiply the state `like`."""
-        found = self.evaluated(e, given)
-        if set(e.axes) < set(like.axes):
-            return np.asarray(align(found, e.axes, like.axes))
+    def given(role: str, specs: Mapping[str, Spec]) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, spec in specs.items():
+            shape = [tokens] * (role in ("token", "gate")) + [dims[d] for d in spec.dims]
+            value = arguments.get(declared.identity(role, name))
+            found[name] = (
+                torch.zeros(shape, dtype=torch.float64) if value is None else torch.from_numpy(np.asarray(value))
+            )
         return found
 
-    def evaluated(self, e: Expr, given: Arrays) -> np.ndarray:
-        known = {x: np.asarray(given[x.name], dtype=float) for x in leaves([e])}
-        axes = {a for x in postorder([e]) for a in x.axes}
-        return np.asarray(evaluate(e, known, {a.name: self.program.dims[a.size] for a in axes}))
+    z, final = of_one_head(
+        declared,
+        given("token", declared.tokens),
+        given("gate", declared.gates),
+        given("param", declared.params),
+        given("state", declared.states),
+    )
+    return [x.detach().numpy() for x in (z, *final.values())]
+
+
+# -- which rule it was -------------------------------------------------------------------------------------------------
+
+
+class WrongRule(Exception):
+    """A rule of rewriting that gave a node another value."""
+
+
+def blamed(error: PassChangedMeaning, run: Callable[[], object]) -> PassChangedMeaning:
+    """The error with the rule that did it, found by checking each one that fires while the stage runs again."""
+    try:
+        with watched(_Values().compare):
+            run()
+    except WrongRule as rule:
+        what, _, programs = str(error).partition("\n")
+        return PassChangedMeaning(f"{what}\n{rule}\n{programs}")
+    return error
+
+
+class _Values:
+    """Values of expressions where every variable is random: the same for the same variable, and each node once."""
+
+    def __init__(self) -> None:
+        self.known: dict[Expr, np.ndarray] = {}
+        self.lengths: dict[str, int] = defaultdict(lambda: 2 + len(self.lengths) % 4)
+
+    def compare(self, rule: Rule, before: Expr, after: Expr) -> None:
+        one, other = (np.asarray(align(self.of(e), e.axes, before.axes)) for e in (before, after))
+        scale = 1.0 + float(np.max(np.abs(one), initial=0.0))
+        if np.all(np.isfinite(one)) and not float(np.max(np.abs(one - other), initial=0.0)) <= TOLERANCE * scale:
+            raise WrongRule(f'the rule "{rule.title}" did: {before!r} became {after!r}.')
+
+    def of(self, root: Expr) -> np.ndarray:
+        for node in postorder([root], self.known):
+            axes = {a for e in (node, *node.src) for a in e.axes} | ({node.arg} if node.op == "size" else set())
+            sizes = {a.name: self.lengths[a.size] for a in axes}
+            operands = (self.known[e] for e in node.src)
+            self.known[node] = self._drawn(node) if node.op == "leaf" else OPS[node.op].numpy(node, sizes, *operands)  # type: ignore[misc]
+        return self.known[root]
+
+    def _drawn(self, e: Expr) -> np.ndarray:
+        generator = np.random.default_rng([*spelled(e.name).encode()])
+        value = generator.standard_normal([self.lengths[a.size] for a in e.axes]) * 0.5
+        return np.abs(value) * 0.2 if e.role == "gate" else value
 
 
 def random_arguments(

@@ -23,6 +23,11 @@ def known_sizes(dims: Mapping[str, int]) -> Iterator[None]:
 
 
 def axis_size(axes: Axes, axis: int) -> int:
-    """The size of an axis of a traced value; 2 where a declaration is checked without sizes."""
-    found = number((_sizes.get() or {}).get(axes[axis].size, 2))
+    """The size of an axis of a traced value."""
+    return size_of_dim(axes[axis].size)
+
+
+def size_of_dim(dim: str) -> int:
+    """The size of a dim; 2 where a declaration is checked without sizes."""
+    found = number((_sizes.get() or {}).get(dim, 2))
     return 2 if found is None else int(found)  # a size that is none is refused when the dims are read

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tttc.declare.locations import captured_names, captured_places
 from tttc.declare.purity import Snapshot, changed, snapshot
+from tttc.declare.sizes import size_of_dim
 from tttc.declare.suggest import instead
 from tttc.declare.tracer import Traced, leaf_axes, lift
 from tttc.declare.variant import Signature, Variant, bind
@@ -62,6 +63,14 @@ def declared_leaves(declared: Signature) -> Leaves:
 
 def traced_functions(declared: Signature) -> tuple[TracedFunctions | None, list[Problem]]:
     """The user's functions as expressions; or every problem met on the way."""
+    sizes = tuple(map(size_of_dim, declared.dims))
+    if sizes not in declared.traced:
+        declared.traced[sizes] = _traced_functions(declared)
+    functions, problems = declared.traced[sizes]
+    return functions, list(problems)
+
+
+def _traced_functions(declared: Signature) -> tuple[Functions | None, list[Problem]]:
     known = declared_leaves(declared)
     problems: list[Problem] = []
     codes: list[Callable[..., Any]] = [declared.variant.learner, declared.variant.loss, declared.variant.output]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tttc.declare.specs import GateSpec, ParamSpec, Spec, StateSpec, TokenSpec
@@ -91,6 +91,8 @@ class Signature:
     steps: int
     update: SGD
     qk_norm: bool = False
+    traced: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False, repr=False)
+    """What its functions were traced into, by the sizes that `tttc.size` gave meanwhile: they run once for each."""
 
     @property
     def name(self) -> str:

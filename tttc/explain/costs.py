@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from tttc.backends.interface import EmittedProgram
 from tttc.ir import cost, substitution
 from tttc.ir.cost import CHUNK, MINI_BATCH, TOKENS, Formula, Work
 from tttc.ir.expr import Expr
@@ -103,11 +104,13 @@ class LayerCost:
 
 def stage_costs(layer: Layer) -> list[StageCost]:
     """The cost of every function of every stage, in their order; the two sweeps of an adjoint apart."""
-    return [c for entry in layer.stages if entry.program is not None for c in program_costs(entry.program)]
+    return [c for entry in layer.stages for c in program_costs(entry.program)]
 
 
 def program_costs(program: Program) -> Iterator[StageCost]:
     """The same of one stage."""
+    if isinstance(program, EmittedProgram):
+        return
     if isinstance(program, AdjointProgram):
         yield from _sweeps(program)
         return

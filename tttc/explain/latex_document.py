@@ -44,7 +44,6 @@ def latex_document(layer: Layer) -> str:
     sections = []
     for stage, title in STAGES.items():
         program = layer.stages[stage].program
-        assert program is not None
         sections.append(f"\\subsection*{{{title}}}\n{program_latex(program)}")
     name = layer.signature.name.replace("_", r"\_")
     body = "\n\n".join(sections)

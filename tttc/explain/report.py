@@ -83,7 +83,6 @@ def summary(layer: Layer) -> str:
 def _declared_lines(layer: Layer) -> list[str]:
     """The loss and the output, each as one formula."""
     program = layer.stages["declare"].program
-    assert program is not None
     lines: list[str] = []
     for name in ("loss", "output"):
         (block,) = blocks(program[name].body)
@@ -95,7 +94,7 @@ def _declared_lines(layer: Layer) -> list[str]:
 def _stage_text(entry: HistoryEntry) -> str:
     """The text of a stage as it is, and its costs."""
     lines = [str(entry).rstrip("\n")]
-    costs = list(program_costs(entry.program)) if entry.program is not None else []
+    costs = list(program_costs(entry.program))
     for c in costs:
         where = f", {_bindings(c.lengths)}" if c.lengths else ""
         lines += ["", f"# {c.function}: {_number(c.flops)} FLOPs per {c.unit} and head{where}"]

@@ -496,7 +496,7 @@ def test_names(name: str, latex: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_latex_of_every_stage_closes_what_it_opens(name: str) -> None:
     for entry in layer(name).stages:
-        if entry.program is not None:
+        if entry.name != "emit":
             assert_closed(program_latex(entry.program))
     document = explain(layer(name), latex=True)
     assert_closed(document)

@@ -438,7 +438,7 @@ for variant in VARIANTS.values():
     for settings in ({}, {"mini_batch": "all", "read": "before"}, {"mini_batch": 200, "read": "end"}):
         layer = tttc.compile(variant.replace(**settings), dims_of(variant, 3), torch.float64)
         for entry in layer.stages:
-            print(entry.name, entry.program or "")
+            print(entry.name, "" if entry.name == "emit" else entry.program)
         print(layer.source)
 """
 

@@ -70,7 +70,7 @@ def traced_functions(declared: Signature) -> tuple[TracedFunctions | None, list[
     return functions, list(problems)
 
 
-def _traced_functions(declared: Signature) -> tuple[Functions | None, list[Problem]]:
+def _traced_functions(declared: Signature) -> tuple[TracedFunctions | None, list[Problem]]:
     known = declared_leaves(declared)
     problems: list[Problem] = []
     codes: list[Callable[..., Any]] = [declared.variant.learner, declared.variant.loss, declared.variant.output]

@@ -48,7 +48,7 @@ class Unit:
     writes_alone: bool = False
     """Whether its text is written without that package."""
     differentiates: bool = True
-    """Whether its scans have a backward."""
+    """Whether its scans have a backward: one whose have none is taken by name alone."""
     of_torch: bool = False
     """Whether its scans are operations of torch, which need no memory to be traced."""
     targets: tuple[str, ...] = ()
@@ -108,7 +108,8 @@ def named(name: str, device: torch.device) -> Unit:
 
 def candidates(device: torch.device) -> list[Unit]:
     """What "auto" tries on a device, the best first; what runs on all comes last."""
-    return [u for u in _units if device.type in u.auto] + [u for u in _units if not u.devices]
+    complete = [u for u in _units if u.differentiates]
+    return [u for u in complete if device.type in u.auto] + [u for u in complete if not u.devices]
 
 
 def compilers() -> list[Unit]:

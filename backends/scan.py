@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tttc.backends.interface import content_of
+from tttc.backends.interface import NotBuilt, content_of
 from tttc.backends.memory import lengths, like
 from tttc.ir.expr import Expr
 from tttc.ir.program import AdjointProgram, Scan, number_of
@@ -47,6 +47,12 @@ class BaseScan:
 
     def expect_backward(self, inputs: Tensors) -> None:
         """Nothing: all is there, or made when it is first called."""
+
+    def backward(
+        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
+    ) -> tuple[torch.Tensor, ...]:
+        """None, unless the backend has one."""
+        raise NotBuilt(f"{self.scan.name}_adjoint", NotImplementedError("its backend has no backward"))
 
     # -- memory
 

@@ -3,7 +3,8 @@
     emit.py     what they are, as text, and what they cannot run
     kernels.py  a scan as two functions of TensorIR: forward, and the derived backward
 builder.py  such a function while it is written: tensors, memory, loops over heads and chunks
-    codegen.py  statements in TensorIR: elementwise, reductions, transposed copies
+    emission.py what statements are written with: sizes, memory, loops
+codegen.py  statements in TensorIR: elementwise, reductions, transposed copies
     matmul.py   statements with products: tiles of accumulators in registers
     recurrences.py  statements that go token by token: running products, shifts, triangular systems
     arena.py    the memory in which they work

@@ -9,8 +9,8 @@ from math import prod
 from typing import Any
 
 from tttc.backends.tvm_common.loops import grouped, read_last, read_often
-from tttc.backends.tvm_common.lowering import Place, Store
 from tttc.backends.tvm_common.statements import TOKENS, statements
+from tttc.backends.tvm_common.stores import Place, Store
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.arena import LINE, Scratch
 from tttc.backends.tvm_cpu.codegen import Emitter

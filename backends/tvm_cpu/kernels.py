@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tttc.backends.tvm_common.loops import heads_together
-from tttc.backends.tvm_common.lowering import Store
+from tttc.backends.tvm_common.stores import Store
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.builder import Builder, Slice
 from tttc.backends.tvm_cpu.machine import Machine

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tttc.backends.tvm_common.accumulators import Sum, accumulated, zeros
-from tttc.backends.tvm_common.lowering import LOCAL, Place, Places, Point, Value
+from tttc.backends.tvm_common.lowering import Point
 from tttc.backends.tvm_common.statements import Statement
+from tttc.backends.tvm_common.stores import LOCAL, Place, Places, Value
 from tttc.backends.tvm_common.tir import T
+from tttc.backends.tvm_cpu.emission import Emission
 from tttc.ir.expr import Axis, Expr
-
-if TYPE_CHECKING:
-    from tttc.backends.tvm_cpu.codegen import Emitter
 
 
 class Tile(NamedTuple):
@@ -59,7 +58,7 @@ def _unrolled(*counts: int) -> Iterator[list[Any]]:
         yield [0 if n == 1 else stack.enter_context(T.unroll(n)) for n in counts]
 
 
-def products(e: Emitter, s: Statement) -> None:
+def products(e: Emission, s: Statement) -> None:
     """Tile after tile along the last two axes."""
     axes, lane = s.target.axes, s.lane
     assert lane is not None
@@ -82,7 +81,7 @@ def products(e: Emitter, s: Statement) -> None:
             _across(e, s, Tile(at, row, n - n % high, n % high, lane, 0, wide, e.machine.lanes, False), half)
 
 
-def _across(e: Emitter, s: Statement, tile: Tile, half: bool) -> None:
+def _across(e: Emission, s: Statement, tile: Tile, half: bool) -> None:
     """All vectors of some rows; of a lower triangular matrix up to the diagonal, and then the zeros."""
     n, wide = e.blocks(tile.lane), tile.wide
     if half:
@@ -104,7 +103,7 @@ def _across(e: Emitter, s: Statement, tile: Tile, half: bool) -> None:
         _accumulate(e, s, tile._replace(block=n - n % wide, wide=n % wide))
 
 
-def _accumulate(e: Emitter, s: Statement, tile: Tile) -> None:
+def _accumulate(e: Emission, s: Statement, tile: Tile) -> None:
     """One tile: every sum of products in registers, then what is made of them."""
     held = {}
     for product, total in accumulated(s.value).items():
@@ -120,11 +119,11 @@ def _accumulate(e: Emitter, s: Statement, tile: Tile) -> None:
             store.save([here[a] for a in s.target.axes], value)
 
 
-def _registers(e: Emitter, count: int) -> Any:
+def _registers(e: Emission, count: int) -> Any:
     return T.alloc_buffer((count,), e.machine.vector, scope="local", annotations=LOCAL, layout=None)
 
 
-def _sum(e: Emitter, total: Sum, held: Any, tile: Tile) -> None:
+def _sum(e: Emission, total: Sum, held: Any, tile: Tile) -> None:
     """Fill the accumulators of a tile: with what is not a product, then product by product."""
     with _unrolled(tile.high, tile.wide) as (m, n):
         point = Point(e, {**tile.vectors(n), **tile.rows(m)})
@@ -141,7 +140,7 @@ def _sum(e: Emitter, total: Sum, held: Any, tile: Tile) -> None:
             _multiplied(e, sign, product.src, held, tile._replace(at={**tile.at, **summed}))
 
 
-def _multiplied(e: Emitter, sign: int, factors: Sequence[Expr], held: Any, tile: Tile) -> None:
+def _multiplied(e: Emission, sign: int, factors: Sequence[Expr], held: Any, tile: Tile) -> None:
     """Add one product to each accumulator: what rows share and what vectors share is there beforehand."""
     of_vectors = [f for f in factors if tile.lane in f.axes and tile.row not in f.axes]
     of_rows = [f for f in factors if tile.lane not in f.axes]
@@ -168,7 +167,7 @@ def _multiplied(e: Emitter, sign: int, factors: Sequence[Expr], held: Any, tile:
 
 
 @contextmanager
-def _summed(e: Emitter, product: Expr, tile: Tile) -> Iterator[Mapping[Axis, Place]]:
+def _summed(e: Emission, product: Expr, tile: Tile) -> Iterator[Mapping[Axis, Place]]:
     """Loops over the axes that a product sums over, but for the zeros of a masked matrix."""
     known = {pair for s in product.src for pair in zeros(s, e.triangles)}
     places: dict[Axis, Place] = {}

@@ -7,22 +7,21 @@ walk u[s, D1] = solve_lower(A, x)        u[t] = x[t] - sum over s < t of A[t, s]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tttc.backends.tvm_common.lowering import LOCAL, Place, Places, Point
+from tttc.backends.tvm_common.lowering import Point
 from tttc.backends.tvm_common.statements import Statement
+from tttc.backends.tvm_common.stores import LOCAL, Place, Places
 from tttc.backends.tvm_common.tir import T
+from tttc.backends.tvm_cpu.emission import Emission
 from tttc.ir.expr import Axis, Expr
 from tttc.ir.ops import is_upper
-
-if TYPE_CHECKING:
-    from tttc.backends.tvm_cpu.codegen import Emitter
 
 ROWS_AT_ONCE = 4  # of a triangular system, solved together: what they all need is loaded once
 WIDE = 4  # vectors of these
 
 
-def _saved(e: Emitter, s: Statement, places: Places, value: Any) -> None:
+def _saved(e: Emission, s: Statement, places: Places, value: Any) -> None:
     e.stores[s.name].save([places[a] for a in s.target.axes], value)
 
 
@@ -31,7 +30,7 @@ def _at(point: Point, e: Expr, wide: bool) -> Any:
     return point.wide(value) if wide else value.it
 
 
-def _previous(e: Emitter, s: Statement, along: Axis, places: Places, t: Any, first: Any) -> Any:
+def _previous(e: Emission, s: Statement, along: Axis, places: Places, t: Any, first: Any) -> Any:
     """What the token before left in the target; at the first token another value, and nothing is read before it."""
     before = {**places, along: Place(T.max(t - 1, 0), ("before", id(t)))}
     found = e.stores[s.name].load([before[a] for a in s.target.axes])
@@ -39,7 +38,7 @@ def _previous(e: Emitter, s: Statement, along: Axis, places: Places, t: Any, fir
     return T.Select(T.broadcast(t > 0, e.machine.lanes) if wide else t > 0, found.it, first)
 
 
-def _cumprod(e: Emitter, s: Statement) -> None:
+def _cumprod(e: Emission, s: Statement) -> None:
     axis = s.value.arg
 
     def step(t: Any, wide: bool, places: Places) -> None:
@@ -49,7 +48,7 @@ def _cumprod(e: Emitter, s: Statement) -> None:
     e.token_by_token(s, axis, step)
 
 
-def _segprod(e: Emitter, s: Statement) -> None:
+def _segprod(e: Emission, s: Statement) -> None:
     """P[t, s] = P[t - 1, s] * x[t] before the diagonal, 1 on it, 0 beyond."""
     rows, columns = s.value.arg
 
@@ -63,18 +62,18 @@ def _segprod(e: Emitter, s: Statement) -> None:
     e.token_by_token(s, rows, step)
 
 
-def _shift(e: Emitter, s: Statement) -> None:
+def _shift(e: Emission, s: Statement) -> None:
     axis, fill = s.value.arg
     _moved(e, s, axis, lambda t: T.max(t - 1, 0), lambda t: t > 0, fill)
 
 
-def _shift_back(e: Emitter, s: Statement) -> None:
+def _shift_back(e: Emission, s: Statement) -> None:
     axis = s.value.arg
     _moved(e, s, axis, lambda t: T.min(t + 1, e.tokens - 1), lambda t: t + 1 < e.tokens, 0.0)
 
 
 def _moved(
-    e: Emitter, s: Statement, axis: Axis, other: Callable[[Any], Any], inside: Callable[[Any], Any], fill: float
+    e: Emission, s: Statement, axis: Axis, other: Callable[[Any], Any], inside: Callable[[Any], Any], fill: float
 ) -> None:
     def step(t: Any, wide: bool, places: Places) -> None:
         x = _at(Point(e, {**places, axis: Place(other(t), ("other", id(t)))}), s.value.src[0], wide)
@@ -84,7 +83,7 @@ def _moved(
     e.token_by_token(s, axis, step)
 
 
-def _solve(e: Emitter, s: Statement) -> None:
+def _solve(e: Emission, s: Statement) -> None:
     """x[t] = right[t] - sum over s < t of matrix[t, s] * x[s], and from the last token back where it is upper.
 
     Some rows at a time: first what all of them get from the rows before, then what each gets from those among them.
@@ -112,7 +111,7 @@ def _solve(e: Emitter, s: Statement) -> None:
 
 
 def _solve_rows(
-    e: Emitter, s: Statement, columns: Sequence[Places], rows: list[Any], inside: list[Any], before: tuple[Any, Any]
+    e: Emission, s: Statement, columns: Sequence[Places], rows: list[Any], inside: list[Any], before: tuple[Any, Any]
 ) -> None:
     """Some rows of a triangular system, in registers."""
     known, unknown = s.value.arg
@@ -149,7 +148,7 @@ def _solve_rows(
                 _saved(e, s, {**at, unknown: row}, held[r * len(columns) + c])
 
 
-RECURRENCES: dict[str, Callable[[Emitter, Statement], None]] = {
+RECURRENCES: dict[str, Callable[[Emission, Statement], None]] = {
     "cumprod": _cumprod,
     "segprod": _segprod,
     "shift": _shift,

@@ -9,8 +9,8 @@ from math import prod
 from typing import Any
 
 from tttc.backends.tvm_common.loops import grouped
-from tttc.backends.tvm_common.lowering import Store
 from tttc.backends.tvm_common.statements import TOKENS, statements
+from tttc.backends.tvm_common.stores import Store
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.machine import BYTES
 from tttc.backends.tvm_cuda.device import Device

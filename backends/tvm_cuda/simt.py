@@ -17,8 +17,9 @@ from typing import Any
 
 from tttc.backends.tvm_common.accumulators import Sum, accumulated
 from tttc.backends.tvm_common.loops import Group
-from tttc.backends.tvm_common.lowering import Place, Places, Point, Store, Value
+from tttc.backends.tvm_common.lowering import Point
 from tttc.backends.tvm_common.statements import TOKENS, Statement, read
+from tttc.backends.tvm_common.stores import Place, Places, Store, Value
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.codegen import Emitter
 from tttc.backends.tvm_cpu.recurrences import RECURRENCES

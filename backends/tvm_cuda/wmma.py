@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tttc.backends.tvm_common.accumulators import accumulated
-from tttc.backends.tvm_common.lowering import Place, Store
 from tttc.backends.tvm_common.statements import Statement
+from tttc.backends.tvm_common.stores import Place, Store
 from tttc.backends.tvm_common.tir import IRBuilder, T
 from tttc.backends.tvm_cuda.device import WARP
 from tttc.backends.tvm_cuda.phases import MatrixProduct, Operand

@@ -24,6 +24,7 @@ from tttc.tuning import database
 from tttc.tuning import search as search_module
 from tttc.tuning.accuracy import Accuracy
 from tttc.tuning.chunks import chunk_choices
+from tttc.tuning.descent import descend
 from tttc.tuning.records import Choice, Key
 from tttc.tuning.search import Wrong
 
@@ -76,6 +77,28 @@ def test_the_fastest_combination_is_found_coordinate_by_coordinate():
     assert found.stopped == "exhausted"
     assert found.best.verdict == "confirmed"
     assert found.speedup == pytest.approx(0.22 / 0.1)
+
+
+@pytest.mark.parametrize("rounds_in_time", [9, 1])
+def test_a_descent_goes_on_while_something_near_is_better(rounds_in_time):
+    """Down a valley that lies across both coordinates; where no time is left, it says so."""
+    seconds = {(0, 0): 6, (1, 0): 5, (1, 1): 4, (2, 1): 3, (2, 2): 2}
+    best, tried = {"a": 0, "b": 0}, []
+
+    def attempt(name, values):
+        nonlocal best
+        tried.append(name)
+        if len(tried) > 2 * rounds_in_time:
+            return False
+        near = [{**best, name: v} for v in values]
+        best = min(near, key=lambda c: seconds.get((c["a"], c["b"]), 9))
+        return True
+
+    ended = descend({"a": (0, 1, 2), "b": (0, 1, 2)}, lambda: best, attempt)
+    if rounds_in_time == 1:
+        assert (best, ended, len(tried)) == ({"a": 1, "b": 1}, "budget", 4)
+    else:
+        assert (best, ended, len(tried)) == ({"a": 2, "b": 2}, "exhausted", 6)
 
 
 def test_the_default_stays_where_nothing_is_faster():

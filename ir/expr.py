@@ -100,14 +100,13 @@ class Expr:
         return found
 
     def __repr__(self) -> str:
-        from tttc.ir.text import expression_text
-
-        return f"{expression_text(self)}: [{', '.join(a.name for a in self.axes)}]"
+        return f"{PRINTERS[Expr](self)}: [{', '.join(a.name for a in self.axes)}]"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Expr, (self.op, self.src, self.arg)
 
 
+PRINTERS: dict[type, Callable[[Any], str]] = {}  # what writes expressions and programs: ir/text.py, program_text.py
 _interned: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 

@@ -7,7 +7,7 @@ PyTorch and Triton, the kernels of TVM. What `adopt` does not know is refused, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import sympy
@@ -198,3 +198,11 @@ def formula_text(formula: Formula, render: Callable[[sympy.Expr], str] = rendere
     lines = [f"def {formula.name}({arguments}):"]
     lines += [f"    {name} = {render(value)}" for name, value in shared]
     return "\n".join([*lines, f"    return {render(body)}"])
+
+
+@cache
+def numpy_function(formula: Formula) -> Callable[..., Any]:
+    """A formula as a function of NumPy's arrays."""
+    scope: dict[str, Any] = dict(s.NUMPY_NAMES)
+    exec(formula_text(formula), scope)
+    return scope[formula.name]

@@ -22,8 +22,9 @@ from tttc.ir.expr import OPS, Axes, Axis, Expr, leaves
 from tttc.ir.names import spelled
 from tttc.ir.ops import TOKEN_AXES, is_upper
 from tttc.ir.program import SEQUENCE, Allocate, Block, For, Function, Program, Restore, Save, Statement, blocks, values
+from tttc.ir.program_text import formulas, said
 from tttc.ir.scalars import SCALARS, Formula
-from tttc.ir.text import Namer, Text, core, formulas, said, steps
+from tttc.ir.text import Namer, Text, core, steps
 
 ONES = r"\mathbf{1}"
 TRANSPOSED = r"^{\top}"

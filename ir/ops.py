@@ -16,6 +16,7 @@ import numpy as np
 from tttc.ir import build as b
 from tttc.ir import numerics
 from tttc.ir.expr import OPS, Axes, Axis, Expr, IllTyped, Op, postorder
+from tttc.ir.formulas import numpy_function
 from tttc.ir.names import own
 from tttc.ir.scalars import SCALARS
 
@@ -111,7 +112,7 @@ def _broadcast_axes(src: tuple[Expr, ...], axes: Axes) -> Axes:
 
 def _elementwise_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
     aligned = [align(v, e.axes, node.axes) for v, e in zip(values, node.src, strict=True)]
-    function = node.arg.numpy if node.op == "map" else SCALARS[node.op].numpy
+    function = numpy_function(node.arg) if node.op == "map" else SCALARS[node.op].numpy
     return np.broadcast_to(function(*aligned), [sizes[a.name] for a in node.axes])
 
 

@@ -5,7 +5,7 @@
     Restore(names) assign    ::= name = expression | name[var] = expression
 
 The expressions of a block are evaluated together, before any of its assignments takes effect; what they share is one
-node. `ir/text.py` prints a program as Python that runs, `ir/interpret.py` runs it directly.
+node. `ir/program_text.py` prints a program as Python that runs, `ir/interpret.py` runs it directly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any, Final, Self, TypeVar
 
-from tttc.ir.expr import TOKENS, Axis, Expr, Leaf, leaf
+from tttc.ir.expr import PRINTERS, TOKENS, Axis, Expr, Leaf, leaf
 from tttc.ir.linearity import Finding
 from tttc.ir.names import differential, own, prefixed
 
@@ -305,9 +305,7 @@ class Program:
         return next(f for f in self.functions if f.name == name)
 
     def __str__(self) -> str:
-        from tttc.ir.text import program_text
-
-        return program_text(self)
+        return PRINTERS[Program](self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -98,18 +97,6 @@ class Formula:
     name: str
     symbols: tuple[sympy.Symbol, ...]
     body: sympy.Expr
-
-    def numpy(self, *values: Any) -> Any:
-        return _compiled(self)(*values)
-
-
-@cache
-def _compiled(formula: Formula) -> Callable[..., Any]:
-    from tttc.ir.formulas import formula_text
-
-    scope: dict[str, Any] = dict(NUMPY_NAMES)
-    exec(formula_text(formula), scope)
-    return scope[formula.name]
 
 
 def _sigmoid(a: Any) -> Any:

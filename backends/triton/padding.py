@@ -14,6 +14,7 @@ import numpy as np
 import sympy
 
 from tttc.ir.expr import Axis, Expr
+from tttc.ir.formulas import numpy_function
 from tttc.ir.scalars import Formula
 
 Axes = frozenset[Axis]
@@ -129,7 +130,7 @@ class Padding:
 
 def _vanishes(formula: Formula) -> bool:
     with np.errstate(all="ignore"):
-        return bool(formula.numpy(*(np.float64(0) for _ in formula.symbols)) == 0)
+        return bool(numpy_function(formula)(*(np.float64(0) for _ in formula.symbols)) == 0)
 
 
 def _is_polynomial(formula: Formula) -> bool:

@@ -24,8 +24,8 @@ from tttc.ir.linearity import Dependence, dependence
 from tttc.ir.names import own
 from tttc.ir.ops import align, evaluate
 from tttc.ir.program import Assign, Block, Function, Program
+from tttc.ir.program_text import program_text
 from tttc.ir.scalars import NUMPY_NAMES, SCALARS, Formula
-from tttc.ir.text import program_text
 
 SIZES = {"D": 3, "E": 4, "P": 5}
 D, E = Axis("D", "D"), Axis("E", "E")

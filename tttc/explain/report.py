@@ -38,8 +38,9 @@ from tttc.ir.program import (
     Update,
     blocks,
 )
+from tttc.ir.program_text import said
 from tttc.ir.reading import terms_of
-from tttc.ir.text import Namer, Printer, said, steps
+from tttc.ir.text import Namer, Printer, steps
 from tttc.ir.update import is_staged
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.rows import missing_rows
 from tttc.ir.adjoint import adjoint_function
 from tttc.ir.program import AdjointProgram, Program, ScanProgram
-from tttc.ir.text import program_text
+from tttc.ir.program_text import program_text
 
 HEADER = "from tttc.ir.numerics import *\n"  # what load.py has rows for is in scope instead
 

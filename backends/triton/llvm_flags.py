@@ -83,7 +83,6 @@ def order_of_source(about: Order, source: Any, target: Any, options: Mapping[str
         "constants": constants,
         "attributes": {names[i]: x for (i, *_), x in source.attrs.items()},
         "target": nvidia_target(target.arch).name if target.backend == "cuda" else str(target.arch),
-        "driver": (target.backend, target.arch, target.warp_size),
         "options": {n: x for n, x in options.items() if isinstance(x, bool | int | float | str)},
     }
 

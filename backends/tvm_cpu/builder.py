@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from tttc.backends.tvm_common.arguments import Argument
 from tttc.backends.tvm_common.loops import grouped, read_last, read_often
 from tttc.backends.tvm_common.statements import TOKENS, statements
 from tttc.backends.tvm_common.stores import Place, Store
@@ -66,28 +67,22 @@ class Builder:
     def _own(self, p: Expr) -> list[int]:
         return [self.program.dims[a.size] for a in p.axes if a.size != TOKENS]
 
-    def take(self, p: Expr) -> None:
-        """An input, [B, H, T, ...] or [B, H, ...]; batch, heads and tokens may lie at any distance."""
-        self._strided(p, p.name)
-
-    def give(self, p: Expr, name: str) -> None:
-        """An output, likewise."""
-        self._strided(p, name)
+    def declare(self, given: Sequence[Argument]) -> None:
+        """The tensors of the caller, each by the name of its variable, but for those of which there are two."""
+        for a in given:
+            if a.suffix in ("kept", "work"):
+                count = self.K if a.suffix == "kept" else self.E
+                self._buffer(a.name, [self.B, self.H, count, *self._own(a.of)])
+            else:
+                self._strided(a.of, a.of.name if a.suffix == "in" else a.name)
 
     def _strided(self, p: Expr, name: str) -> None:
+        """[B, H, T, ...] or [B, H, ...]; batch, heads and tokens may lie at any distance."""
         own = self._own(p)
         shape = [self.B, self.H, *([self.T] if p.at else []), *own]
         inner = [prod(own[i + 1 :]) for i in range(len(own))]
         strides = [T.int32() for _ in range(len(shape) - len(inner))] + inner
         self._buffer(name, shape, strides, self.stored.get(p.name, ""))
-
-    def keep(self, p: Expr) -> None:
-        """The carry where groups of chunks begin: [B, H, groups, ...]."""
-        self._buffer(suffixed(p.name, "kept"), [self.B, self.H, self.K, *self._own(p)])
-
-    def workspace(self, p: Expr) -> None:
-        """The carry at each chunk of a group: [B, H, every, ...]."""
-        self._buffer(suffixed(p.name, "work"), [self.B, self.H, self.E, *self._own(p)])
 
     # -- loops
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tttc.backends.tvm_common.arguments import arguments
 from tttc.backends.tvm_common.loops import heads_together
 from tttc.backends.tvm_common.stores import Store
 from tttc.backends.tvm_common.tir import T
@@ -42,17 +43,9 @@ def forward_kernel(scan: Scan, program: ScanProgram, machine: Machine, stored: M
     `stored` are the dtypes of sequences that have another one than arithmetic, by name.
     """
     b = Builder(scan.name, scan, program, machine, stored)
-    made = [a.target for a in scan.updates]
     with b.function():
-        for p in scan.params:
-            b.take(p)
-        for a in scan.outputs:
-            b.give(a.target, a.target.name)
-        for p in made:
-            b.give(p, suffixed(p.name, "out"))
+        b.declare(arguments(scan, False))
         if scan.loops:
-            for p in scan.carry:
-                b.keep(p)
             b.every = T.arg("every", T.int32())
         if heads_together(scan, program.dims, machine.lanes):
             _heads_together(b, scan)
@@ -108,17 +101,8 @@ def backward_kernel(a: ScanAdjoint, program: ScanProgram, machine: Machine, stor
     d_made = [cotangent(x.target) for x in scan.updates]
     d_carry = [cotangent(p) for p in scan.carry]
     with b.function():
-        for p in (*scan.fixed, *scan.sequence):
-            b.take(p)
-        for p in scan.carry:
-            b.keep(p) if scan.loops else b.take(p)
-        for d in (*d_outputs, *d_made):
-            b.take(d)
-        for p in (*scan.carry, *scan.fixed, *scan.sequence):
-            b.give(cotangent(p), suffixed(cotangent(p).name, "out"))
+        b.declare(arguments(scan, True))
         if scan.loops:
-            for p in scan.carry:
-                b.workspace(p)
             b.every = T.arg("every", T.int32())
         with b.each_head():
             b.fixed_ready(scan.fixed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from tttc.backends.tvm_common.arguments import Argument
 from tttc.backends.tvm_common.loops import grouped
 from tttc.backends.tvm_common.statements import TOKENS, statements
 from tttc.backends.tvm_common.stores import Store
@@ -163,30 +164,27 @@ class CudaBuilder:
     def _own(self, p: Expr) -> list[int]:
         return [self.dims[a.size] for a in p.axes if a.size != TOKENS]
 
-    def take(self, p: Expr, suffix: str) -> None:
-        """An input, [B, H, T, ...] or [B, H, ...]; batch, heads and tokens may lie at any distance."""
-        self._strided(p, suffix)
+    def declare(self, given: Sequence[Argument]) -> None:
+        """The tensors of the caller."""
+        for a in given:
+            if a.suffix in ("kept", "work"):
+                shape = [self.B, self.H, self.groups if a.suffix == "kept" else self.places, *self._own(a.of)]
+                self.tensors[a.name] = self._buffer(a.name, shape, self.device.dtype)
+            else:
+                self._strided(a)
 
-    def give(self, p: Expr, suffix: str) -> None:
-        """An output, likewise."""
-        self._strided(p, suffix)
-
-    def _strided(self, p: Expr, suffix: str) -> None:
-        name, own = _tensor(p, suffix), self._own(p)
-        leading = [self.B, self.H, *([self.T] if p.at else [])]
-        strides = [tirx.Var(self.called(stride_name(name, i)), "int32") for i in range(len(leading))]
-        dtype = self.stored.get(p.name, self.device.dtype)
+    def _strided(self, a: Argument) -> None:
+        """[B, H, T, ...] or [B, H, ...]; batch, heads and tokens may lie at any distance."""
+        own = self._own(a.of)
+        leading = [self.B, self.H, *([self.T] if a.of.at else [])]
+        strides = [tirx.Var(self.called(stride_name(a.name, i)), "int32") for i in range(len(leading))]
+        dtype = self.stored.get(a.of.name, self.device.dtype)
         inner = [prod(own[i + 1 :]) for i in range(len(own))]
-        self.tensors[name] = self._buffer(name, [*leading, *own], dtype, [*strides, *inner])
-
-    def reserve_carries(self, p: Expr, suffix: str, how_many: Any) -> None:
-        """The carry where groups of chunks begin, or at each chunk of a group: [B, H, how many, ...]."""
-        name = _tensor(p, suffix)
-        self.tensors[name] = self._buffer(name, [self.B, self.H, how_many, *self._own(p)], self.device.dtype)
+        self.tensors[a.name] = self._buffer(a.name, [*leading, *own], dtype, [*strides, *inner])
 
     def tensor(self, p: Expr, suffix: str, *prefix: Any) -> Store:
         """A tensor of the caller as the variable of this block."""
-        buffer = self.tensors[_tensor(p, suffix)]
+        buffer = self.tensors[Argument(p, suffix).name]
         return self._kind(buffer)(buffer, self.device, (*self.g, *prefix))
 
     def _kind(self, buffer: Any) -> type[Store]:
@@ -334,7 +332,7 @@ class CudaBuilder:
 
     def _sequence(self, p: Expr, suffix: str) -> Store:
         """The tokens of this chunk, where they lie."""
-        buffer = self.tensors[_tensor(p, suffix)]
+        buffer = self.tensors[Argument(p, suffix).name]
         return self._kind(buffer)(buffer, self.device, self.g, self.first, self.threads.tokens)
 
     def _step(self, step: Step) -> None:
@@ -373,10 +371,6 @@ class CudaBuilder:
 
 def _sixteens(n: Size) -> Size:
     return "T16" if isinstance(n, str) else -(-n // SIDE) * SIDE
-
-
-def _tensor(p: Expr, suffix: str) -> str:
-    return suffixed(p.name, suffix) if suffix else p.name
 
 
 __all__ = ["LAUNCHED", "CudaBuilder", "CudaKernel"]

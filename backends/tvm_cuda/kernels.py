@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tttc.backends.tvm_common.arguments import arguments
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.kernels import with_cotangents
 from tttc.backends.tvm_cuda.builder import LAUNCHED, CudaBuilder, CudaKernel
@@ -34,15 +35,8 @@ def cuda_forward(scan: Scan, program: ScanProgram, device: Device, stored: Mappi
     b = CudaBuilder(scan.name, scan, program, device, stored)
     b.plan([scan.block.assigns], [*scan.carry, *made, *whole])
     with b.function():
-        for p in scan.params:
-            b.take(p, "in" if p in scan.carry else "")
-        for a in scan.outputs:
-            b.give(a.target, "")
-        for p in made:
-            b.give(p, "out")
+        b.declare(arguments(scan, False))
         if scan.loops:
-            for p in scan.carry:
-                b.reserve_carries(p, "kept", b.groups)
             b.every = T.arg(b.called(LAUNCHED[5]), T.int32())
         with b.block():
             for p in scan.carry:
@@ -72,19 +66,8 @@ def cuda_backward(a: ScanAdjoint, program: ScanProgram, device: Device, stored: 
     resident = [*scan.carry, *d_made, *d_carry, *d_fixed, *whole]
     b.plan([backward_block(a), scan.updates] if scan.loops else [backward_block(a)], resident)
     with b.function():
-        for p in (*scan.fixed, *scan.sequence):
-            b.take(p, "")
-        for p in scan.carry:
-            b.reserve_carries(p, "kept", b.groups) if scan.loops else b.take(p, "in")
-        for d in d_outputs:
-            b.take(d, "")
-        for d in d_made:
-            b.take(d, "in")
-        for p in (*scan.carry, *scan.fixed, *scan.sequence):
-            b.give(cotangent(p), "out")
+        b.declare(arguments(scan, True))
         if scan.loops:
-            for p in scan.carry:
-                b.reserve_carries(p, "work", b.places)
             b.every = T.arg(b.called(LAUNCHED[5]), T.int32())
         with b.block():
             for d in d_made:

@@ -17,15 +17,15 @@ from tttc.backends import nvidia
 from tttc.backends.cache import cached
 from tttc.backends.notice import compiling
 from tttc.backends.target import architecture_of
+from tttc.backends.tvm_common.arguments import arguments
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.tir import writing
 from tttc.backends.tvm_cuda.device import Device
 from tttc.backends.tvm_cuda.kernel_text import CudaSource, stride_name
 from tttc.backends.tvm_cuda.kernels import cuda_backward, cuda_forward
 from tttc.backends.tvm_cuda.source import source
-from tttc.ir.expr import Expr
 from tttc.ir.names import own, suffixed
-from tttc.ir.program import AdjointProgram, Scan, cotangent
+from tttc.ir.program import AdjointProgram, Scan
 
 Arguments = Mapping[str, torch.Tensor | int]
 Launch = Callable[[CudaSource, int, Arguments], None]
@@ -98,54 +98,28 @@ class CudaScan(TVMScan):
 
     def make(self, backward: bool, stored: Stored) -> Function:
         source = self.source(backward, stored)
-        names = backward_names(self.scan) if backward else forward_names(self.scan)
+        names = [a.name for a in arguments(self.scan, backward)] + ([own("every")] if self.scan.loops else [])
         return lambda *given: self._run(source, names, given)
 
     def _run(self, source: CudaSource, names: Sequence[str], given: Sequence[Any]) -> None:
         """Give the arguments their names, and the kernel what else its parameters ask for."""
-        arguments: dict[str, Any] = dict(zip(names, given, strict=True))
+        named: dict[str, Any] = dict(zip(names, given, strict=True))
         like = given[0]
         batch, heads = like.shape[:2]
-        tokens = next((arguments[n].shape[2] for n in _sequences(self.scan) if n in arguments), 1)
-        for name, x in list(arguments.items()):
+        tokens = next((named[p.name].shape[2] for p in self.scan.sequence if p.at is not None and p.name in named), 1)
+        for name, x in list(named.items()):
             if isinstance(x, torch.Tensor):
-                arguments |= {stride_name(name, i): s for i, s in enumerate(x.stride()[:3])}
-        kept = next((x for n, x in arguments.items() if n.endswith(suffixed("", "kept"))), None)
-        arguments |= {own("batch"): batch, own("heads"): heads, own("tokens"): tokens}
-        arguments |= {
-            own("places"): arguments.get(own("every"), 1),
+                named |= {stride_name(name, i): s for i, s in enumerate(x.stride()[:3])}
+        kept = next((x for n, x in named.items() if n.endswith(suffixed("", "kept"))), None)
+        named |= {own("batch"): batch, own("heads"): heads, own("tokens"): tokens}
+        named |= {
+            own("places"): named.get(own("every"), 1),
             own("groups"): 1 if kept is None else kept.shape[2],
         }
         for name, (dtype, shape) in source.workspaces.items():
             sizes = [n if isinstance(n, int) else -(-tokens // 16) * 16 if n == "T16" else tokens for n in shape]
-            arguments[name] = like.new_empty(batch * heads, *sizes, dtype=getattr(torch, dtype))
-        self.launch(source, batch * heads, arguments)
-
-
-def forward_names(scan: Scan) -> list[str]:
-    """The tensors of a forward kernel, in the order in which `TVMScan.forward` has them."""
-    names = [_named(p, "in" if p in scan.carry else "") for p in scan.params]
-    names += [*(_named(a.target, "") for a in scan.outputs), *(_named(a.target, "out") for a in scan.updates)]
-    return [*names, *(_named(p, "kept") for p in scan.carry), own("every")] if scan.loops else names
-
-
-def backward_names(scan: Scan) -> list[str]:
-    """The tensors of a backward kernel, in the order in which `TVMScan.backward` has them."""
-    names = [_named(p, "") for p in (*scan.fixed, *scan.sequence)]
-    names += [_named(p, "kept" if scan.loops else "in") for p in scan.carry]
-    names += [_named(cotangent(a.target), "") for a in scan.outputs]
-    names += [_named(cotangent(a.target), "in") for a in scan.updates]
-    names += [_named(cotangent(p), "out") for p in scan.params]
-    return [*names, *(_named(p, "work") for p in scan.carry), own("every")] if scan.loops else names
-
-
-def _sequences(scan: Scan) -> list[str]:
-    return [_named(p, "") for p in scan.sequence if p.at is not None]
-
-
-def _named(p: Expr, suffix: str) -> str:
-    name = p.name
-    return suffixed(name, suffix) if suffix else name
+            named[name] = like.new_empty(batch * heads, *sizes, dtype=getattr(torch, dtype))
+        self.launch(source, batch * heads, named)
 
 
 __all__ = ["CudaScan", "launch"]

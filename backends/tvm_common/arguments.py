@@ -11,7 +11,7 @@ from tttc.ir.program import Scan, cotangent
 
 class Argument(NamedTuple):
     """A variable of the caller, [B, H, T, ...] or [B, H, ...]; with the suffix "kept" or "work" its values where groups
-    of chunks begin, or at each chunk of a group: [B, H, n, ...]. What comes "in" and goes "out" is told apart by it, too.
+    of chunks begin, or at each chunk of a group: [B, H, n, ...]. What comes "in" and goes "out" is told apart, too.
     """
 
     of: Expr

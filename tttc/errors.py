@@ -150,6 +150,12 @@ def users_place() -> Place | None:
     return None if innermost is None else Place(innermost.f_code, innermost.f_lasti, innermost.f_lineno)
 
 
+def declared_at() -> SourceLine:
+    """The line that called what calls this: of a declaration, where it stands."""
+    frame = sys._getframe(2)
+    return SourceLine(frame.f_code.co_filename, frame.f_lineno)
+
+
 def users_line() -> SourceLine | None:
     """The innermost line on the stack that is not part of `tttc`, with the columns of the running expression."""
     place = users_place()

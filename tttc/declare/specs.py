@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from tttc.declare.declared import Declared, short
-from tttc.errors import DeclarationError, ShapeError, SourceLine
+from tttc.errors import DeclarationError, ShapeError, SourceLine, declared_at
 
 Init = float | Callable[..., Any]
 
@@ -90,12 +89,12 @@ def state(*dims: str, init: Init = 0.0) -> Any:
     `dims` are the names of its axes. `init` (a number, or a function `init(shape, generator)` such as
     `tttc.normal(0.02)`) is where it starts when a call gives no state.
     """
-    return StateSpec(_named(dims), init, _declared_at())
+    return StateSpec(_named(dims), init, declared_at())
 
 
 def param(*dims: str, init: Init = 0.0) -> Any:
     """Declare a slow weight of the inner loop, trained by the outer loop: `gamma = tttc.param("D", init=1.0)`."""
-    return ParamSpec(_named(dims), init, _declared_at())
+    return ParamSpec(_named(dims), init, declared_at())
 
 
 def token(*dims: str, window: str | None = None) -> Any:
@@ -104,7 +103,7 @@ def token(*dims: str, window: str | None = None) -> Any:
     With `window="K"` the functions see the last K tokens, [K, *dims], the present one last and zeros before the first:
     the input of a causal convolution. A call still passes one vector for each token; the state carries the K - 1 last.
     """
-    return TokenSpec(_named(dims), window, _declared_at())
+    return TokenSpec(_named(dims), window, declared_at())
 
 
 def gate(
@@ -127,9 +126,9 @@ def gate(
     weights at every token. Without it the bias is 0.
     """
     if not isinstance(name, str):
-        line = _declared_at()
+        line = declared_at()
         raise DeclarationError(f'the name of a gate is {short(name)}.\n{line.shown()}\n  Write tttc.gate("lr").')
-    return GateSpec(name, per, axis, activation, scale, by, _declared_at(), init, low)
+    return GateSpec(name, per, axis, activation, scale, by, declared_at(), init, low)
 
 
 def normal(std: float) -> Init:
@@ -145,11 +144,6 @@ def normal(std: float) -> Init:
 def _named(dims: tuple[Any, ...]) -> tuple[Any, ...]:
     """Dims as they are given, where lists are given too: what is no name is reported later."""
     return tuple(tuple(d) if isinstance(d, list) else d for d in dims)
-
-
-def _declared_at() -> SourceLine:
-    frame = sys._getframe(2)
-    return SourceLine(frame.f_code.co_filename, frame.f_lineno)
 
 
 def evaluated_scale(scale: str, dims: Mapping[str, int]) -> Any:

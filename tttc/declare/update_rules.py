@@ -12,14 +12,13 @@ linear may happen where a mini-batch ends: `at_end` stages, which are functions 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import tttc.declare.functions as ops
 from tttc.declare.number import number, whole
-from tttc.errors import DeclarationError, ShapeError, SourceLine, users_line
+from tttc.errors import DeclarationError, ShapeError, SourceLine, declared_at, users_line
 
 Rate = Any  # a gate, a number, or a param without axes
 Rates = Rate | Mapping[str, Rate]
@@ -129,7 +128,7 @@ def sgd(
     """
     stages = tuple(at_end) if isinstance(at_end, Iterable) else (at_end,)
     lr, read_scale, momentum, decay, average, clip = map(_plain, (lr, read_scale, momentum, decay, average, clip))
-    return SGD(lr, read_scale, momentum, nesterov, ema, decay, decay_first, average, clip, per, stages, _declared_at())
+    return SGD(lr, read_scale, momentum, nesterov, ema, decay, decay_first, average, clip, per, stages, declared_at())
 
 
 def _plain(rates: Any) -> Any:
@@ -145,7 +144,7 @@ def _plain(rates: Any) -> Any:
 def at_end(function: Callable[..., Any], on: str = "update", **settings: Any) -> AtEnd:
     """A stage of the user's own, written in operations of tttc: `tttc.at_end(lambda U: tttc.tanh(U))`; see `AtEnd`."""
     _checked("at_end(function)", function, callable(function), "It is a function of what the mini-batch adds.")
-    return AtEnd(function, on, label=getattr(function, "__name__", "at_end"), where=_declared_at(), **settings)
+    return AtEnd(function, on, label=getattr(function, "__name__", "at_end"), where=declared_at(), **settings)
 
 
 def muon(
@@ -179,7 +178,7 @@ def muon(
             X = a * X + (polynomial @ X if wide else X @ polynomial)
         return X
 
-    return AtEnd(orthogonalised, "update", states=_names(states), label=f"muon({steps})", where=_declared_at())
+    return AtEnd(orthogonalised, "update", states=_names(states), label=f"muon({steps})", where=declared_at())
 
 
 def weight_norm(axis: int = 0, eps: float = 1e-5, states: Iterable[str] | None = None) -> AtEnd:
@@ -192,9 +191,7 @@ def weight_norm(axis: int = 0, eps: float = 1e-5, states: Iterable[str] | None =
     def renormalised(W: Any, initial: Any) -> Any:
         return ops.along(W, ops.div(initial, norms(W) + eps), axis=axis)
 
-    return AtEnd(
-        renormalised, "weights", norms, _names(states), label=f"weight_norm(axis={axis})", where=_declared_at()
-    )
+    return AtEnd(renormalised, "weights", norms, _names(states), label=f"weight_norm(axis={axis})", where=declared_at())
 
 
 def clip_norm(max: float, scope: str = "state", states: Iterable[str] | None = None) -> AtEnd:
@@ -222,7 +219,7 @@ def clip_norm(max: float, scope: str = "state", states: Iterable[str] | None = N
         states=_names(states),
         joint=together,
         label=f'clip_norm({max:g}, "{scope}")',
-        where=_declared_at(),
+        where=declared_at(),
     )
 
 
@@ -233,7 +230,7 @@ def soft_clip(axis: int = 0, states: Iterable[str] | None = None) -> AtEnd:
     def clipped(U: Any) -> Any:
         return ops.along(U, ops.div(1.0, ops.sqrt(ops.sum(U * U, axis=axis) + _TINY) + 1.0), axis=axis)
 
-    return AtEnd(clipped, "update", states=_names(states), label=f"soft_clip(axis={axis})", where=_declared_at())
+    return AtEnd(clipped, "update", states=_names(states), label=f"soft_clip(axis={axis})", where=declared_at())
 
 
 def power_norm(q: float = 4.0, states: Iterable[str] | None = None) -> AtEnd:
@@ -243,12 +240,12 @@ def power_norm(q: float = 4.0, states: Iterable[str] | None = None) -> AtEnd:
     def normalised(A: Any) -> Any:
         return A * ops.sum(ops.abs(A) ** q) ** ((2.0 - q) / q)
 
-    return AtEnd(normalised, "view", states=_names(states), label=f"power_norm({q:g})", where=_declared_at())
+    return AtEnd(normalised, "view", states=_names(states), label=f"power_norm({q:g})", where=declared_at())
 
 
 def softmax_retention(states: Iterable[str] | None = None) -> AtEnd:
     """The weights are softmax(A) along the last axis, A beginning at log(W) (arXiv:2504.13173)."""
-    return AtEnd(ops.softmax, "view", ops.log, states=_names(states), label="softmax_retention()", where=_declared_at())
+    return AtEnd(ops.softmax, "view", ops.log, states=_names(states), label="softmax_retention()", where=declared_at())
 
 
 # -- rules that are refused ----------------------------------------------------------------------------------------
@@ -262,7 +259,7 @@ def adam(*arguments: Any, **settings: Any) -> NoChunkForm:
         "far; no matrix of coefficients gives them",
         "Use tttc.sgd with momentum and a learning rate for each state, or normalise the update where the mini-batch "
         "ends: tttc.sgd(lr=..., momentum=..., at_end=tttc.at_end(lambda U: U / (tttc.sqrt(tttc.mean(U * U)) + 1e-8))).",
-        _declared_at(),
+        declared_at(),
     )
 
 
@@ -272,7 +269,7 @@ def sign_sgd(*arguments: Any, **settings: Any) -> NoChunkForm:
         "sign descent",
         "the sign of a token's gradient is no product of the few vectors that the gradient is made of",
         "Take the sign of the mini-batch's update where it ends: tttc.sgd(lr=..., at_end=tttc.at_end(tttc.sign)).",
-        _declared_at(),
+        declared_at(),
     )
 
 
@@ -292,8 +289,3 @@ def _positive(name: str, value: Any) -> Any:
 
 def _names(states: Iterable[str] | None) -> tuple[str, ...] | None:
     return None if states is None else tuple(states)
-
-
-def _declared_at() -> SourceLine:
-    frame = sys._getframe(2)
-    return SourceLine(frame.f_code.co_filename, frame.f_lineno)

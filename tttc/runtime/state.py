@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._pytree import GetAttrKey, register_pytree_node
@@ -14,8 +14,28 @@ from tttc.errors import StateMismatch
 Tensors = dict[str, torch.Tensor]
 
 
+class Moved:
+    """What is made of tensors, and goes where they can go."""
+
+    def map(self, function: Any) -> Self:
+        """The same with a function applied to every tensor."""
+        raise NotImplementedError
+
+    def detach(self) -> Self:
+        """The same values without their history: for truncated backpropagation through time."""
+        return self.map(lambda x: x.detach())
+
+    def to(self, *arguments: Any, **settings: Any) -> Self:
+        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
+        return self.map(lambda x: x.to(*arguments, **settings))
+
+    def pin_memory(self) -> Self:
+        """In memory from which a GPU copies without waiting."""
+        return self.map(lambda x: x.pin_memory())
+
+
 @dataclass
-class State(Mapping[str, torch.Tensor]):
+class State(Moved, Mapping[str, torch.Tensor]):
     """Where a sequence stands: the fast weights by name, each [B, H, *dims], as `state["W"]` or `state.W`.
 
     `memory` is what the update rule carries beside them (momentum, averages, ...). Inside a mini-batch, `position`
@@ -53,10 +73,9 @@ class State(Mapping[str, torch.Tensor]):
             return weights[name]
         raise AttributeError(f"no state named {name!r}; the states are {', '.join(weights)}")
 
-    def map(self, function: Any) -> State:
-        """The same state with a function applied to every tensor."""
+    def map(self, function: Any) -> Self:
         groups = {g: {n: function(x) for n, x in group.items()} for g, group in tensors_of(self).items()}
-        return State(position=self.position, **groups)
+        return type(self)(position=self.position, **groups)
 
     @staticmethod
     def joined(states: Sequence[State]) -> State:
@@ -87,18 +106,6 @@ class State(Mapping[str, torch.Tensor]):
     def repeat(self, times: int) -> State:
         """Each sequence so many times, one after the other: n samples, or beams, that begin at the same place."""
         return self.map(lambda x: x.repeat_interleave(times, 0))
-
-    def detach(self) -> State:
-        """The same values without their history: for truncated backpropagation through time."""
-        return self.map(lambda x: x.detach())
-
-    def to(self, *arguments: Any, **settings: Any) -> State:
-        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
-        return self.map(lambda x: x.to(*arguments, **settings))
-
-    def pin_memory(self) -> State:
-        """In memory from which a GPU copies without waiting."""
-        return self.map(lambda x: x.pin_memory())
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{n}: {list(x.shape)}" for n, x in self.weights.items())
@@ -143,7 +150,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{n} {list(x)}" for n, x in shapes.items()) or "none"
 
 
-class PackedState(Mapping[str, torch.Tensor]):
+class PackedState(Moved, Mapping[str, torch.Tensor]):
     """The states of sequences that were packed into one: `state["W"]` is [N, H, *dims], `state.sequences` are the N
     states, each with a batch of one. Given back to the layer, every sequence continues. Saved, loaded and moved like a
     `State`.
@@ -167,21 +174,8 @@ class PackedState(Mapping[str, torch.Tensor]):
             return self[name]
         raise AttributeError(f"no state named {name!r}")
 
-    def map(self, function: Any) -> PackedState:
-        """The same states with a function applied to every tensor."""
-        return PackedState(tuple(s.map(function) for s in self.sequences))
-
-    def detach(self) -> PackedState:
-        """The same values without their history."""
-        return self.map(lambda x: x.detach())
-
-    def to(self, *arguments: Any, **settings: Any) -> PackedState:
-        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
-        return self.map(lambda x: x.to(*arguments, **settings))
-
-    def pin_memory(self) -> PackedState:
-        """In memory from which a GPU copies without waiting."""
-        return self.map(lambda x: x.pin_memory())
+    def map(self, function: Any) -> Self:
+        return type(self)(tuple(s.map(function) for s in self.sequences))
 
     def select(self, sequences: int | Sequence[int] | slice) -> PackedState:
         """Some of its sequences, as a pack; an index may occur several times."""
@@ -199,7 +193,7 @@ class PackedState(Mapping[str, torch.Tensor]):
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(Moved):
     """Where a sequence stands after a call of `TTT`: pass it to the next call to continue at the next token.
 
     Its size does not grow with the number of tokens seen. `torch.save` and `torch.load` work as they are, with `tttc`
@@ -213,24 +207,11 @@ class Cache:
     taps: torch.Tensor | None
     """The last `conv_kernel - 1` rows that the convolution reads, [B, conv_kernel - 1, hidden_size]."""
 
-    def map(self, function: Any) -> Cache:
-        """The same place with a function applied to every tensor."""
+    def map(self, function: Any) -> Self:
         return self._with(self.state.map(function), function)
 
-    def _with(self, state: Any, function: Any) -> Cache:
-        return Cache(state, self.position, None if self.taps is None else function(self.taps))
-
-    def detach(self) -> Cache:
-        """The same values without their history: for truncated backpropagation through time."""
-        return self.map(lambda x: x.detach())
-
-    def to(self, *arguments: Any, **settings: Any) -> Cache:
-        """On another device, or in another dtype: the arguments of `torch.Tensor.to`."""
-        return self.map(lambda x: x.to(*arguments, **settings))
-
-    def pin_memory(self) -> Cache:
-        """In memory from which a GPU copies without waiting."""
-        return self.map(lambda x: x.pin_memory())
+    def _with(self, state: Any, function: Any) -> Self:
+        return type(self)(state, self.position, None if self.taps is None else function(self.taps))
 
     def select(self, sequences: int | Sequence[int] | slice | torch.Tensor) -> Cache:
         """Some of its sequences, as `State.select` chooses them: to reorder beams, or to drop what has ended."""

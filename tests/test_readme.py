@@ -334,6 +334,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_is_called_by_its_path_is_there(page: Path) -> None:
+    folders = "tttc|ir|backends|benchmarks|examples|tests|docs"
+    paths = re.findall(rf"\b(?:{folders})/[\w/.]*\.(?:py|json|md|txt)\b", page.read_text(encoding="utf-8"))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_no_text_refers_to_what_is_not_here() -> None:
     """Every file that a text calls by name ending in .md, where it means one of the project, exists."""
     known = {page.name for page in PAGES} | {"CHANGELOG.md", "*.md"}

@@ -13,13 +13,12 @@ from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton import llvm_flags as frugal
 from tttc.backends.triton.emit import emit, refusals
-from tttc.backends.triton.kernel_spec import Form, form_of, unfused
+from tttc.backends.triton.kernel_spec import Form, Holds, form_of, unfused
 from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.resources import resources
 from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.ir.expr import Expr
-from tttc.ir.names import suffixed
 from tttc.ir.program import AdjointProgram, Scan, ScanProgram, cotangent
 
 DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds of pointers and of most distances
@@ -76,7 +75,7 @@ def order_of(
     scan, words = form.scan, module.variables(form.scan, backward)
     short = rounded(form) if backward and scan.loops else set()
     for t in form.tensors(backward):
-        work = t.name.endswith(suffixed("", "work")) and t.of.name in short
+        work = t.holds is Holds.WORK and t.of.name in short
         full = torch.float32 if t.parts else stored(t.of, scan, dtype)  # what is still to be added up is not rounded
         signature[words[t.pointer]] = f"*{TYPES[dtype if work else full]}"
         signature |= dict.fromkeys((words[n] for n in t.strides), "i32")

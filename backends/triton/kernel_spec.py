@@ -14,6 +14,7 @@ Where heads are few and nothing may be cut, a forward is split (ir/split.py): th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from math import prod
 
 from tttc.backends.tiling import cut_axis, cut_program
@@ -39,16 +40,29 @@ def block_size(n: int) -> int:
     return max(SMALLEST, 1 << (n - 1).bit_length()) if n > 1 else 1
 
 
+class Holds(Enum):
+    """What a tensor holds of a variable."""
+
+    VALUE = ""
+    NEW = "out"
+    KEPT = "kept"  # before every chunk, or before some of them
+    WORK = "work"  # before every chunk of one group
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """A parameter of a kernel: what it holds, its name, whether it has a place for each of several chunks, and whether
-    every strip writes a part of it, to be added up.
+    """A parameter of a kernel: of which variable and what it holds, whether it has a place for each of several chunks,
+    and whether every strip writes a part of it, to be added up.
     """
 
     of: Expr
-    name: str
+    holds: Holds = Holds.VALUE
     many: bool = False
     parts: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.of.name if self.holds is Holds.VALUE else suffixed(self.of.name, self.holds.value)
 
     @property
     def strides(self) -> list[str]:
@@ -115,19 +129,23 @@ class Form:
         """The tensors of a kernel, in the order of its parameters."""
         scan = self.scan
         if self.alone:
-            found = [Tensor(p, suffixed(p.name, "kept"), True) for p in scan.carry]
-            found += [Tensor(p, p.name) for p in (*scan.fixed, *scan.sequence)]
-            return found + [Tensor(a.target, a.target.name) for a in scan.outputs]
+            found = [Tensor(p, Holds.KEPT, True) for p in scan.carry]
+            found += [Tensor(p) for p in (*scan.fixed, *scan.sequence)]
+            return found + [Tensor(a.target) for a in scan.outputs]
         if not backward:
-            found = [Tensor(p, p.name) for p in scan.params]
-            found += [Tensor(a.target, a.target.name) for a in scan.outputs]
-            found += [Tensor(a.target, suffixed(a.target.name, "out")) for a in scan.updates]
-            return found + [Tensor(p, suffixed(p.name, "kept"), True) for p in scan.carry if scan.loops]
-        found = [Tensor(p, suffixed(p.name, "kept"), scan.loops) for p in scan.carry]
-        found += [Tensor(p, p.name) for p in (*scan.fixed, *scan.sequence)]
-        found += [Tensor(cotangent(a.target), cotangent(a.target).name) for a in (*scan.outputs, *scan.updates)]
-        found += [Tensor(cotangent(p), suffixed(cotangent(p).name, "out"), parts=self.shared(p)) for p in scan.params]
-        return found + [Tensor(p, suffixed(p.name, "work"), True) for p in scan.carry if scan.loops]
+            found = [Tensor(p) for p in scan.params]
+            found += [Tensor(a.target) for a in scan.outputs]
+            found += [Tensor(a.target, Holds.NEW) for a in scan.updates]
+            return found + [Tensor(p, Holds.KEPT, True) for p in scan.carry if scan.loops]
+        found = [Tensor(p, Holds.KEPT, scan.loops) for p in scan.carry]
+        found += [Tensor(p) for p in (*scan.fixed, *scan.sequence)]
+        found += [Tensor(cotangent(a.target)) for a in (*scan.outputs, *scan.updates)]
+        found += [Tensor(cotangent(p), Holds.NEW, parts=self.shared(p)) for p in scan.params]
+        return found + [Tensor(p, Holds.WORK, True) for p in scan.carry if scan.loops]
+
+    def tensor_of(self, backward: bool) -> dict[tuple[str, Holds], Tensor]:
+        """The same by the name of the variable and what is held of it."""
+        return {(t.of.name, t.holds): t for t in self.tensors(backward)}
 
     def shared(self, p: Expr) -> bool:
         """Whether all strips of a head read the whole of a variable."""
@@ -236,4 +254,4 @@ def unfused(scan: Scan, program: ScanProgram) -> str:
     return form_of(scan, program).too_large()
 
 
-__all__ = ["Form", "Tensor", "block_size", "form_of", "half_of", "halves_of", "unfused"]
+__all__ = ["Form", "Holds", "Tensor", "block_size", "form_of", "half_of", "halves_of", "unfused"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from tttc.backends.triton.kernel_spec import Form, Tensor
+from tttc.backends.triton.kernel_spec import Form, Holds, Tensor
 from tttc.backends.triton.line_schedule import shortened
 from tttc.backends.triton.padding import Padding
 from tttc.backends.triton.printer import TritonPrinter, wide
@@ -37,7 +37,7 @@ def rounded(form: Form) -> set[str]:
     """
     scan, kernel = form.scan, KernelWriter(form, True)
     kernel.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
-    kernel.body(backward(form), {cotangent(p).name: Tensor(p, p.name) for p in scan.sequence})
+    kernel.body(backward(form), {cotangent(p).name: Tensor(p) for p in scan.sequence})
     return {p.name for p in scan.carry if p.axes and kernel.found(p) not in kernel.printer.widened}
 
 
@@ -246,15 +246,15 @@ class KernelWriter:
         scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence])
-        named = {t.name: t for t in self.form.tensors(False)}
+        named = self.form.tensor_of(False)
         for p in (*scan.fixed, *(() if self.form.alone else scan.carry)):
-            self.load(named[p.name], self.variable(p))
+            self.load(named[p.name, Holds.VALUE], self.variable(p))
         if self.form.alone:
             self.chunk_begins(f"chunk * {self.chunk}")
             for p in scan.carry:
-                self.load(named[suffixed(p.name, "kept")], self.variable(p), ("groups", "chunk"))
+                self.load(named[p.name, Holds.KEPT], self.variable(p), ("groups", "chunk"))
             for p in scan.sequence:
-                self.load(named[p.name], self.variable(p))
+                self.load(named[p.name, Holds.VALUE], self.variable(p))
         elif scan.loops:
             self.line(f"for chunk in range(0, tl.cdiv(T, {self.chunk})):")
             self.depth += 1
@@ -262,60 +262,62 @@ class KernelWriter:
             self.line("if chunk % every == 0 and groups > 0:")
             self.depth += 1
             for p in scan.carry:
-                self.store(named[suffixed(p.name, "kept")], self.variable(p), ("groups", "chunk // every"))
+                self.store(named[p.name, Holds.KEPT], self.variable(p), ("groups", "chunk // every"))
             self.depth -= 1
             for p in scan.sequence:
-                self.load(named[p.name], self.variable(p))
-        self.body(forward(self.form), named)
+                self.load(named[p.name, Holds.VALUE], self.variable(p))
+        self.body(forward(self.form), {a.leaf.name: named[a.leaf.name, Holds.VALUE] for a in scan.outputs})
         self.depth = 1
         for a in scan.updates:
-            self.store(named[suffixed(a.leaf.name, "out")], self.variable(a.target))
+            self.store(named[a.leaf.name, Holds.NEW], self.variable(a.target))
         return "\n".join(self.lines) + "\n"
 
     def backward(self) -> str:
         scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)])
-        named = {t.name: t for t in self.form.tensors(True)}
+        named = self.form.tensor_of(True)
         d_made = [cotangent(a.target) for a in scan.updates]
         block = backward(self.form)
         for p in scan.fixed:
-            self.load(named[p.name], self.variable(p))
+            self.load(named[p.name, Holds.VALUE], self.variable(p))
         for d in d_made:
-            self.load(named[d.name], self.variable(d))
+            self.load(named[d.name, Holds.VALUE], self.variable(d))
         for d in map(cotangent, scan.fixed):
             self.line(f"{self.variable(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
-        stores = {cotangent(p).name: named[suffixed(cotangent(p).name, "out")] for p in scan.sequence}
+        stores = {cotangent(p).name: named[cotangent(p).name, Holds.NEW] for p in scan.sequence}
         if scan.loops:
             self._sweeps(block, named, stores)
         else:
             for p in scan.carry:
-                self.load(named[suffixed(p.name, "kept")], self.variable(p))
+                self.load(named[p.name, Holds.KEPT], self.variable(p))
             self.body(block, stores)
         self.depth = 1
         for p in (*scan.carry, *scan.fixed):
             d = cotangent(p)
-            self.store(named[suffixed(d.name, "out")], self.variable(d))
+            self.store(named[d.name, Holds.NEW], self.variable(d))
         return "\n".join(self.lines) + "\n"
 
-    def _sweeps(self, block: Sequence[Assign], named: dict[str, Tensor], stores: dict[str, Tensor]) -> None:
+    def _sweeps(
+        self, block: Sequence[Assign], named: dict[tuple[str, Holds], Tensor], stores: dict[str, Tensor]
+    ) -> None:
         scan = self.scan
         self.line("for back in range(0, groups):")
         self.depth += 1
         self.line("group = groups - 1 - back")
         self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
         for p in scan.carry:
-            self.load(named[suffixed(p.name, "kept")], self.variable(p), ("groups", "group"))
+            self.load(named[p.name, Holds.KEPT], self.variable(p), ("groups", "group"))
         self.line("for j in range(0, count):  # the carry before every chunk of the group")
         self.depth += 1
         for p in scan.carry:
-            self.store(named[suffixed(p.name, "work")], self.variable(p), ("every", "j"))
+            self.store(named[p.name, Holds.WORK], self.variable(p), ("every", "j"))
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         updates = [a for a in forward(self.form) if a.leaf.at is None]
         read = {e.name for e in leaves(a.value for a in updates)}
         for p in scan.sequence:
             if p.name in read:
-                self.load(named[p.name], self.variable(p))
+                self.load(named[p.name, Holds.VALUE], self.variable(p))
         self.body(updates, {})
         self.depth -= 1
         self.line("tl.debug_barrier()  # what one thread has stored, others load")
@@ -325,9 +327,9 @@ class KernelWriter:
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
         for p in scan.carry:
-            self.load(named[suffixed(p.name, "work")], self.found(p), ("every", "j"))
+            self.load(named[p.name, Holds.WORK], self.found(p), ("every", "j"))
         for p in (*scan.sequence, *_d_outputs(scan)):
-            self.load(named[p.name], self.variable(p))
+            self.load(named[p.name, Holds.VALUE], self.variable(p))
         self.body(block, stores)
         self.depth -= 1
         self.line("tl.debug_barrier()")

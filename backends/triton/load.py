@@ -24,11 +24,11 @@ from tttc.backends.scan import BaseScan, Tensors
 from tttc.backends.target import architecture_of
 from tttc.backends.triton import llvm_flags as frugal
 from tttc.backends.triton.emit import emit_forms
-from tttc.backends.triton.kernel_spec import SMALLEST, Form, form_of, half_of, halves_of, unfused
+from tttc.backends.triton.kernel_spec import SMALLEST, Form, Holds, form_of, half_of, halves_of, unfused
 from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
-from tttc.ir.names import function, suffixed
+from tttc.ir.names import function
 from tttc.ir.program import AdjointProgram, Scan
 
 SHORT = 256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
@@ -244,13 +244,13 @@ class TritonScan(BaseScan):
         carries = (
             kept if dense else [x.new_empty(*x.shape[:2], chunks, *x.shape[2:]) for x in inputs[: len(scan.carry)]]
         )
-        tensors = dict(zip((p.name for p in scan.params), inputs, strict=True))
-        tensors |= {suffixed(p.name, "kept"): x for p, x in zip(scan.carry, carries, strict=True)}
-        tensors |= {a.target.name: x for a, x in zip(scan.outputs, outputs, strict=False)}
+        tensors = {(p.name, Holds.VALUE): x for p, x in zip(scan.params, inputs, strict=True)}
+        tensors |= {(p.name, Holds.KEPT): x for p, x in zip(scan.carry, carries, strict=True)}
+        tensors |= {(a.target.name, Holds.VALUE): x for a, x in zip(scan.outputs, outputs, strict=False)}
         made = zip(scan.updates, outputs[len(scan.outputs) :], strict=True)
-        tensors |= {suffixed(a.target.name, "out"): x for a, x in made}
+        tensors |= {(a.target.name, Holds.NEW): x for a, x in made}
         for half in halves:
-            given = [tensors[t.name] for t in half.form.tensors(False)]
+            given = [tensors[key] for key in half.form.tensor_of(False)]
             half.launch(False, given, tokens, 1, chunks, dtype)
         if not dense:
             for to, x in zip(kept, carries, strict=True):

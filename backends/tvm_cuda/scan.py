@@ -110,7 +110,7 @@ class CudaScan(TVMScan):
         for name, x in list(named.items()):
             if isinstance(x, torch.Tensor):
                 named |= {stride_name(name, i): s for i, s in enumerate(x.stride()[:3])}
-        kept = next((x for n, x in named.items() if n.endswith(suffixed("", "kept"))), None)
+        kept = next((named[n] for p in self.scan.carry if (n := suffixed(p.name, "kept")) in named), None)
         named |= {own("batch"): batch, own("heads"): heads, own("tokens"): tokens}
         named |= {
             own("places"): named.get(own("every"), 1),

@@ -28,6 +28,7 @@ from tttc.reference import of_one_head
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-9  # far above float64 rounding of a few hundred operations (1e-13), far below any wrong term
+ROUNDING = 1e-13  # of some hundred operations
 STEP = 1e-5  # of the central differences: wrong by its square, 1e-10, times third derivatives of order 1
 DIFFERENCES_TOLERANCE = 1e-6
 
@@ -42,10 +43,29 @@ def check_meaning(declared: Signature, before: Program, after: Program, tokens: 
     if isinstance(after, GradientProgram) and not isinstance(before, GradientProgram):
         _check_gradient(before, after)
     if isinstance(after, LoopProgram) and not isinstance(before, LoopProgram):
-        (loop,) = after.functions
-        arguments = random_arguments(loop.params, after.dims, tokens)
-        wanted = tuple(by_definition(declared, after.dims, arguments, tokens))
-        _compare(before, after, loop.name, wanted, interpret(after, loop.name, arguments), TOLERANCE)
+        _check_loop(declared, before, after, tokens)
+
+
+def _check_loop(declared: Signature, before: Program, after: LoopProgram, tokens: int) -> None:
+    """The loop over tokens against the definition. Where a rule makes much of little, they may differ by what becomes
+    of rounding: by as much as the definition itself does on inputs that are `ROUNDING` away.
+    """
+    (loop,) = after.functions
+    arguments = random_arguments(loop.params, after.dims, tokens)
+    wanted = by_definition(declared, after.dims, arguments, tokens)
+    found = interpret(after, loop.name, arguments)
+    try:
+        _compare(before, after, loop.name, wanted, found, TOLERANCE)
+    except PassChangedMeaning:
+        generator = np.random.default_rng(2)
+        near = {n: x * (1 + ROUNDING * generator.standard_normal(np.shape(x))) for n, x in arguments.items()}
+        again = by_definition(declared, after.dims, near, tokens)
+        allowed = [max(TOLERANCE, _error(x, y)) for x, y in zip(wanted, again, strict=True)]
+        _compare(before, after, loop.name, wanted, found, *allowed)
+
+
+def _error(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.max(np.abs(x - y), initial=0.0)) / (1.0 + float(np.max(np.abs(x), initial=0.0)))
 
 
 def _compare(
@@ -54,13 +74,15 @@ def _compare(
     name: str,
     wanted: tuple[np.ndarray, ...],
     found: tuple[np.ndarray, ...],
-    allowed: float,
+    *allowed: float,
 ) -> None:
-    for returned, x, y in zip(after[name].returns, wanted, found, strict=True):
+    """`allowed` is for each result, or one number for all."""
+    limits = allowed * len(wanted) if len(allowed) == 1 else allowed
+    for returned, x, y, limit in zip(after[name].returns, wanted, found, limits, strict=True):
         if not np.all(np.isfinite(x)):
             continue  # the rule itself diverges on these inputs: there is nothing to compare
-        error = float(np.max(np.abs(x - y), initial=0.0)) / (1.0 + float(np.max(np.abs(x), initial=0.0)))
-        if not error <= allowed:
+        error = _error(x, y)
+        if not error <= limit:
             raise PassChangedMeaning(
                 f"stage {after.stage!r} changed the output {spelled(returned.name)} of {name}: "
                 f"relative error {error:.1e}.\n"
@@ -86,7 +108,9 @@ def _check_gradient(before: Program, after: Program) -> None:
     _compare(before, after, "gradient", tuple(wanted), tuple(found), DIFFERENCES_TOLERANCE)
 
 
-def by_definition(declared: Signature, dims: Mapping[str, int], arguments: Arrays, tokens: int) -> list[np.ndarray]:
+def by_definition(
+    declared: Signature, dims: Mapping[str, int], arguments: Arrays, tokens: int
+) -> tuple[np.ndarray, ...]:
     """Outputs and final weights of one head as the class itself gives them; what no function reads is zero."""
 
     def given(role: str, specs: Mapping[str, Spec]) -> dict[str, torch.Tensor]:
@@ -106,7 +130,7 @@ def by_definition(declared: Signature, dims: Mapping[str, int], arguments: Array
         given("param", declared.params),
         given("state", declared.states),
     )
-    return [x.detach().numpy() for x in (z, *final.values())]
+    return tuple(x.detach().numpy() for x in (z, *final.values()))
 
 
 # -- which rule it was -------------------------------------------------------------------------------------------------

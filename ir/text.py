@@ -142,6 +142,13 @@ def worth_a_name(e: Expr) -> bool:
     return e.op not in _FREE and not (e.op in ("neg", "broadcast") and e.src[0].op in _FREE)
 
 
+def is_written_again(e: Expr) -> bool:
+    """A leaf, a constant, or one of these along more axes: no line reads it from a variable of another. All else is
+    read, never computed a second time: what it was made of may have changed since.
+    """
+    return (e.src[0] if e.op == "broadcast" else e).op in ("leaf", "const")
+
+
 def _length(e: Expr, lengths: Mapping[Expr, int], named: set[Expr]) -> int:
     own = {"leaf": 5, "const": 4, "size": 1}.get(e.op, 3 if e.op in SCALARS and SCALARS[e.op].infix else 6)
     return own + sum(4 if core(s) in named else lengths.get(s, 4) for s in e.src)

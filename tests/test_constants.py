@@ -132,3 +132,24 @@ def test_the_texts_of_constants(monkeypatch, what):
         variant = declared(what, "numbers", rule, anchor=anchor, mini_batch=mini_batch)
         layer = tttc.compile(variant, {"D": 2}, torch.float64, backend="torch")
         assert not {stage: wrong for stage in STAGES if (wrong := interpreted_otherwise(layer, stage))}
+
+
+class TwoRidges(tttc.Variant):
+    """Each token's gradients are the weights themselves and an error that both matrices make: rows of several kinds."""
+
+    mini_batch, anchor = 4, "token"
+    W, U = (tttc.state("D", "D", init=tttc.normal(0.5)) for _ in range(2))
+
+    def learner(self, x):
+        return x @ (self.W + self.U)
+
+    def loss(self, k, v):
+        decay = 0.5 * (tttc.sum(self.W * self.W) + tttc.sum(self.U * self.U))
+        return 0.5 * tttc.sum((self.learner(k) - v) ** 2) + decay
+
+    update = tttc.sgd(lr=tttc.gate("lr"))
+
+
+def test_what_a_loop_carries_is_read_before_it_changes():
+    """A value along more axes than it is made of is read from its line, not made again from what has changed since."""
+    assert_equal(TwoRidges)

@@ -15,7 +15,7 @@ from tttc.ir.differentiate import lower_composites
 from tttc.ir.expr import TOKENS, Axis, Expr, leaves, postorder
 from tttc.ir.names import function, marked, places_of, spelled, suffixed, unmarked
 from tttc.ir.program import Assign, Block, Scan, cotangent
-from tttc.ir.text import Namer, Printer, Step, core, steps
+from tttc.ir.text import Namer, Printer, Step, core, is_written_again, steps
 
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
 
@@ -209,7 +209,7 @@ class KernelWriter:
                 self.store(stores[step.name], text.text)
                 continue  # what is stored is no variable of the kernel
             self.line(f"{name} = {text.text}")
-            if step.value.axes == axes and step.value.op not in ("leaf", "const", "broadcast"):
+            if step.value.axes == axes and not is_written_again(step.value):
                 printer.names[step.value] = shown.names[step.value] = step.name
 
     def _lines(self, assigns: Sequence[Assign]) -> list[Step]:

@@ -231,9 +231,12 @@ def _wrong_forward(layer: Layer, given: Inputs, wanted: Result, call: Call, dtyp
     """A random linear function of the tangents that forward mode finds, against the gradients of the oracle."""
     directions = dict(zip(given.named(), _weights(list(given.named().values()), 3), strict=True))
     with forward_ad.dual_level():
-        dual = {n: forward_ad.make_dual(x.detach(), directions[n]) for n, x in given.named().items()}
-        groups = {g: {n: dual[n] for n in getattr(given, g)} for g in ("gates", "params", "state", "tokens")}
-        z, final = layer(dual["q"], dual["k"], dual["v"], **groups)
+        dual = {id(x): forward_ad.make_dual(x.detach(), directions[n]) for n, x in given.named().items()}
+        groups = {
+            group: {n: dual[id(x)] for n, x in getattr(given, group).items()}
+            for group in ("gates", "params", "state", "tokens")
+        }
+        z, final = layer(*(dual[id(x)] for x in (given.q, given.k, given.v)), **groups)
         outputs = [z, *(final[n] for n in sorted(final))]
         tangents = [forward_ad.unpack_dual(x).tangent for x in outputs]
     found = sum(float((w * t).sum()) for w, t in zip(_weights(outputs, 1), tangents, strict=True) if t is not None)

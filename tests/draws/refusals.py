@@ -70,7 +70,7 @@ def _of_rule(r: Recipe) -> Iterator[str]:
             yield 'per="mini_batch" has no ema and no average'
     if r.clip is not None and r.clip <= 0:
         yield f"clip is {r.clip}"
-    if r.lr in BAD_RATES and not (r.lr == "two shapes" and list(r.states().values()) in ([("D",)], [("D", r.width)])):
+    if r.lr in BAD_RATES and not (r.lr == "two shapes" and _is_one_along_d(r)):
         yield {
             "text": "lr is 'fast'",
             "lost param": "not declared on the class",
@@ -80,6 +80,12 @@ def _of_rule(r: Recipe) -> Iterator[str]:
             "two shapes": "is declared twice" if len(r.states()) > 1 else "one value per channel of D",
         }[r.lr]
     yield from _of_stages(r)
+
+
+def _is_one_along_d(r: Recipe) -> bool:
+    """Whether there is one state, which has a value for each channel of D."""
+    dims = list(r.states().values())
+    return len(dims) == 1 and "D" in dims[0]
 
 
 def _of_stages(r: Recipe) -> Iterator[str]:

@@ -82,7 +82,7 @@ ONE_BY_ONE: dict[str, list[Recipe]] = {
         *(replace(PLAIN, use=name, mini_batch=1) for name in recipes.USES),
         *(Recipe(loss="dot", use="square", mini_batch=1, read=read) for read in ("after", "start")),
     ],
-    "name": [replace(LINEAR, names=tuple(zip(("W0", "b0", "lr"), n, strict=True)), title=t) for n, t in NAMES],
+    "name": [Recipe(bias="plain", names=tuple(zip(("W0", "b0", "lr"), n, strict=True)), title=t) for n, t in NAMES],
     "learner": [
         *(replace(PLAIN, norm=name) for name in recipes.NORMS),
         *(replace(PLAIN, keep=name) for name in ("token", "channel")),

@@ -60,17 +60,29 @@ def taken_apart(gradients: Gradients, states: Sequence[Expr]) -> dict[str, tuple
 
 
 def _apart(terms: Sequence[Term], known: Callable[[Expr], bool]) -> tuple[Term, ...]:
-    return tuple(replace(t, factors=tuple(x for f in t.factors for x in _split(f, known))) for t in terms)
+    found = []
+    for term in terms:
+        products = [replace(term, factors=())]
+        for f in term.factors:
+            products = [p.times(t) for p in products for t in _split(f, known)]
+        found += products
+    return tuple(found)
 
 
-def _split(f: Expr, known: Callable[[Expr], bool]) -> tuple[Expr, ...]:
-    """A factor as a product of known ones and of one that is not, where it is one."""
+def _split(f: Expr, known: Callable[[Expr], bool]) -> tuple[Term, ...]:
+    """A factor as a sum of products of known factors and of one that is not, where it is one."""
     match f:
         case Expr("rename", (x,), arg):
-            return tuple(b.rename(y, dict(arg)) for y in _split(x, known))
+            return tuple(t.renamed(dict(arg)) for t in _split(x, known))
+        case Expr("neg", (x,)):
+            return tuple(replace(t, sign=-t.sign) for t in _split(x, known))
         case Expr("mul", (x, y)) if known(x) != known(y):
-            return (x, *_split(y, known)) if known(x) else (y, *_split(x, known))
-    return (f,)
+            factor, rest = (x, y) if known(x) else (y, x)
+            return tuple(t.scaled(factor) for t in _split(rest, known))
+        case Expr("add" | "sub" as op, (x, y)) if known(x) != known(y):
+            second = _split(y, known)
+            return (*_split(x, known), *(second if op == "add" else (replace(t, sign=-t.sign) for t in second)))
+    return (Term(1, (f,)),)
 
 
 def _unknowns(gradients: Gradients, states: set[str]) -> set[Expr]:

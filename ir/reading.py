@@ -97,6 +97,8 @@ def terms_of(g: Expr, axes: Axes) -> tuple[Term, ...]:
             back = {new: old for old, new in arg}
             inner = terms_of(x, tuple(back.get(a, a) for a in axes))
             return tuple(t.renamed(dict(arg)) for t in inner)
+        case Expr("broadcast", (x,)) if len(axes) > 1:
+            return terms_of(x, x.axes)  # the same along the axes that it lacks
         case Expr("contract", src, ()) if len(axes) > 1:
             return (Term(1, tuple(f for s in src for f in _factors(s))),)
         case Expr("mul", (x, y)) if len(axes) > 1 and g.op == "mul":

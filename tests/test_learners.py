@@ -114,10 +114,30 @@ class _Shown(_Weighted):
         return self.W + tttc.sum(self.b)
 
 
-@pytest.mark.parametrize("variant", [_Weighted, _Weighted.replace(read="end", mini_batch=3), _Shown])
+class _Added(_Weighted):
+    """The gradient of the bias holds what does not depend on the weights beside the error."""
+
+    def loss(self, k, v):
+        return super().loss(k, v) + tttc.sum(v * self.b)
+
+
+class _Experts(_Weighted):
+    """The gradient of a sum over experts is the same for each of them."""
+
+    experts = tttc.state("M", "D", "D", init=tttc.normal(0.5))
+
+    def learner(self, x):
+        return super().learner(x) + tttc.sum(tttc.einsum("d,mde->me", x, self.experts), axis=0)
+
+
+AT_END = {"read": "end", "mini_batch": 3}
+ONE_SYSTEM = [_Weighted, _Weighted.replace(**AT_END), _Shown, _Added.replace(**AT_END), _Experts.replace(**AT_END)]
+
+
+@pytest.mark.parametrize("variant", ONE_SYSTEM)
 def test_one_triangular_system(variant):
     """What does not depend on the weights is a factor of its own, so that one unknown is left."""
-    layer = tttc.compile(variant, {"D": 2}, torch.float64, backend="torch")
+    layer = tttc.compile(variant, {"D": 2, "M": 3}, torch.float64, backend="torch")
     assert "solve_lower" in layer.stages["dualize"].text
     inputs = inputs_for(layer, 7, heads=2)
     assert differences(layer_result(layer, inputs), oracle_result(layer.signature.variant, inputs)) == ""

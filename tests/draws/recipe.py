@@ -7,7 +7,7 @@ learning rate here is a small one: what diverges has no digits to compare.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -272,6 +272,11 @@ class Recipe:
         return plain and self.branch != "state" and self.bias != "tanh" and self.window not in ("taps", "own taps")
 
     @property
+    def squares(self) -> bool:
+        """Whether the loss is linear in squares of a linear learner: its gradients are affine."""
+        return self.last == "square" and self.loss == "dot" and self.use in LINEAR and replace(self, last="none").linear
+
+    @property
     def acting(self) -> tuple[str, ...]:
         """The terms of the loss that depend on a state: some ask for a bias, or a matrix."""
         absent = ("bias", "value") if self.bias == "no" else ()
@@ -288,11 +293,11 @@ class Recipe:
         """How the gradients of tokens depend on the weights: "constant"; "affine", with one value that makes the
         gradients of all states, whose entries do not mix; or "nonlinear".
         """
-        if not (self.linear or self.loss == "idle") or "lasso" in self.terms:
+        if not (self.linear or self.squares or self.loss == "idle") or "lasso" in self.terms:
             return "nonlinear"
-        constant = self.loss == "idle" or (self.loss == "dot" and self.use in LINEAR)
+        constant = self.loss == "idle" or (self.loss == "dot" and self.use in LINEAR and not self.squares)
         own = self.loss == "dot" and self.use == "square"  # 2 W * outer(k, v)
-        if not (constant or own or (self.use in LINEAR and self.loss in ("squared", "mean"))):
+        if not (constant or own or self.squares or (self.use in LINEAR and self.loss in ("squared", "mean"))):
             return "nonlinear"
         parts = {n: set(self._of_terms(n)) for n in self.learned()}
         if own:
@@ -301,7 +306,8 @@ class Recipe:
             if self.first == "dense" and self.rows:
                 return "nonlinear"  # the rows of a token share their weights, which mixes the entries of x.T @ e
             for n in parts:
-                parts[n].add(self._error(n))
+                if not (self.squares and n == "We"):  # which is added to the squares
+                    parts[n].add(self._error(n))
         values: set[Any] = set()
         for n, dims in self.learned().items():  # the gradient of a matrix falls into terms, that of a vector does not
             values |= parts[n] if len(dims) > 1 else {frozenset(parts[n]) if len(parts[n]) > 1 else x for x in parts[n]}
@@ -319,7 +325,8 @@ class Recipe:
     def _error(self, state: str) -> str:
         """The value in the gradient of a squared loss: e itself, or its products where these are added up."""
         if state in ("W0", "U"):
-            return {"dense": "e", "blocks": "e", "diagonal": "x * e", "number": "x . e"}[self.first]
+            added_up = {"number": "x . e"} | ({"diagonal": "x * e, over rows"} if self.rows else {})
+            return added_up.get(self.first, "e")
         return "e, over rows" if self.rows else "e"
 
     @property

@@ -99,8 +99,9 @@ def _of_stages(r: Recipe) -> Iterator[str]:
         yield "is given two views"
     if "muon of all" in r.at_end and any(len(dims) != 2 for dims in r.states().values()):
         yield "muon orthogonalises matrices"
+    of_another = any(r.states().values())  # the sum of a number is that number
     said = {
-        "another shape": "the same shape",
+        **({"another shape": "the same shape"} if of_another else {}),
         "of no state": "is for nothing",
         "of nothing": "on is 'nothing'",
     }

@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 
 import tttc
 from tests.draws.declaration import declaration
-from tests.draws.recipe import Recipe
+from tests.draws.recipe import SCALE, Recipe
 from tests.draws.refusals import refusals
 from tests.helpers import Result, differences, keywords, split_call
+from tttc.declare.read import read_declaration
 from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, DeclarationError, Problem
 from tttc.reference import reference
@@ -65,7 +66,7 @@ class Call:
 
 
 class Lost(ArithmeticError):
-    """Computed in a precision below float64, the definition itself has no digits worth a comparison."""
+    """Computed in the precision of the backend, the definition itself has no digits worth a comparison."""
 
 
 class Outcome(NamedTuple):
@@ -263,9 +264,10 @@ def _allowed(
 ) -> tuple[float, float]:
     """The tolerances where the oracle itself is worse conditioned than these: Muon magnifies small singular values
     about 500 times. Ten times of what rounding the inputs does to it, three times over: a tensor of one entry may
-    happen to be rounded by nearly nothing. And ten times of what the oracle is wrong by when it computes in float32, in
-    proportion to the precision: a sum that nearly cancels loses digits that no rounding of the inputs shows. Raises
-    `Lost` where that is more than what anything may be wrong by, in a precision below float64.
+    happen to be rounded by nearly nothing. Ten times of what the oracle is wrong by when it computes in float32, in
+    proportion to the precision: a sum that nearly cancels loses digits that no rounding of the inputs shows. And of
+    what rounding the inner gradients does: where they are zero, Muon divides by next to nothing, twice in a second
+    derivative. Raises `Lost` where that is more than what anything may be wrong by.
     """
     rounding, output, gradient, most = PRECISION[dtype]
     generator = torch.Generator().manual_seed(0)
@@ -274,17 +276,32 @@ def _allowed(
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         return (x.detach() * (1.0 + rounding * noise)).requires_grad_()
 
-    others = [(_mapped(inputs, rounded), 1.0) for _ in range(3)]
     share = rounding / PRECISION[torch.float32][0]
-    others.append((_mapped(inputs, lambda x: x.detach().float().requires_grad_()), share))
+    others = [
+        *((variant, _mapped(inputs, rounded), 1.0) for _ in range(3)),
+        (variant, _mapped(inputs, lambda x: x.detach().float().requires_grad_()), share),
+        (_tilted(variant, 0.1 * SCALE * rounding), inputs, 1.0),
+    ]
     noise = 1.0
-    for other, part in others:
-        moved = _result(*_oracle(variant, other, call), other, call)
+    for declared, other, part in others:
+        moved = _result(*_oracle(declared, other, call), other, call)
         outputs = [relative_error(moved.z, wanted.z)]
         outputs += [relative_error(moved.final[n], w) for n, w in wanted.final.items()]
         gradients = gradient_errors(moved.gradients, wanted.gradients).values()
         noise = max(noise, 10 * part * max(outputs) / output, 10 * part * max(gradients) / gradient)
-    if noise > most and dtype != torch.float64:
+    if noise > most:
         raise Lost(f"the definition itself is wrong by about {noise * gradient / 10:.1e} in {dtype}")
-    factor = min(noise, most)
-    return factor * output, factor * gradient
+    return noise * output, noise * gradient
+
+
+def _tilted(variant: type[Variant], slope: float) -> type[Variant]:
+    """The variant with `slope` added to every entry of its inner gradients."""
+    states = read_declaration(variant)[0].states
+
+    def loss(self: Any, k: Any, v: Any) -> Any:
+        value = variant.loss(self, k, v)
+        for name in states:
+            value = value + slope * tttc.sum(getattr(self, name))
+        return value
+
+    return type(variant.__name__, (variant,), {"loss": loss, "__module__": __name__})

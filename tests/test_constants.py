@@ -6,6 +6,7 @@ no tokens still knows how many there are.
 
 from __future__ import annotations
 
+import sys
 from itertools import cycle, product
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result, split_call
 from tests.test_stages import STAGES, interpreted_otherwise
+from tttc.backends import torch as torch_backend
+from tttc.errors import PassChangedMeaning
 from tttc.verification.comparison import OUTPUT_TOLERANCE, relative_error
 
 TOKENS = 7  # of mini-batches of 3: the last one ends early
@@ -153,3 +156,13 @@ class TwoRidges(tttc.Variant):
 def test_what_a_loop_carries_is_read_before_it_changes():
     """A value along more axes than it is made of is read from its line, not made again from what has changed since."""
     assert_equal(TwoRidges)
+
+
+def test_kernels_are_checked_too(monkeypatch):
+    """With TTTC_CHECK=1 what a backend made of the last program is compared with it."""
+    monkeypatch.setenv("TTTC_CHECK", "1")
+    monkeypatch.setattr(
+        sys.modules[torch_backend.emit.__module__], "is_written_again", lambda e: e.op in ("leaf", "const", "broadcast")
+    )
+    with pytest.raises(PassChangedMeaning, match="stage 'emit' changed the output row_0 of two_ridges_rows"):
+        tttc.compile(TwoRidges, {"D": 2}, torch.float64, backend="torch")

@@ -19,7 +19,6 @@ from tests.draws.declaration import declaration
 from tests.draws.recipe import SCALE, Recipe
 from tests.draws.refusals import refusals
 from tests.helpers import Result, differences, keywords, split_call
-from tttc.declare.read import read_declaration
 from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, DeclarationError, Problem
 from tttc.reference import reference
@@ -266,7 +265,7 @@ def _allowed(
     about 500 times. Ten times of what rounding the inputs does to it, three times over: a tensor of one entry may
     happen to be rounded by nearly nothing. Ten times of what the oracle is wrong by when it computes in float32, in
     proportion to the precision: a sum that nearly cancels loses digits that no rounding of the inputs shows. And of
-    what rounding the inner gradients does: where they are zero, Muon divides by next to nothing, twice in a second
+    what rounding the derivative of the loss does: where it is zero, Muon divides by next to nothing, twice in a second
     derivative. Raises `Lost` where that is more than what anything may be wrong by.
     """
     rounding, output, gradient, most = PRECISION[dtype]
@@ -280,7 +279,7 @@ def _allowed(
     others = [
         *((variant, _mapped(inputs, rounded), 1.0) for _ in range(3)),
         (variant, _mapped(inputs, lambda x: x.detach().float().requires_grad_()), share),
-        (_tilted(variant, 0.1 * SCALE * rounding), inputs, 1.0),
+        (_tilted(variant, SCALE * rounding), inputs, 1.0),
     ]
     noise = 1.0
     for declared, other, part in others:
@@ -295,13 +294,9 @@ def _allowed(
 
 
 def _tilted(variant: type[Variant], slope: float) -> type[Variant]:
-    """The variant with `slope` added to every entry of its inner gradients."""
-    states = read_declaration(variant)[0].states
+    """The variant with about `slope` added to the derivative of its loss by what the learner makes of a token."""
 
     def loss(self: Any, k: Any, v: Any) -> Any:
-        value = variant.loss(self, k, v)
-        for name in states:
-            value = value + slope * tttc.sum(getattr(self, name))
-        return value
+        return variant.loss(self, k, v) + slope * (1.0 + tttc.sum(k) + tttc.sum(v)) * tttc.sum(self.learner(k))
 
     return type(variant.__name__, (variant,), {"loss": loss, "__module__": __name__})

@@ -14,7 +14,9 @@ from tttc.backends import registry
 from tttc.backends.interface import Backend, EmittedProgram, Placement, Source
 from tttc.backends.registry import Unit
 from tttc.compiler.fallback import warn_of_fallback
+from tttc.compiler.kernel_check import check_kernels
 from tttc.compiler.pipeline import History, Options, advance
+from tttc.compiler.stage_check import checking
 from tttc.declare.checks import checked_signature
 from tttc.declare.number import whole
 from tttc.declare.pickling import PickledVariant
@@ -108,6 +110,8 @@ def compile(
     stages = _emitted(taken, config)
     source = stages.of(EmittedProgram).source
     scans = taken.backend.load(source, taken.program, config, request.place)
+    if checking():
+        check_kernels(taken.program, scans, request.place.device)
     if not taken.asked:
         scans = with_standby(scans, request.declared.name, taken.unit.name)
     given = request.settings

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tttc.backends.garbage import uncollected
 from tttc.backends.interface import HOST, Backend, EmittedProgram, Placement, Settings
-from tttc.compiler.stage_check import blamed, check_meaning
+from tttc.compiler.stage_check import blamed, check_meaning, checking
 from tttc.declare.checks import no_exact_form, no_gradient
 from tttc.declare.lower import declare
 from tttc.declare.variant import Signature
@@ -123,7 +123,7 @@ class History:
     def append(self, entry: HistoryEntry) -> None:
         """Add a stage: its types, scopes and spec are verified, with `TTTC_CHECK=1` its meaning too."""
         verify(entry.program)
-        if os.environ.get("TTTC_CHECK", "0") not in ("", "0") and self.entries:
+        if checking() and self.entries:
             check_meaning(self.declared, self.entries[-1].program, entry.program)
         self.entries.append(entry)
         _debug(entry)

@@ -8,6 +8,7 @@ rewriting that fires is compared by itself, so that the one at fault is named.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
@@ -31,6 +32,11 @@ TOLERANCE = 1e-9  # far above float64 rounding of a few hundred operations (1e-1
 ROUNDING = 1e-13  # of some hundred operations
 STEP = 1e-5  # of the central differences: wrong by its square, 1e-10, times third derivatives of order 1
 DIFFERENCES_TOLERANCE = 1e-6
+
+
+def checking() -> bool:
+    """Whether programs are to be checked as they are compiled."""
+    return os.environ.get("TTTC_CHECK", "0") not in ("", "0")
 
 
 def check_meaning(declared: Signature, before: Program, after: Program, tokens: int = 21) -> None:
@@ -60,11 +66,12 @@ def _check_loop(declared: Signature, before: Program, after: LoopProgram, tokens
         generator = np.random.default_rng(2)
         near = {n: x * (1 + ROUNDING * generator.standard_normal(np.shape(x))) for n, x in arguments.items()}
         again = by_definition(declared, after.dims, near, tokens)
-        allowed = [max(TOLERANCE, _error(x, y)) for x, y in zip(wanted, again, strict=True)]
+        allowed = [max(TOLERANCE, relative_error(x, y)) for x, y in zip(wanted, again, strict=True)]
         _compare(before, after, loop.name, wanted, found, *allowed)
 
 
-def _error(x: np.ndarray, y: np.ndarray) -> float:
+def relative_error(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest difference of an entry, beside 1 and the largest entry of x."""
     return float(np.max(np.abs(x - y), initial=0.0)) / (1.0 + float(np.max(np.abs(x), initial=0.0)))
 
 
@@ -81,7 +88,7 @@ def _compare(
     for returned, x, y, limit in zip(after[name].returns, wanted, found, limits, strict=True):
         if not np.all(np.isfinite(x)):
             continue  # the rule itself diverges on these inputs: there is nothing to compare
-        error = _error(x, y)
+        error = relative_error(x, y)
         if not error <= limit:
             raise PassChangedMeaning(
                 f"stage {after.stage!r} changed the output {spelled(returned.name)} of {name}: "

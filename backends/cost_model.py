@@ -104,6 +104,3 @@ class EstimatedKernel:
 def estimate(kernels: Sequence[EstimatedKernel], gpu: GPU, programs: int, dtype: torch.dtype) -> float:
     """Seconds of a call that runs these kernels one after the other."""
     return sum(k.seconds(gpu, programs, dtype) for k in kernels)
-
-
-__all__ = ["CONTRACTION", "LOAD", "SOLVE_STEP", "EstimatedKernel", "Made", "NotCompiled", "TooLate", "Turn", "estimate"]

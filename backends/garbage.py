@@ -21,6 +21,3 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-__all__ = ["uncollected"]

@@ -16,6 +16,3 @@ def module(text: str, name: str, file: str) -> ModuleType:
     made.__file__ = file
     exec(compile(text, file, "exec"), made.__dict__)
     return made
-
-
-__all__ = ["module"]

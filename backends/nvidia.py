@@ -170,6 +170,3 @@ def _folders() -> list[Path]:
     for root in (spec.submodule_search_locations or ()) if spec is not None else ():
         found += sorted(f for f in Path(root).iterdir() if f.is_dir())
     return [f for f in dict.fromkeys([*found, Path("/usr/local/cuda")]) if f.is_dir()]
-
-
-__all__ = ["ToolkitMissing", "assembled", "missing", "nvcc", "nvrtc_ptx", "ptx", "ptxas", "report"]

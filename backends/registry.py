@@ -202,16 +202,3 @@ register(
         estimator=_triton_estimator,
     )
 )
-
-__all__ = [
-    "Package",
-    "Unit",
-    "candidates",
-    "compilers",
-    "estimators",
-    "named",
-    "names",
-    "register",
-    "units",
-    "unregister",
-]

@@ -41,6 +41,3 @@ def _operations(values: Iterable[Expr], rows: Collection[str]) -> Iterator[str]:
         yield e.op
         if e.op == "map":
             yield from (f.func.__name__ for f in e.arg.body.atoms(sympy.Function))
-
-
-__all__ = ["INFIX", "missing_rows"]

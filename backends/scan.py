@@ -107,6 +107,3 @@ class BaseScan:
 def _compact(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Memory like that of `x`; where there is none of it, still with the strides that a kernel expects."""
     return x.new_empty_strided(shape, [prod(shape[i + 1 :]) for i in range(len(shape))])
-
-
-__all__ = ["BaseScan", "Tensors"]

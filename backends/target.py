@@ -167,17 +167,3 @@ def architecture_of(device: torch.device) -> str:
         return ""
     amd = str(torch.cuda.get_device_properties(device).gcnArchName) if torch.version.hip else ""
     return architecture(None if amd else torch.cuda.get_device_capability(device), amd)
-
-
-__all__ = [
-    "GPU",
-    "GPUS",
-    "MOST_REGISTERS",
-    "OLDEST",
-    "REGISTERS",
-    "Resources",
-    "Target",
-    "architecture",
-    "architecture_of",
-    "nvidia_target",
-]

@@ -24,6 +24,3 @@ def cut_program(scan: Scan, program: ScanProgram, axis: FreeAxis) -> AdjointProg
     adjoint = scan_adjoint(strip, program, dict(program.names))
     dims = {**program.dims, axis.strip: program.dims[axis.size]}
     return AdjointProgram.of(program, program.stage, dims=dims, scans=(strip,), adjoints=(adjoint,))
-
-
-__all__ = ["cut_axis", "cut_program"]

@@ -418,6 +418,3 @@ def rates_over_chunk(update: Update) -> Update:
 
     groups = {role: over(getattr(update, role)) for role in ("lr", "tau", "momentum", "decay", "average")}
     return replace(update, **groups)  # type: ignore[arg-type]
-
-
-__all__ = ["DEFAULT_CHUNK", "Chunk", "ChunkForm", "chunk_substitution", "open_form", "whole_form"]

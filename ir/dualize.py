@@ -50,6 +50,3 @@ def chunk_sizes(program: TokenProgram) -> dict[str, int]:
     """Sizes for the cost of contractions: the dims, and the chunk."""
     b_ = program.update.mini_batch
     return {**program.dims, TOKENS: DEFAULT_CHUNK if b_ is SEQUENCE else min(b_, DEFAULT_CHUNK)}
-
-
-__all__ = ["chunk_sizes", "dualize"]

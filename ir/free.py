@@ -154,6 +154,3 @@ class _Classes:
             large |= small
             for each in small:
                 self.members[each] = large
-
-
-__all__ = ["FreeAxis", "Slot", "free_axis"]

@@ -189,26 +189,3 @@ def _rank(name: str) -> int:
 
 Word = Callable[[str], str]
 """How a text writes a name: `spelled`, or `marked` where it is to be `worded`."""
-
-__all__ = [
-    "Word",
-    "Wording",
-    "apart",
-    "as_declared",
-    "differential",
-    "differentiated",
-    "function",
-    "inner",
-    "is_declared",
-    "marked",
-    "numbered",
-    "own",
-    "places_of",
-    "prefixed",
-    "renamed",
-    "size_of",
-    "spelled",
-    "suffixed",
-    "unmarked",
-    "worded",
-]

@@ -235,6 +235,3 @@ class _Affine:
         self.hidden += 1
         names = {a: Axis(suffixed(a.name, str(self.hidden)), a.size) for a in over}
         return [t.summed(over).renamed(names) for t in terms]
-
-
-__all__ = ["NotTriangular", "gain", "solved", "the_unknown", "unknown_rows"]

@@ -229,6 +229,3 @@ def _matrix(k: Kernel) -> Expr:
         pair = _times(row, column)
     square = b.broadcast(const(1) if pair is None else pair, (T_AXIS, S_AXIS))
     return b.mask(square, T_AXIS, S_AXIS, strict=k.kind == "strict")
-
-
-__all__ = ["GRADIENT", "ChunkAlgebra", "Response", "coefficients", "held", "over_tokens", "triangle"]

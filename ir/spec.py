@@ -67,6 +67,3 @@ SPECS: Mapping[str, Spec] = {
     ),
     "emit": Spec(AdjointProgram, frozenset(), frozenset(), statements=()),  # text, and no program any more
 }
-
-
-__all__ = ["DECLARED", "SPECS", "Spec"]

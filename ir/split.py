@@ -55,6 +55,3 @@ def _reading(scan: Scan) -> Scan:
 def _flops(assigns: Sequence[Assign], dims: Mapping[str, int], chunk: Tokens) -> float:
     work = cost.work(a.value for a in assigns)
     return float(cost.evaluate(work.contraction + work.elementwise, dims, {CHUNK: cost.tokens(chunk)}))
-
-
-__all__ = ["Split", "split"]

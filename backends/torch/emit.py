@@ -255,6 +255,3 @@ def _wrap(head: str, items: Sequence[str], tail: str) -> list[str]:
             current = indent + "    "
         current += piece + " "
     return [*lines, current.rstrip(), indent + tail]
-
-
-__all__ = ["emit", "notes", "refusals"]

@@ -187,6 +187,3 @@ def is_tensor(e: Expr) -> bool:
 def name_of(e: Expr) -> str:
     """What a leaf is called, in a text that is not yet whole."""
     return marked(e.name)
-
-
-__all__ = ["CHUNK", "HEADS", "TorchPrinter", "is_tensor", "name_of"]

@@ -28,6 +28,3 @@ def identity(program: ScanProgram, settings: Settings) -> Hashable:
 def toolchain() -> dict[str, str]:
     """Its operations are those of torch."""
     return {"torch": torch.__version__}
-
-
-__all__ = ["choices", "chunk", "identity", "toolchain"]

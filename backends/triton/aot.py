@@ -100,6 +100,3 @@ def stored(of: Expr, scan: Scan, dtype: torch.dtype) -> torch.dtype:
     tokens = [p for p in scan.params if p.role == "token"] + [a.target for a in scan.outputs]
     found = {p.name for p in (*tokens, *map(cotangent, tokens))}
     return dtype if of.name in found else torch.float32
-
-
-__all__ = ["build", "compiled", "order_of", "stored", "unbuildable"]

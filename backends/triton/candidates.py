@@ -91,6 +91,3 @@ def tunable(
 def pool() -> CompilePool:
     """Processes that compile."""
     return Compilers()
-
-
-__all__ = ["Candidate", "TunableKernels", "pool", "tunable"]

@@ -125,6 +125,3 @@ def _shortened(complaint: str) -> str:
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
     named = [line for line in lines if "error" in line.casefold()]
     return (named or lines[-1:] or [""])[0][:200]
-
-
-__all__ = ["Compilers", "Crashed", "switches"]

@@ -72,6 +72,3 @@ def _touched(assigns: Iterable[Assign]) -> list[Expr]:
 
 def _number(formula: Formula, sizes: Mapping[str, int], chunk: int) -> float:
     return float(cost.evaluate(formula, sizes, {CHUNK: cost.tokens(chunk)}))
-
-
-__all__ = ["longest_chain", "turn_of"]

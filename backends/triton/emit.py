@@ -88,6 +88,3 @@ def _functions() -> dict[str, str]:
 def _kernels(form: Form) -> list[str]:
     texts = [KernelWriter(form, False).forward()]
     return [*texts, KernelWriter(form, True).backward()] if form.scan.differentiated else texts
-
-
-__all__ = ["emit", "emit_forms", "module_text", "notes", "refusals"]

@@ -252,6 +252,3 @@ def unfused(scan: Scan, program: ScanProgram) -> str:
     ):
         return "its triangular system has further axes"
     return form_of(scan, program).too_large()
-
-
-__all__ = ["Form", "Holds", "Tensor", "block_size", "form_of", "half_of", "halves_of", "unfused"]

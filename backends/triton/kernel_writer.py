@@ -334,6 +334,3 @@ class KernelWriter:
         self.depth -= 1
         self.line("tl.debug_barrier()")
         self.depth -= 1
-
-
-__all__ = ["KernelWriter", "backward", "forward", "rounded"]

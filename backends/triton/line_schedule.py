@@ -83,6 +83,3 @@ def _before(lines: Sequence[Step], reads: Sequence[Collection[str]]) -> list[set
         {j for j in range(i) if lines[j].name in {*reads[i], lines[i].name} or lines[i].name in reads[j]}
         for i in range(len(lines))
     ]
-
-
-__all__ = ["shortened"]

@@ -85,6 +85,3 @@ def order_of_source(about: Order, source: Any, target: Any, options: Mapping[str
         "target": nvidia_target(target.arch).name if target.backend == "cuda" else str(target.arch),
         "options": {n: x for n, x in options.items() if isinstance(x, bool | int | float | str)},
     }
-
-
-__all__ = ["adopt", "compiled", "order_of_source"]

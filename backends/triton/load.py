@@ -340,6 +340,3 @@ def _add_up(parts: torch.Tensor, axis: int, whole: torch.Tensor) -> None:
 def _leading(p: Expr) -> int:
     """The axes of a tensor before those that a variable has: batch and heads, and tokens."""
     return 2 if p.at is None else 3
-
-
-__all__ = ["Module", "TritonScan", "here", "interpreted", "kernel_name", "load", "unavailable"]

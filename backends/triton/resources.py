@@ -33,6 +33,3 @@ def _architecture(ptx: str) -> str:
     found = re.search(r"\.target (sm_\w+)", ptx)
     assert found is not None
     return found[1]
-
-
-__all__ = ["resources", "resources_of"]

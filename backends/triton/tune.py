@@ -79,6 +79,3 @@ def toolchain() -> dict[str, str]:
         return {"triton": version("triton")}
     except PackageNotFoundError:
         return {"triton": "absent"}
-
-
-__all__ = ["Config", "bounded", "choices", "chunk", "default_config", "identity", "toolchain"]

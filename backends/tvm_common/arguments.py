@@ -36,6 +36,3 @@ def arguments(scan: Scan, backward: bool) -> list[Argument]:
     found += [*(Argument(cotangent(a.target)) for a in scan.outputs), *(Argument(cotangent(p), "in") for p in made)]
     found += [Argument(cotangent(p), "out") for p in scan.params]
     return [*found, *(Argument(p, "work") for p in scan.carry)] if scan.loops else found
-
-
-__all__ = ["Argument", "arguments"]

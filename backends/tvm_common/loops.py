@@ -142,6 +142,3 @@ def _listed(made: Iterable[Statement]) -> list[str]:
         lines += [f"    for {marked(size_of(T_AXIS.name))} in {marked(own('c'))}:"] if g.rows else []
         lines += [f"    {'    ' if g.rows else ''}{s.text(marked)}" for s in g.statements]
     return lines
-
-
-__all__ = ["Group", "by_vectors", "grouped", "heads_together", "listing", "read_last", "read_often"]

@@ -24,6 +24,3 @@ def only_chunk(program: ScanProgram) -> Preferred | None:
 def _finds_rows(program: ScanProgram) -> bool:
     """Whether a scan is given the rows of the tokens before, as many as there are."""
     return any(a == PAST for s in program.scans for p in s.params for a in p.axes)
-
-
-__all__ = ["only_chunk", "unordered"]

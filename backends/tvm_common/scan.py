@@ -199,6 +199,3 @@ def _own_source() -> str:
     for file in sorted(Path(__file__).parents[1].glob("tvm_*/*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-__all__ = ["Stored", "TVMScan", "all_kernels", "stored_as", "stored_tokens"]

@@ -104,6 +104,3 @@ class Registers(Store):
 
     def save(self, places: Sequence[Place], value: Any) -> None:
         T.buffer_store(self.buffer, value, self._at(places))
-
-
-__all__ = ["LOCAL", "Place", "Places", "Registers", "Store", "Value"]

@@ -78,5 +78,3 @@ class Lazy:
 T: Any = Lazy("tvm.script.ir_builder", "tirx")
 IRBuilder: Any = Lazy("tvm.script.ir_builder", "IRBuilder")
 tirx: Any = Lazy("tvm", "tirx")
-
-__all__ = ["IRBuilder", "T", "compiled", "imported_tvm", "set_up", "tirx", "writing"]

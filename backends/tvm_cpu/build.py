@@ -65,6 +65,3 @@ def use_threads(n: int) -> None:
     if _threads != [n]:
         _pool()(1, n)
         _threads[:] = [n]
-
-
-__all__ = ["build", "link", "loader", "use_threads"]

@@ -350,6 +350,3 @@ class Slice:
 
 def _one() -> Any:
     return tirx.const(1, "int32")
-
-
-__all__ = ["Builder", "Slice"]

@@ -179,6 +179,3 @@ class Emission:
 
     def _lanes(self, place: Place) -> Any:
         return T.Ramp(self._int(place.index), tirx.const(1, "int32"), self.machine.lanes)
-
-
-__all__ = ["Emission"]

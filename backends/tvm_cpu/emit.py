@@ -35,6 +35,3 @@ def emit(program: AdjointProgram, settings: Settings | None = None, place: Place
         return "\n".join([*statements, "", all_kernels(scans, place.dtype)])
 
     return Source(text, "python", lambda: listing(program))
-
-
-__all__ = ["emit", "notes", "refusals"]

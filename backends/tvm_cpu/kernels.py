@@ -132,6 +132,3 @@ def with_cotangents(scan: Scan, stored: Mapping[str, str]) -> dict[str, str]:
     """What has another dtype in the backward: cotangents have that of what they belong to, or one of their own."""
     of = (*scan.params, *(x.target for x in scan.outputs))
     return {**{cotangent(p).name: stored[p.name] for p in of if p.name in stored}, **stored}
-
-
-__all__ = ["Kernel", "backward_kernel", "forward_kernel"]

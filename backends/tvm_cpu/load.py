@@ -29,6 +29,3 @@ def load(
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""
     config = TileConfig(**(settings or {}))
     return {scan.name: StripScan(scan, program, config) for scan in program.scans}
-
-
-__all__ = ["here", "load", "unavailable"]

@@ -181,6 +181,3 @@ def _summed(e: Emission, product: Expr, tile: Tile) -> Iterator[Mapping[Axis, Pl
             i = stack.enter_context(T.serial(low, high))
             places[k] = Place(i, ("sum", id(i)))
         yield places
-
-
-__all__ = ["products"]

@@ -96,6 +96,3 @@ def _together(batch: int, heads: int, threads: int, most: int) -> int:
     """As many heads as one thread may take, so that no thread has more to do than another must."""
     counts = range(1, max(1, min(heads, most)) + 1)
     return min(counts, key=lambda n: (-(-batch * -(-heads // n) // threads) * n, -n))
-
-
-__all__ = ["CPUScan"]

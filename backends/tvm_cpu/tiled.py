@@ -199,6 +199,3 @@ def _as_heads(x: torch.Tensor, slot: int | None, n: int) -> torch.Tensor:
     """
     parts = _strips(x, slot, n)
     return parts[0].transpose(0, 1) if len(x) == 1 else parts.flatten(1, 2)
-
-
-__all__ = ["StripScan"]

@@ -59,6 +59,3 @@ def toolchain() -> dict[str, str]:
         return {"apache-tvm": version("apache-tvm")}
     except PackageNotFoundError:
         return {"apache-tvm": "absent"}
-
-
-__all__ = ["choices", "chunk", "identity", "toolchain"]

@@ -33,6 +33,3 @@ def build(program: AdjointProgram, target: str, dtype: torch.dtype) -> Iterator[
             texts = {".cu": source.text, ".ptx": ptx, ".json": source.to_json()}
             files = {suffix: text.encode() for suffix, text in texts.items()}
             yield Built(resources, files | {".cubin": cubin}, source.outside)
-
-
-__all__ = ["build", "unbuildable"]

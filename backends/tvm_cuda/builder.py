@@ -371,6 +371,3 @@ class CudaBuilder:
 
 def _sixteens(n: Size) -> Size:
     return "T16" if isinstance(n, str) else -(-n // SIDE) * SIDE
-
-
-__all__ = ["LAUNCHED", "CudaBuilder", "CudaKernel"]

@@ -48,6 +48,3 @@ def of_place(place: Placement) -> Device:
     """The GPU of a place; where it is none, or not there, the one that text is written for then."""
     there = architecture_of(place.device)
     return gpu(str(place.dtype).removeprefix("torch."), Target(there) if there else OLDEST)
-
-
-__all__ = ["HALVES", "WARP", "Device", "gpu", "of_place"]

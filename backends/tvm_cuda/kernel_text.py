@@ -67,6 +67,3 @@ class CudaWords:
 def stride_name(tensor: str, axis: int) -> str:
     """What the distance of a tensor's batch elements, heads or tokens is called."""
     return suffixed(tensor, f"stride_{'bht'[axis]}")
-
-
-__all__ = ["CudaSource", "CudaWords", "stride_name"]

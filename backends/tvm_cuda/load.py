@@ -48,6 +48,3 @@ def compiled(source: CudaSource, target: str) -> tuple[str, bytes, Resources]:
     text = nvidia.ptx(source.text, target)
     cubin, (found,) = nvidia.assembled(text, target)
     return text, cubin, replace(found, shared=found.shared + source.shared)
-
-
-__all__ = ["compiled", "here", "load", "resources", "unavailable"]

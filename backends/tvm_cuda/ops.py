@@ -31,6 +31,3 @@ class DeviceFunctions(Functions):
         x = self.let(x)
         name = "log1p" if self.format.double else "log1pf"
         return self.relu(x) + T.call_pure_extern(self.dtype, name, self.exp(self.neg(self.abs_(x))))
-
-
-__all__ = ["ROWS", "DeviceFunctions"]

@@ -176,6 +176,3 @@ def _in_registers(group: Group, dims: Mapping[str, int]) -> set[str]:
 def _few(axis: Axis, dims: Mapping[str, int]) -> bool:
     n = dims.get(axis.size)
     return n is not None and -(-n // WARP) <= SLOTS
-
-
-__all__ = ["MatrixProduct", "Operand", "Step", "Steps", "half", "lane", "matrix_products", "staged", "stepped"]

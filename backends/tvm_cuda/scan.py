@@ -120,6 +120,3 @@ class CudaScan(TVMScan):
             sizes = [n if isinstance(n, int) else -(-tokens // 16) * 16 if n == "T16" else tokens for n in shape]
             named[name] = like.new_empty(batch * heads, *sizes, dtype=getattr(torch, dtype))
         self.launch(source, batch * heads, named)
-
-
-__all__ = ["CudaScan", "launch"]

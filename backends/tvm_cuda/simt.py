@@ -370,6 +370,3 @@ def _product(sizes: Sequence[Any]) -> Any:
     for n in sizes:
         total = n * total if isinstance(total, int) and total == 1 else total * n
     return total
-
-
-__all__ = ["Converted", "InRegisters", "Threads", "shorter", "split"]

@@ -107,6 +107,3 @@ def _least(variables: Sequence[Variable], excess: int) -> Variable:
     passing = [v for v in there if v.end != FOREVER] or there
     enough = [v for v in passing if (v.bytes or 0) >= excess]
     return min(enough, key=lambda v: v.bytes or 0) if enough else max(passing, key=lambda v: v.bytes or 0)
-
-
-__all__ = ["ALIGNED", "FOREVER", "Allocation", "Size", "Variable", "laid_out"]

@@ -108,6 +108,3 @@ def _parameters(text: str, kernel: CudaKernel) -> tuple[tuple[str, str], ...]:
         kind, name = re.sub(r"\b__restrict__\b|\*|\bconst\b", " ", parameter).split()
         made.append((kernel.names[name.removesuffix("_ptr")], kinds[kind]))
     return tuple(made)
-
-
-__all__ = ["source"]

@@ -30,6 +30,3 @@ def identity(program: ScanProgram, settings: Settings) -> Hashable:
 def toolchain() -> dict[str, str]:
     """The compiler, and whose machine code it is."""
     return {**of_cpu.toolchain(), "cuda": str(torch.version.cuda)}
-
-
-__all__ = ["choices", "chunk", "identity", "toolchain"]

@@ -125,6 +125,3 @@ def _loaded(kind: str, matrix: Half, operand: Operand, down: Any, across: Any) -
     layout = "row_major" if operand.rows else "col_major"
     T.evaluate(T.tvm_load_matrix_sync(fragment.data, SIDE, SIDE, SIDE, 0, at, matrix.stride, layout))
     return fragment
-
-
-__all__ = ["SIDE", "SPREAD", "Half", "multiplied", "rounded", "sixteens", "tiles_of"]

@@ -67,6 +67,3 @@ def _compiler(backend: str, target: Target) -> Unit:
             f"  Use --backend {others[0]}."
         )
     return unit
-
-
-__all__ = ["compile_for", "refuse_to_compile"]

@@ -46,5 +46,3 @@ def _attribute(key: str) -> str:
 
 
 _NO_PARAMETERS, _NO_MODULES = nn.ParameterDict(), nn.ModuleDict()
-
-__all__ = ["Modules", "Parameters"]

@@ -117,6 +117,3 @@ def _fill(memory: Tensors, values: Tensors) -> None:
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-__all__ = ["StandbyScan", "with_standby"]

@@ -183,6 +183,3 @@ def _cores() -> int:
 def shown(candidate: Candidate) -> str:
     """What a candidate sets."""
     return ", ".join(f"{n}={v}" for n, v in candidate.items() if v is not None)
-
-
-__all__ = ["LONGEST", "Estimated", "RankedRow", "Ranking", "rank", "ranked", "shown"]

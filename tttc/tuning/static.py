@@ -290,6 +290,3 @@ def _regular(program: AdjointProgram, tokens: int) -> Iterator[tuple[Scan, int]]
 def _config(candidate: Candidate) -> dict[str, int]:
     """The settings of kernels that a candidate has."""
     return {n: v for n, v in candidate.items() if n != "chunk" and v is not None}
-
-
-__all__ = ["StaticTuning", "tune_statically"]

@@ -40,7 +40,7 @@ LOAD = 0.6e-6  # seconds from a load to its first bytes, from memory
 
 
 @dataclass(frozen=True)
-class Turn:
+class IterationCost:
     """What one program does in one turn of a kernel's loop; FLOPs, and bytes."""
 
     matrix: float
@@ -55,12 +55,12 @@ class NotCompiled(Exception):
     """Why a kernel could not be compiled."""
 
 
-class TooLate(NotCompiled):
+class CompileTimeout(NotCompiled):
     """The time for it was over first."""
 
 
 @dataclass(frozen=True)
-class Made:
+class KernelInfo:
     """What a kernel takes, and whether it reads the tokens of a later chunk while it computes."""
 
     resources: Resources
@@ -71,9 +71,9 @@ class Made:
 class EstimatedKernel:
     """A kernel as it was compiled, how often a call runs its loop, and the warps of a program."""
 
-    turn: Turn
+    turn: IterationCost
     turns: float
-    made: Made
+    made: KernelInfo
     warps: int
     strips: int = 1
     """Programs for each head."""

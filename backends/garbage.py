@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage collection meanwhile, in the whole process; as it was, afterwards.
 
     For work that makes a great many objects and no cycles to speak of. Python would count the objects and look through

@@ -57,7 +57,7 @@ HOST = Placement(torch.device("cpu"), torch.float32)
 
 
 @dataclass(frozen=True)
-class Preferred:
+class ChunkHint:
     """A chunk that a backend would rather have than the one that costs the least, and why, in words."""
 
     chunk: int
@@ -83,21 +83,21 @@ class CompiledScan(Protocol):
     """
 
     @property
-    def halves(self) -> bool:
+    def accepts_16bit(self) -> bool:
         """Whether sequences may be float16 or bfloat16: read and written as they are, arithmetic is float32."""
         ...
 
     @property
-    def recorded(self) -> CompiledScan:
+    def differentiable(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives; often itself."""
         ...
 
     @property
-    def opaque(self) -> OpaqueScan:
+    def custom_op(self) -> OpaqueScan:
         """The same scan for a graph that does not look into it; often itself."""
         ...
 
-    def expect_backward(self, inputs: Sequence[torch.Tensor]) -> None:
+    def prewarm_backward(self, inputs: Sequence[torch.Tensor]) -> None:
         """Said before a forward that will be followed by a backward: what takes long to make may be begun."""
         ...
 
@@ -126,7 +126,7 @@ class OpaqueScan(CompiledScan, Protocol):
     """
 
     @property
-    def content(self) -> str:
+    def fingerprint(self) -> str:
         """What it computes and by which kernels: equal for scans that can stand for each other."""
         ...
 
@@ -142,7 +142,7 @@ class OpaqueScan(CompiledScan, Protocol):
 
 
 def content_of(scan: Scan, program: AdjointProgram, *kernels: object) -> str:
-    """The `content` of a scan: its program and adjoint, and what else decides how its kernels are made."""
+    """The `fingerprint` of a scan: its program and adjoint, and what else decides how its kernels are made."""
     what = program.adjoint_of(scan) if scan.differentiated else scan
     return "\n".join([written((scan, what, sorted(program.dims.items()), program.dtype)), *map(str, kernels)])
 
@@ -186,7 +186,7 @@ class Backend(Protocol):
         """Source text as callables, by the names of the scans; settings that are not given are the default."""
         ...
 
-    def chunk(self, program: ScanProgram) -> Preferred | None:
+    def chunk(self, program: ScanProgram) -> ChunkHint | None:
         """Of a scheduled program whose chunk is free: a better one for these kernels, None where there is none. A chunk
         that the user gave, or that tuning found, is not asked about.
         """
@@ -262,7 +262,7 @@ class Tunable(Protocol):
         ...
 
     def compiled(self, settings: Settings, pool: CompilePool, seconds: float) -> Iterator[EstimatedKernel]:
-        """One kernel after the other, in at most so many seconds for all. Raises `NotCompiled`, `TooLate`."""
+        """One kernel after the other, in at most so many seconds for all. Raises `NotCompiled`, `CompileTimeout`."""
         ...
 
 

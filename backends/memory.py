@@ -12,7 +12,7 @@ from tttc.ir.expr import Expr
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-def laid_out(of: Sequence[Expr], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def densify(of: Sequence[Expr], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors [B, H, ...], or of a sequence [B, H, T, ...], dense from there on; copied only where they are not."""
     leading = [2 if p.at is None else 3 for p in of]
     return [dense_from(n, x) for n, x in zip(leading, tensors, strict=True)]
@@ -50,7 +50,7 @@ def autocast(device: str) -> bool:
     return bool(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
-def reach(x: torch.Tensor) -> int:
+def address_span(x: torch.Tensor) -> int:
     """How far the last entry lies from the first, or the length of the memory that they lie in, where that will do."""
     whole = x.untyped_storage().nbytes() // x.element_size()
     return whole if whole < 2**31 else sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True))

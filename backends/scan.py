@@ -22,18 +22,18 @@ Tensors = Sequence[torch.Tensor]
 class BaseScan:
     """One scan of a program, whose forward and backward read and write tensors [B, H, ...] where they lie."""
 
-    halves = False
+    accepts_16bit = False
 
     def __init__(self, scan: Scan, program: AdjointProgram) -> None:
         self.scan, self.program = scan, program
         self.dtype = torch.float64 if program.dtype == "f64" else torch.float32
 
     @property
-    def recorded(self) -> Any:
+    def differentiable(self) -> Any:
         return self
 
     @property
-    def opaque(self) -> Any:
+    def custom_op(self) -> Any:
         return self
 
     @property
@@ -42,10 +42,10 @@ class BaseScan:
         raise NotImplementedError
 
     @property
-    def content(self) -> str:
+    def fingerprint(self) -> str:
         return content_of(self.scan, self.program, *self.made_of)
 
-    def expect_backward(self, inputs: Tensors) -> None:
+    def prewarm_backward(self, inputs: Tensors) -> None:
         """Nothing: all is there, or made when it is first called."""
 
     def backward(

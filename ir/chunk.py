@@ -20,10 +20,19 @@ from dataclasses import dataclass, replace
 from tttc.ir import build as b
 from tttc.ir.expr import TOKENS, Expr, Leaf, const
 from tttc.ir.names import own
-from tttc.ir.online import named_like, solved, taken_apart, the_unknown, unknown_rows, unnamed
+from tttc.ir.online import affine_unknown, factor_constants, named_like, solved, unknown_rows, unnamed
 from tttc.ir.primal import per_token
 from tttc.ir.program import S_AXIS, T_AXIS, Assign, DualProgram, Update, blocks
-from tttc.ir.reading import Moving, Term, at_chunk, over_chunk, read_through, still, summed, terms_of
+from tttc.ir.reading import (
+    PerTokenWeights,
+    Term,
+    at_chunk,
+    materialize,
+    read_through,
+    summed,
+    terms_of,
+    vectorize_over_tokens,
+)
 from tttc.ir.response import GRADIENT, ChunkAlgebra, Response, coefficients, held
 from tttc.ir.substitution import PAST, Substitution, rows_given, substitution
 from tttc.ir.update import (
@@ -91,11 +100,11 @@ class Chunk:
         self.moved: dict[Expr, Expr] = {}
         self.update = rates_over_chunk(program.update)
         self.algebra = ChunkAlgebra()
-        self.starts: dict[str, Moving | Expr] = {w.name: w for w in self.declared.states}
+        self.starts: dict[str, PerTokenWeights | Expr] = {w.name: w for w in self.declared.states}
         gradients, self.reading = per_token(program)
         self.raw = {n: terms_of(gradients[n], w.axes) for n, w in self._states()}
         if self.declared.anchor == "token":
-            self.raw = taken_apart(self.raw, self.declared.states)
+            self.raw = factor_constants(self.raw, self.declared.states)
         self.advanced = {n: self._advanced(w) for n, w in self._states()}
         self.rows: dict[str, tuple[Term, ...]] | None = None
 
@@ -144,7 +153,7 @@ class Chunk:
 
     def solved_rows(self) -> dict[str, tuple[Term, ...]]:
         """Online gradients, by a triangular system."""
-        unknown = the_unknown(self.raw, self.declared.states)
+        unknown = affine_unknown(self.raw, self.declared.states)
         if unknown is None:
             return self._at(self.starts)
         rows = unknown_rows(unknown)
@@ -175,7 +184,7 @@ class Chunk:
             start = b.mul(b.last(decay, T_AXIS) if T_AXIS in decay.axes else decay, start)
         return start
 
-    def _at(self, weights: Mapping[str, Moving | Expr]) -> dict[str, tuple[Term, ...]]:
+    def _at(self, weights: Mapping[str, PerTokenWeights | Expr]) -> dict[str, tuple[Term, ...]]:
         """The gradients of all tokens at weights that they share."""
         if all(isinstance(x, Expr) and x.op == "leaf" for x in weights.values()):
             return {n: self._at_sources(n, {}) for n in self.raw}
@@ -184,8 +193,8 @@ class Chunk:
             result[n] = tuple(t.mapped(lambda f: self._read_at(f, weights)) for t in terms)
         return result
 
-    def _read_at(self, factor: Expr, weights: Mapping[str, Moving | Expr]) -> Expr:
-        (over,) = over_chunk([factor], T_AXIS, {})
+    def _read_at(self, factor: Expr, weights: Mapping[str, PerTokenWeights | Expr]) -> Expr:
+        (over,) = vectorize_over_tokens([factor], T_AXIS, {})
         return b.rename(read_through(over, weights, self.sizes, {}), {T_AXIS: S_AXIS})
 
     def _at_sources(self, name: str, given: Mapping[Expr, Expr]) -> tuple[Term, ...]:
@@ -193,7 +202,9 @@ class Chunk:
         result = []
         for t in self.raw[name]:
             factors = [
-                named_like(f, given[unnamed(f)]) if unnamed(f) in given else over_chunk([f], S_AXIS, self.moved)[0]
+                named_like(f, given[unnamed(f)])
+                if unnamed(f) in given
+                else vectorize_over_tokens([f], S_AXIS, self.moved)[0]
                 for f in t.factors
             ]
             for f, value in given.items():
@@ -217,7 +228,7 @@ class Chunk:
 
     # -- weights
 
-    def _moving(self, w: Expr, response: Response, gradients: Gradients) -> Moving:
+    def _moving(self, w: Expr, response: Response, gradients: Gradients) -> PerTokenWeights:
         """Weights as sums of products: what was found, and the gradients times their coefficients."""
         terms = []
         for p in response.parts:
@@ -226,7 +237,7 @@ class Chunk:
         for sign, factors in coefficients(response):
             kernel = Term(sign, factors, (S_AXIS,))
             terms += [kernel.times(t) for t in gradients[w.name]]
-        return Moving(w.axes, tuple(terms))
+        return PerTokenWeights(w.axes, tuple(terms))
 
     def _scaled_by_tau(self, added: Response, name: str, *, last: bool = False) -> Response:
         tau = self.update.tau.get(name)
@@ -234,17 +245,17 @@ class Chunk:
             return added
         return self.algebra.scaled(added, b.last(tau, T_AXIS) if last and T_AXIS in tau.axes else tau)
 
-    def _next_starts(self) -> dict[str, Moving | Expr]:
+    def _next_starts(self) -> dict[str, PerTokenWeights | Expr]:
         """The weights after one step on a whole mini-batch, where the next step begins; kept as products."""
         if is_staged(self.declared) or any(m is not None for m in self.declared.momentum.values()):
             return {a.leaf.name: a.value for a in self._ended()}
-        found: dict[str, Moving | Expr] = {}
+        found: dict[str, PerTokenWeights | Expr] = {}
         gradients = self.gradients()
         for n, w in self._states():
             a = self.advanced[n]
             end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
             moved = self._moving(w, end, gradients)
-            found[n] = Moving(w.axes, self._from_start(n, moved.terms))
+            found[n] = PerTokenWeights(w.axes, self._from_start(n, moved.terms))
         return found
 
     def _from_start(self, name: str, terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -257,7 +268,7 @@ class Chunk:
                 result.append(t)
                 continue
             others = replace(t, factors=tuple(f for f in t.factors if f is not leaf_))
-            started = start.terms if isinstance(start, Moving) else (Term(1, (start,)),)
+            started = start.terms if isinstance(start, PerTokenWeights) else (Term(1, (start,)),)
             result += [others.times(s) for s in started]
         return tuple(result)
 
@@ -280,7 +291,7 @@ class Chunk:
         for n, w in self._states():
             a, base = self.advanced[n], accumulated(self.declared, w)
             started = a.started.last()
-            start = base if base is not w else still(self.starts[n], self.sizes)
+            start = base if base is not w else materialize(self.starts[n], self.sizes)
             factors = [f for p in started.parts for f in (*p.held, p.coefficient) if f is not None and f is not w]
             for f in factors:
                 start = b.mul(f, start)
@@ -332,12 +343,12 @@ class Chunk:
     def output(self) -> Assign:
         """What the tokens read."""
         weights = {n: self._read_weights(n, w) for n, w in self._states()}
-        (reading,) = over_chunk([self.reading.value], T_AXIS, self.moved)
+        (reading,) = vectorize_over_tokens([self.reading.value], T_AXIS, self.moved)
         target = at_chunk(self.reading.target, T_AXIS)
         z = read_through(reading, weights, self.sizes, self.moved)
         return Assign(target, b.broadcast(z, target.axes))  # an output may see no token
 
-    def _read_weights(self, n: str, w: Expr) -> Moving | Expr:
+    def _read_weights(self, n: str, w: Expr) -> PerTokenWeights | Expr:
         read, a, average = self.declared.read, self.advanced[n], average_leaf(self.declared, w)
         if read == "start":
             return w if average is None else average
@@ -354,7 +365,7 @@ class Chunk:
             return self._moving(w, at(a.average), gradients)
         response = self.algebra.minus(at(a.started), self._scaled_by_tau(at(a.added), n))
         moved = self._moving(w, response, gradients)
-        return Moving(w.axes, self._from_start(n, moved.terms))
+        return PerTokenWeights(w.axes, self._from_start(n, moved.terms))
 
     def measures(self) -> tuple[Assign, ...]:
         """What the inner loop does in this chunk, where that is asked for; every token holds the chunk's number.
@@ -364,8 +375,8 @@ class Chunk:
         if not self.program.telemetry:
             return ()
         (block,) = blocks(self.program.loss.body)
-        (loss,) = over_chunk([block.assigns[0].value], T_AXIS, {})
-        start = {n: still(x, self.sizes) for n, x in self.starts.items()}
+        (loss,) = vectorize_over_tokens([block.assigns[0].value], T_AXIS, {})
+        start = {n: materialize(x, self.sizes) for n, x in self.starts.items()}
         end = {a.leaf.name: a.value for a in self.closed() if a.target in self.declared.states}
         gradients = self.gradients()
         added = {n: summed([t.summed((S_AXIS,)) for t in gradients[n]], w.axes, self.sizes) for n, w in self._states()}
@@ -389,7 +400,7 @@ class Chunk:
         alone = self.declared.mini_batch == 1 and self.declared.anchor == "mini_batch" and found.kind == "frozen"
         return found.sequential or alone
 
-    def _read_alone(self, n: str, w: Expr) -> Moving | Expr:
+    def _read_alone(self, n: str, w: Expr) -> PerTokenWeights | Expr:
         """What the only token of a chunk reads: the weights that it found, or those that it leaves."""
         a, average = self.advanced[n], average_leaf(self.declared, w)
         if self.declared.read == "before":
@@ -397,7 +408,7 @@ class Chunk:
         if average is not None:
             return self._moving(w, a.average.last(), self.gradients())
         end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
-        return Moving(w.axes, self._from_start(n, self._moving(w, end, self.gradients()).terms))
+        return PerTokenWeights(w.axes, self._from_start(n, self._moving(w, end, self.gradients()).terms))
 
 
 def _norm(tensors: Sequence[Expr]) -> Expr:
@@ -414,7 +425,7 @@ def rates_over_chunk(update: Update) -> Update:
     """The rule with the rates of all tokens of a chunk."""
 
     def over(rates: Mapping[str, Expr | None]) -> dict[str, Expr | None]:
-        return {n: None if r is None else over_chunk([r], T_AXIS, {})[0] for n, r in rates.items()}
+        return {n: None if r is None else vectorize_over_tokens([r], T_AXIS, {})[0] for n, r in rates.items()}
 
     groups = {role: over(getattr(update, role)) for role in ("lr", "tau", "momentum", "decay", "average")}
     return replace(update, **groups)  # type: ignore[arg-type]

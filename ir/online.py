@@ -18,7 +18,7 @@ from tttc.ir.expr import Axis, Expr, const, depends_on, leaf, leaves
 from tttc.ir.linearity import Dependence, dependence
 from tttc.ir.names import own, suffixed
 from tttc.ir.program import S_AXIS, T_AXIS
-from tttc.ir.reading import Moving, Term, over_chunk, summed
+from tttc.ir.reading import PerTokenWeights, Term, summed, vectorize_over_tokens
 
 Gradients = Mapping[str, tuple[Term, ...]]
 
@@ -27,7 +27,7 @@ class NotTriangular(Exception):
     """The gradients of a chunk are no triangular system; the argument says why."""
 
 
-def the_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
+def affine_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
     """The one factor of all gradients that depends on the weights; None where none does.
 
     Raises `NotTriangular` where there are several, or where it is not affine.
@@ -49,7 +49,7 @@ def the_unknown(gradients: Gradients, states: Sequence[Expr]) -> Expr | None:
     return next(iter(found), None)
 
 
-def taken_apart(gradients: Gradients, states: Sequence[Expr]) -> dict[str, tuple[Term, ...]]:
+def factor_constants(gradients: Gradients, states: Sequence[Expr]) -> dict[str, tuple[Term, ...]]:
     """Numbers as factors of their own: 2 * e in the gradient of a bias is the e in that of its matrix. Where several
     unknown values are left, so is all that does not depend on the weights: weight * e holds the same e.
     """
@@ -108,7 +108,7 @@ def unknown_rows(u: Expr) -> Expr:
     return leaf(own("u"), "unknown", (S_AXIS, *u.axes))
 
 
-def solved(u: Expr, weights: Mapping[str, Moving], sizes: Mapping[str, int], moved: dict[Expr, Expr]) -> Expr:
+def solved(u: Expr, weights: Mapping[str, PerTokenWeights], sizes: Mapping[str, int], moved: dict[Expr, Expr]) -> Expr:
     """The values of `u` at every source token, where `weights` are those that each token finds, in terms of
     `unknown_rows(u)`.
 
@@ -147,7 +147,7 @@ def gain(
     are not affine in the weights, or where the entries of u mix.
     """
     try:
-        u = the_unknown(gradients, states)
+        u = affine_unknown(gradients, states)
     except NotTriangular:
         return None
     if u is None:
@@ -157,12 +157,14 @@ def gain(
     weights = {}
     for w in states:
         name = w.name
-        (rate,) = over_chunk([rates[name]], T_AXIS, {})
+        (rate,) = vectorize_over_tokens([rates[name]], T_AXIS, {})
         terms = []
         for t in gradients[name]:
-            factors = [named_like(f, own) if unnamed(f) is u else over_chunk([f], T_AXIS, {})[0] for f in t.factors]
+            factors = [
+                named_like(f, own) if unnamed(f) is u else vectorize_over_tokens([f], T_AXIS, {})[0] for f in t.factors
+            ]
             terms.append(Term(-t.sign, (rate, *factors), t.over))
-        weights[name] = Moving(w.axes, tuple(terms))
+        weights[name] = PerTokenWeights(w.axes, tuple(terms))
     total: Expr | None = None
     for term in _Affine(weights, {}).of(u):
         unknown = [f for f in term.factors if f.op == "leaf" and f.variable == rows.variable]
@@ -182,13 +184,13 @@ class _Affine:
     of their own, so that products can be taken further.
     """
 
-    def __init__(self, weights: Mapping[str, Moving], moved: dict[Expr, Expr]) -> None:
+    def __init__(self, weights: Mapping[str, PerTokenWeights], moved: dict[Expr, Expr]) -> None:
         self.weights, self.moved, self.hidden = weights, moved, 0
 
     def of(self, e: Expr) -> tuple[Term, ...]:
         declared = [x for x in leaves([e]) if x.name in self.weights]
         if e not in depends_on([e], declared):
-            return (Term(1, tuple(over_chunk([e], T_AXIS, self.moved))),)
+            return (Term(1, tuple(vectorize_over_tokens([e], T_AXIS, self.moved))),)
         if e.op == "leaf":
             moving = self.weights[e.name]
             to = dict(zip(moving.axes, e.axes, strict=True))
@@ -209,7 +211,7 @@ class _Affine:
         return [s.times(t) for s in x for t in y]
 
     def _div(self, e: Expr) -> Sequence[Term]:
-        (below,) = over_chunk([e.src[1]], T_AXIS, self.moved)
+        (below,) = vectorize_over_tokens([e.src[1]], T_AXIS, self.moved)
         return [t.times(Term(1, (b.div(const(1), below),))) for t in self.of(e.src[0])]
 
     def _contract(self, e: Expr) -> Sequence[Term]:

@@ -49,7 +49,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Moving:
+class PerTokenWeights:
     """Weights that differ from token to token: a sum of products, never multiplied out."""
 
     axes: Axes
@@ -64,7 +64,7 @@ class Moving:
 # -- tokens --------------------------------------------------------------------------------------------------------
 
 
-def over_chunk(roots: Sequence[Expr], axis: Axis, moved: dict[Expr, Expr]) -> list[Expr]:
+def vectorize_over_tokens(roots: Sequence[Expr], axis: Axis, moved: dict[Expr, Expr]) -> list[Expr]:
     """Per-token expressions over all tokens of a chunk: named axes make this one more axis on the token leaves."""
     return transform(roots, lambda e, src: at_chunk(e, axis) if e.op == "leaf" else rebuild(e, src), moved)
 
@@ -117,19 +117,19 @@ def _factors(e: Expr) -> tuple[Expr, ...]:
 
 
 def read_through(
-    output: Expr, weights: Mapping[str, Moving | Expr], sizes: Mapping[str, int], moved: dict[Expr, Expr]
+    output: Expr, weights: Mapping[str, PerTokenWeights | Expr], sizes: Mapping[str, int], moved: dict[Expr, Expr]
 ) -> Expr:
     """Evaluate the output on weights that move: contractions take a sum of products apart, anything else multiplies it
     out.
     """
-    done: dict[Expr, Moving | Expr] = {}
+    done: dict[Expr, PerTokenWeights | Expr] = {}
     for node in postorder([output]):
         src = tuple(done[s] for s in node.src)
         if node.op == "leaf" and node.name in weights:
             declared = weights[node.name]
             to = dict(zip(declared.axes, node.axes, strict=True))
             done[node] = _renamed(declared, to)
-        elif any(isinstance(s, Moving) for s in src):
+        elif any(isinstance(s, PerTokenWeights) for s in src):
             done[node] = _on_moving(node, src, sizes)
         else:
             done[node] = rebuild(node, src)  # type: ignore[arg-type]
@@ -137,13 +137,13 @@ def read_through(
         value = done.get(node)
         if isinstance(value, Expr):
             moved[origin] = value
-    return still(done[output], sizes)
+    return materialize(done[output], sizes)
 
 
-def _renamed(e: Moving | Expr, to: Mapping[Axis, Axis]) -> Moving | Expr:
+def _renamed(e: PerTokenWeights | Expr, to: Mapping[Axis, Axis]) -> PerTokenWeights | Expr:
     if isinstance(e, Expr):
         return b.rename(e, to)
-    return Moving(tuple(to.get(a, a) for a in e.axes), tuple(t.renamed(to) for t in e.terms))
+    return PerTokenWeights(tuple(to.get(a, a) for a in e.axes), tuple(t.renamed(to) for t in e.terms))
 
 
 class NoExactForm(Exception):
@@ -160,8 +160,8 @@ def nonlinear_use(output: Expr, states: Sequence[Expr], sizes: Mapping[str, int]
     for w in states:
         found = w.variable
         of_token = Expr("leaf", (), (Leaf(found.name, found.role, "c"), (T_AXIS, *w.axes)))
-        weights[found.name] = Moving(w.axes, (Term(1, (of_token,)),))
-    (over,) = over_chunk([output], T_AXIS, {})
+        weights[found.name] = PerTokenWeights(w.axes, (Term(1, (of_token,)),))
+    (over,) = vectorize_over_tokens([output], T_AXIS, {})
     try:
         read_through(over, weights, sizes, {})
     except NoExactForm as reason:
@@ -169,15 +169,15 @@ def nonlinear_use(output: Expr, states: Sequence[Expr], sizes: Mapping[str, int]
     return None
 
 
-def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, int]) -> Moving | Expr:
-    moving = [s for s in src if isinstance(s, Moving)]
+def _on_moving(node: Expr, src: tuple[PerTokenWeights | Expr, ...], sizes: Mapping[str, int]) -> PerTokenWeights | Expr:
+    moving = [s for s in src if isinstance(s, PerTokenWeights)]
     if node.op == "rename":
         return _renamed(moving[0], dict(node.arg))
     if node.op == "contract":
-        first = next(i for i, s in enumerate(src) if isinstance(s, Moving))
-        others = [still(s, sizes) for i, s in enumerate(src) if i != first]
+        first = next(i for i, s in enumerate(src) if isinstance(s, PerTokenWeights))
+        others = [materialize(s, sizes) for i, s in enumerate(src) if i != first]
         moving_operand = src[first]
-        assert isinstance(moving_operand, Moving)
+        assert isinstance(moving_operand, PerTokenWeights)
         out = [a for a in node.axes if a != T_AXIS]
         products = [t.scaled(*others).summed(node.arg) for t in moving_operand.terms]
         return summed(products, tuple(out), sizes)
@@ -185,16 +185,16 @@ def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, i
         out = [a for a in node.axes if a != T_AXIS]
         return summed([t.summed(node.arg) for t in moving[0].terms], tuple(out), sizes)
     if node.op == "neg":
-        return Moving(moving[0].axes, tuple(replace(t, sign=-t.sign) for t in moving[0].terms))
+        return PerTokenWeights(moving[0].axes, tuple(replace(t, sign=-t.sign) for t in moving[0].terms))
     if node.op == "mul" and len(moving) == 1 and len(moving[0].axes) > 1:
         (other,) = (s for s in src if isinstance(s, Expr))
         axes = tuple(a for a in node.axes if a != T_AXIS)
-        return Moving(axes, tuple(t.scaled(other) for t in moving[0].terms))
+        return PerTokenWeights(axes, tuple(t.scaled(other) for t in moving[0].terms))
     if node.op in ("add", "sub") and any(len(m.axes) > 1 for m in moving):
-        x, y = (s.terms if isinstance(s, Moving) else (Term(1, (s,)),) for s in src)
+        x, y = (s.terms if isinstance(s, PerTokenWeights) else (Term(1, (s,)),) for s in src)
         sign = 1 if node.op == "add" else -1
         axes = tuple(a for a in node.axes if a != T_AXIS)
-        return Moving(axes, (*x, *(replace(t, sign=sign * t.sign) for t in y)))
+        return PerTokenWeights(axes, (*x, *(replace(t, sign=sign * t.sign) for t in y)))
     if any(len(m.axes) > 1 and m.of_tokens for m in moving):
         raise NoExactForm(
             f"`{node.op}` uses a matrix of fast weights nonlinearly, and every token reads weights of its own: they "
@@ -202,10 +202,10 @@ def _on_moving(node: Expr, src: tuple[Moving | Expr, ...], sizes: Mapping[str, i
             'Set read = "start" or "end", or mini_batch = 1, or write the learner as products of vectors and weights.',
             node,
         )
-    return rebuild(node, tuple(still(s, sizes) for s in src))
+    return rebuild(node, tuple(materialize(s, sizes) for s in src))
 
 
-def still(e: Moving | Expr, sizes: Mapping[str, int]) -> Expr:
+def materialize(e: PerTokenWeights | Expr, sizes: Mapping[str, int]) -> Expr:
     """The weights of every token multiplied out: cheap for a vector, exact for anything."""
     return e if isinstance(e, Expr) else summed(e.terms, e.axes, sizes)
 

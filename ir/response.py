@@ -19,7 +19,7 @@ R_AXIS = b.between(T_AXIS, S_AXIS)
 
 
 @dataclass(frozen=True)
-class Part:
+class InitialTerm:
     """sign * coefficient[t] * the product of `held`, values from before the chunk; a coefficient of None is 1.
 
     `before` is the coefficient that the token before the chunk would have.
@@ -32,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Transfer:
     """sign * row[t] * matrix[t, s] * column[s]; a row or column of None is 1.
 
     `kind` says what the matrix is: "diagonal" (the identity: a token is its own source), "ones" (the triangle of ones),
@@ -57,8 +57,8 @@ class Kernel:
 class Response:
     """A value along the tokens of a chunk, in terms of what it found and of the gradients."""
 
-    parts: tuple[Part, ...] = ()
-    kernels: tuple[Kernel, ...] = ()
+    parts: tuple[InitialTerm, ...] = ()
+    kernels: tuple[Transfer, ...] = ()
 
     def negated(self) -> Response:
         parts = tuple(replace(p, sign=-p.sign) for p in self.parts)
@@ -72,7 +72,7 @@ class Response:
         kernels = [
             replace(k, kind="strict")
             if k.kind == "ones" and k.row is None
-            else Kernel(k.sign, None, b.shift(k.whole(), T_AXIS), k.column)
+            else Transfer(k.sign, None, b.shift(k.whole(), T_AXIS), k.column)
             for k in self.kernels
         ]
         return Response(parts, tuple(kernels))
@@ -87,16 +87,16 @@ class Response:
         kernels = []
         for k in self.kernels:
             matrix = end(k.matrix) if k.kind == "full" else None
-            kernels.append(Kernel(k.sign, end(k.row), None, _times(matrix, k.column), "last"))
+            kernels.append(Transfer(k.sign, end(k.row), None, _times(matrix, k.column), "last"))
         return Response(parts, tuple(kernels))
 
 
-GRADIENT = Response(kernels=(Kernel(1, None, None, None, "diagonal"),))
+GRADIENT = Response(kernels=(Transfer(1, None, None, None, "diagonal"),))
 
 
 def held(*factors: Expr) -> Response:
     """A value from before the chunk, the same for all its tokens."""
-    return Response(parts=(Part(1, factors, None, 1.0),))
+    return Response(parts=(InitialTerm(1, factors, None, 1.0),))
 
 
 class ChunkAlgebra:
@@ -132,7 +132,7 @@ class ChunkAlgebra:
         product = None if decay is None else b.cumprod(over_tokens(decay), T_AXIS)
         factors = (start,) if scale is None else (scale, start)
         end = None if product is None else b.last(product, T_AXIS)
-        return _times(scale, end), Response(parts=(Part(1, factors, product, 1.0),))
+        return _times(scale, end), Response(parts=(InitialTerm(1, factors, product, 1.0),))
 
 
 def over_tokens(rate: Expr) -> Expr:
@@ -145,16 +145,16 @@ def triangle(strict: bool = False) -> Expr:
     return b.mask(b.broadcast(const(1), (T_AXIS, S_AXIS)), T_AXIS, S_AXIS, strict=strict)
 
 
-def _propagated(k: Kernel, decay: Expr | None) -> Kernel:
+def _propagated(k: Transfer, decay: Expr | None) -> Transfer:
     """The kernel of x_t = decay_t * x_{t-1} + y_t from that of y."""
     if k.kind == "diagonal":
         matrix = None if decay is None else b.segprod(over_tokens(decay), T_AXIS, S_AXIS)
         return replace(k, matrix=matrix, kind="ones" if decay is None else "full")
     inner = b.rename(k.whole(), {T_AXIS: R_AXIS})
-    return Kernel(k.sign, None, b.contract((_sweep(decay), inner), (R_AXIS,)), k.column)
+    return Transfer(k.sign, None, b.contract((_sweep(decay), inner), (R_AXIS,)), k.column)
 
 
-def _swept(p: Part, decay: Expr | None) -> Part:
+def _swept(p: InitialTerm, decay: Expr | None) -> InitialTerm:
     """The part of x_t = decay_t * x_{t-1} + y_t that comes from a part of y: y is known, x was 0."""
     if p.coefficient is None:
         total = b.total(_sweep(decay), (R_AXIS,))
@@ -169,14 +169,14 @@ def _sweep(decay: Expr | None) -> Expr:
     return b.segprod(over_tokens(decay), T_AXIS, R_AXIS)
 
 
-def _before(p: Part) -> Expr:
+def _before(p: InitialTerm) -> Expr:
     whole = const(1) if p.coefficient is None else p.coefficient
     return b.shift(over_tokens(whole), T_AXIS, p.before)
 
 
-def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
+def _merged(parts: Sequence[InitialTerm]) -> tuple[InitialTerm, ...]:
     """Parts of the same value as one."""
-    found: dict[tuple[Expr, ...], Part] = {}
+    found: dict[tuple[Expr, ...], InitialTerm] = {}
     for p in parts:
         known = found.get(p.held)
         if known is None:
@@ -185,7 +185,7 @@ def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
         one, other = (
             b.mul(const(x.sign), x.coefficient if x.coefficient is not None else const(1)) for x in (known, p)
         )
-        found[p.held] = Part(1, p.held, b.add(one, other), known.sign * known.before + p.sign * p.before)
+        found[p.held] = InitialTerm(1, p.held, b.add(one, other), known.sign * known.before + p.sign * p.before)
     return tuple(found.values())
 
 
@@ -216,7 +216,7 @@ def coefficients(response: Response) -> list[tuple[int, tuple[Expr, ...]]]:
     return result
 
 
-def _matrix(k: Kernel) -> Expr:
+def _matrix(k: Transfer) -> Expr:
     """A = row * matrix * column; a triangle of ones is the mask of row * column."""
     if k.kind == "full":
         product = _times(k.whole(), k.column)

@@ -18,8 +18,8 @@ from tttc.ir import build as b
 from tttc.ir.expr import Axis, Expr, Leaf, const, leaf, leaves, substitute
 from tttc.ir.names import own, prefixed, suffixed
 from tttc.ir.program import S_AXIS, T_AXIS, Assign
-from tttc.ir.reading import Moving, Term, over_chunk, read_through
-from tttc.ir.response import Kernel, Response, coefficients
+from tttc.ir.reading import PerTokenWeights, Term, read_through, vectorize_over_tokens
+from tttc.ir.response import Response, Transfer, coefficients
 
 PAST = Axis(own("n"), own("n"))  # the tokens of the chunk, seen from one of them
 NOW = leaf(own("now"), "token", (T_AXIS, PAST), "c")  # a one where the token itself stands
@@ -69,7 +69,7 @@ def substitution(
     factors = distinct_factors(gradients)
     past = {f: leaf(prefixed("past", own(str(i))), "sum", (PAST, *f.axes)) for i, f in enumerate(factors)}
     made: list[Assign] = []
-    weights: dict[str, Moving | Expr] = {}
+    weights: dict[str, PerTokenWeights | Expr] = {}
 
     def coefficient(value: Expr, name: str) -> Expr:
         """A coefficient computed for all tokens, as each of them reads it: its own row, if it has one of its own."""
@@ -90,12 +90,12 @@ def substitution(
             A = coefficient(whole, suffixed(prefixed("A", n), str(i)))
             kernel = Term(k.sign, (A,), (PAST,))
             terms += [kernel.times(t.mapped(past.__getitem__)) for t in gradients[n]]
-        weights[n] = Moving(w.axes, tuple(terms))
+        weights[n] = PerTokenWeights(w.axes, tuple(terms))
     at_once = {e: Expr("leaf", (), (Leaf(e.name, e.role), e.axes)) for e in leaves(a.value for a in made)}
     made = [Assign(a.target, *substitute([a.value], at_once)) for a in made]
     rows, grown = [], []
     for i, f in enumerate(factors):
-        (over,) = over_chunk([f], T_AXIS, {})
+        (over,) = vectorize_over_tokens([f], T_AXIS, {})
         reads = any(e.name in weights for e in leaves([f]))
         value = b.broadcast(read_through(over, weights, sizes, {}) if reads else over, (T_AXIS, *f.axes))
         rows.append(Assign(row(i, f, T_AXIS), value))
@@ -103,7 +103,7 @@ def substitution(
     return Substitution(tuple(made), tuple(rows), tuple(grown))
 
 
-def _matrix_of(k: Kernel) -> Expr:
+def _matrix_of(k: Transfer) -> Expr:
     """A kernel as one matrix over (t, s), a stack of them where a rate has channels."""
     ((_, factors),) = coefficients(Response(kernels=(k,)))
     whole = factors[0]

@@ -18,7 +18,7 @@ import torch
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result
 from tttc.backends.memory import dense_from
-from tttc.backends.tvm_common.loops import grouped
+from tttc.backends.tvm_common.loops import fuse_loops
 from tttc.backends.tvm_common.statements import TOKENS, gathered, statements
 from tttc.ir import build as b
 from tttc.ir.adjoint import backward_block
@@ -189,7 +189,7 @@ def assert_statements_are(assigns: Sequence[Assign], program: Program, sizes: di
     draw = np.random.default_rng(0)
     given = {e.name: draw.uniform(0.2, 0.9, [sizes[a.size] for a in e.axes]) for e in leaves(values(assigns))}
     stored = dict(given)
-    made = [s for group in grouped(statements(assigns, program)) for s in group.statements]
+    made = [s for group in fuse_loops(statements(assigns, program)) for s in group.statements]
     assert len({s.name for s in made}) == len(made)
     for s in made:
         assert s.kind == "turn" or not gathered(s.value, s.lane), str(s)

@@ -14,7 +14,7 @@ from tests.test_readme import code_blocks
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LONGEST = 80  # lines
-WALKS = ("Add an operation", "Add an update rule", "Add a backend")
+RECURRENCES = ("Add an operation", "Add an update rule", "Add a backend")
 
 
 def edits_and_uses() -> tuple[list[tuple[str, str]], list[str]]:
@@ -31,8 +31,8 @@ def edits_and_uses() -> tuple[list[tuple[str, str]], list[str]]:
 
 def test_it_is_short_and_has_three_walks() -> None:
     assert len(TEXT.splitlines()) <= LONGEST
-    assert re.findall(r"^## (Add .*)$", TEXT, re.MULTILINE) == list(WALKS)
-    for walk in WALKS:
+    assert re.findall(r"^## (Add .*)$", TEXT, re.MULTILINE) == list(RECURRENCES)
+    for walk in RECURRENCES:
         assert re.search(
             r"^assert tttc\.verify\(.*\)\.ok$", TEXT.split(f"## {walk}")[1].split("\n## ")[0], re.MULTILINE
         )

@@ -29,7 +29,7 @@ from tttc.backends.tvm_cuda.device import gpu
 from tttc.backends.tvm_cuda.kernel_text import CudaSource
 from tttc.backends.tvm_cuda.load import resources, unavailable
 from tttc.backends.tvm_cuda.scan import CudaScan
-from tttc.backends.tvm_cuda.smem import Variable, laid_out
+from tttc.backends.tvm_cuda.smem import Variable, allocate
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.library import GatedDeltaNet, LinearAttention, TTTLinear
 from tttc.reference import reference
@@ -63,7 +63,7 @@ def emulated(variant, dims, device, launch, dtype=torch.float32, **settings):
     layer = tttc.compile(variant, dims, dtype, **settings)
     program = layer.stages.program
     layer._scans = {scan.name: CudaScan(scan, program, device, launch) for scan in program.scans}
-    layer.halves = all(s.halves for s in layer._scans.values())
+    layer.accepts_16bit = all(s.accepts_16bit for s in layer._scans.values())
     return layer
 
 
@@ -284,7 +284,7 @@ def test_memory_is_shared_only_by_what_is_never_alive_together():
             begin = generator.randrange(20)
             size = (generator.randrange(1, 4000),)
             made.append(Variable(f"x{i}", size, "float32", begin, begin + generator.randrange(6)))
-        layout = laid_out(made, 20_000)
+        layout = allocate(made, 20_000)
         assert layout.size <= 20_000
         assert len(layout.offsets) + len(layout.outside) == len(made)
         inside = list(layout.inside.values())
@@ -407,7 +407,7 @@ def test_on_a_gpu_the_kernels_are_those_for_it(monkeypatch):
     layer = tttc.compile(TTTLinear, {"D": 4}, torch.bfloat16, "cuda", "tvm")
     assert all(isinstance(s, CudaScan) for s in layer._scans.values())
     assert {s.device for s in layer._scans.values()} == {gpu("bfloat16", Target("sm_90"))}
-    assert layer.halves
+    assert layer.accepts_16bit
     with pytest.raises(ShapeError, match="config has tile_rows=4; backend 'tvm' has no settings"):
         tttc.compile(TTTLinear, {"D": 4}, device="cuda", backend="tvm", config={"tile_rows": 4})
 

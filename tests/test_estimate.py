@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tttc
-from tttc.backends.cost_model import CONTRACTION, LOAD, SOLVE_STEP, EstimatedKernel, Made, Turn, estimate
+from tttc.backends.cost_model import CONTRACTION, LOAD, SOLVE_STEP, EstimatedKernel, IterationCost, KernelInfo, estimate
 from tttc.backends.target import GPUS, Resources, architecture, architecture_of
 from tttc.backends.triton.cost_model import turn_of
 from tttc.backends.triton.kernel_spec import form_of
@@ -79,11 +79,11 @@ def test_as_many_programs_are_resident_as_there_is_room_for(target, registers, s
 
 # -- estimates ---------------------------------------------------------------------------------------------------------
 
-TURN = Turn(matrix=2e6, elementwise=3e4, moved=3e4, chain=2)
+TURN = IterationCost(matrix=2e6, elementwise=3e4, moved=3e4, chain=2)
 
 
 def kernel(registers=128, spilled=0, shared=16384, warps=4, turns=128.0, turn=TURN, ahead=False):
-    return EstimatedKernel(turn, turns, Made(Resources("k", "sm_90", registers, spilled, shared), ahead), warps)
+    return EstimatedKernel(turn, turns, KernelInfo(Resources("k", "sm_90", registers, spilled, shared), ahead), warps)
 
 
 def seconds(programs=132, gpu=H100, dtype=BF16, **settings):

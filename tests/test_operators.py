@@ -94,7 +94,7 @@ def test_every_operator_is_what_it_says(backend, variant, dtype):
     for scan in layer.stages.program.scans:
         if scan.name not in given:
             continue
-        made = operator(scan.name, layer._scans[scan.name].opaque, len(scan.results))
+        made = operator(scan.name, layer._scans[scan.name].custom_op, len(scan.results))
         inputs = [
             x.detach().clone().as_strided(x.shape, x.stride()) if x.is_contiguous() else x for x in given[scan.name]
         ]

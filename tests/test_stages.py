@@ -17,7 +17,7 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, MINI_BATCHES, READS, VARIANTS, compiled, dims_of, inputs_for, oracle_result
-from tttc.backends.garbage import uncollected
+from tttc.backends.garbage import gc_paused
 from tttc.compiler.stage_check import random_arguments
 from tttc.errors import PassChangedMeaning
 from tttc.ir import build as b
@@ -477,10 +477,10 @@ def test_garbage_collection_is_as_it_was_before(enabled):
     before = gc.isenabled()
     (gc.enable if enabled else gc.disable)()
     try:
-        with uncollected(), uncollected():
+        with gc_paused(), gc_paused():
             assert not gc.isenabled()
         assert gc.isenabled() == enabled
-        with pytest.raises(KeyError), uncollected():
+        with pytest.raises(KeyError), gc_paused():
             raise KeyError
         assert gc.isenabled() == enabled
     finally:

@@ -19,10 +19,10 @@ from tests.test_tune import run
 from tests.test_tuning import KEY, dualized, entry
 from tttc.backends import nvidia
 from tttc.backends import triton as triton_backend
-from tttc.backends.cost_model import Made, NotCompiled
+from tttc.backends.cost_model import KernelInfo, NotCompiled
 from tttc.backends.target import GPUS, Resources
 from tttc.backends.triton.aot import order_of
-from tttc.backends.triton.compile_process import Compilers, Crashed
+from tttc.backends.triton.compile_process import CompileProcesses, Crashed
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.kernel_spec import form_of
 from tttc.backends.triton.load import Module
@@ -169,7 +169,7 @@ def order(text=None):
     ],
 )
 def test_a_compiler_that_crashes_or_hangs_is_a_reason(text, seconds, said):
-    compilers = Compilers()
+    compilers = CompileProcesses()
     with pytest.raises(NotCompiled, match=said):
         compilers.compiled(order(text), seconds)
     assert not compilers.running
@@ -178,14 +178,14 @@ def test_a_compiler_that_crashes_or_hangs_is_a_reason(text, seconds, said):
 @needs_triton
 def test_a_crash_is_told_from_an_error():
     with pytest.raises(Crashed, match="ended with -6"):
-        Compilers().answer(order("import os; os.abort()"))
+        CompileProcesses().answer(order("import os; os.abort()"))
     with pytest.raises(NotCompiled) as raised:
-        Compilers().answer(order("raise RuntimeError('no such layout')"))
+        CompileProcesses().answer(order("raise RuntimeError('no such layout')"))
     assert raised.type is NotCompiled
 
 
 def test_after_the_end_nothing_begins():
-    compilers = Compilers()
+    compilers = CompileProcesses()
     compilers.end()
     with pytest.raises(NotCompiled, match="interrupted"):
         compilers.compiled(order("pass"), 60.0)
@@ -195,7 +195,7 @@ def test_after_the_end_nothing_begins():
 @pytest.mark.parametrize("target", GPUS)
 def test_a_real_kernel_compiles_where_triton_interprets(monkeypatch, target):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = Compilers().compiled({**order(), "target": target}, 300.0).resources
+    found = CompileProcesses().compiled({**order(), "target": target}, 300.0).resources
     assert (found.kernel, found.target) == ("linear_attention", target)
     assert 16 <= found.registers <= 512
     assert found.shared > 0
@@ -239,9 +239,9 @@ def fixed(monkeypatch, refused=False):
         if refused:
             raise NotCompiled("no such layout")
         spilled = {8: 0, 2: 8000}.get(order["options"]["num_warps"], 800)
-        return Made(Resources(order["kernel"], order["target"], 128, spilled, 1024), False)
+        return KernelInfo(Resources(order["kernel"], order["target"], 128, spilled, 1024), False)
 
-    monkeypatch.setattr(Compilers, "compiled", compiled)
+    monkeypatch.setattr(CompileProcesses, "compiled", compiled)
     monkeypatch.setattr("tttc.tuning.static.refuse_to_compile", lambda unit, target, program: None)
 
 

@@ -30,7 +30,7 @@ from tttc.ir.names import prefixed
 from tttc.ir.program import Assign, ScanKind
 from tttc.ir.response import Response
 from tttc.library import GatedThreeLayer, LinearAttention, TTTLinear
-from tttc.runtime.arguments import Call
+from tttc.runtime.arguments import BoundCall
 from tttc.runtime.state import State
 from tttc.verification.comparison import Row, verify
 
@@ -172,13 +172,13 @@ def test_a_tail_that_is_dropped(monkeypatch):
 class Dropped:
     """A scan of the open mini-batch that leaves what it carries as it was."""
 
-    halves = False
+    accepts_16bit = False
 
     def __init__(self, scan):
         self.scan = scan
 
-    def expect_backward(self, inputs):
-        self.scan.expect_backward(inputs)
+    def prewarm_backward(self, inputs):
+        self.scan.prewarm_backward(inputs)
 
     def forward(self, inputs, checkpoint):
         (z, *carry), saved = self.scan.forward(inputs, checkpoint)
@@ -341,13 +341,13 @@ def test_tau_of_the_wrong_token(monkeypatch):
 
 def test_tau_of_the_wrong_token_where_a_mini_batch_ends_early(monkeypatch):
     """The same where the sequence ends: only the weights that it hands on are wrong."""
-    right = Call.value
+    right = BoundCall.value
 
     def early(self, p, values, now, stop):
         before = is_tau(p) and not p.at
         return right(self, p, values, now - before, stop - before)
 
-    monkeypatch.setattr(Call, "value", early)
+    monkeypatch.setattr(BoundCall, "value", early)
     wrong = wrong_rows(verified())
     assert {"state W", "state b", "grad tau"} <= wrong
     assert "z" not in wrong

@@ -9,8 +9,8 @@ import pytest
 import tttc
 from tests.helpers import LIBRARY, dims_of
 from tttc.backends import triton
-from tttc.backends.triton.kernel_spec import Form
-from tttc.backends.triton.line_schedule import shortened
+from tttc.backends.triton.kernel_spec import KernelSpec
+from tttc.backends.triton.line_schedule import list_schedule
 from tttc.compiler.driver import untuned
 from tttc.ir.adjoint import backward_block
 from tttc.ir.names import spelled
@@ -31,8 +31,8 @@ def both_orders(variant, backward):
         return Namer({spelled(p.name) for p in (*scan.results, *scan.params)}, program.names)
 
     lines = steps(Block(assigns), namer())
-    form = Form(scan, program)
-    return lines, shortened(lines, lambda e: prod(map(form.block, e.axes)), names, namer()), names, form
+    form = KernelSpec(scan, program)
+    return lines, list_schedule(lines, lambda e: prod(map(form.block, e.axes)), names, namer()), names, form
 
 
 def mentioned(line, values):

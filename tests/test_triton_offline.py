@@ -19,9 +19,9 @@ from tests.helpers import LIBRARY
 from tttc.backends import nvidia
 from tttc.backends.cost_model import NotCompiled
 from tttc.backends.triton import compile_worker as worker
-from tttc.backends.triton import llvm_flags as frugal
+from tttc.backends.triton import llvm_flags as llvm_flags
 from tttc.backends.triton.aot import compiled
-from tttc.backends.triton.compile_process import SWITCHES, VARIABLE, Compilers, Crashed, switches
+from tttc.backends.triton.compile_process import SWITCHES, VARIABLE, CompileProcesses, Crashed, switches
 from tttc.backends.triton.emit import emit
 from tttc.backends.triton.kernel_spec import form_of
 from tttc.backends.triton.llvm_flags import order_of_source
@@ -155,20 +155,20 @@ def test_where_no_other_process_compiles_triton_does_as_always(
 ) -> None:
     import triton
 
-    monkeypatch.setattr(frugal, "_kept", lambda *asked: False)
+    monkeypatch.setattr(llvm_flags, "_kept", lambda *asked: False)
     monkeypatch.setattr(triton, "compile", lambda source, **named: (source, named))
     answers: list[Exception | None] = [None, failure, Crashed("the compiler ended with -11")]
 
-    def answer(self: Compilers, order: object) -> None:
+    def answer(self: CompileProcesses, order: object) -> None:
         if (now := answers.pop(0)) is not None:
             raise now
 
-    monkeypatch.setattr(Compilers, "answer", answer)
+    monkeypatch.setattr(CompileProcesses, "answer", answer)
     asked = {"target": "sm_90"}, "source", "a target", {"num_warps": 4}
-    assert frugal.compiled(*asked)[1]["_env_vars"][VARIABLE] == SWITCHES
-    assert frugal.compiled(*asked) == ("source", {"target": "a target", "options": {"num_warps": 4}})
+    assert llvm_flags.compiled(*asked)[1]["_env_vars"][VARIABLE] == SWITCHES
+    assert llvm_flags.compiled(*asked) == ("source", {"target": "a target", "options": {"num_warps": 4}})
     with pytest.raises(Crashed, match="ended with -11"):
-        frugal.compiled(*asked)
+        llvm_flags.compiled(*asked)
 
 
 def test_the_users_own_switches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_a_compiler_that_fails_is_an_error_of_one_kernel(monkeypatch: pytest.Mon
         raise RuntimeError("PassManager::run failed\nmodule {\n")
 
     monkeypatch.setattr(worker, "asked", lambda order, function: (None, None))
-    monkeypatch.setattr(frugal, "compiled", fails)
+    monkeypatch.setattr(llvm_flags, "compiled", fails)
     with pytest.raises(nvidia.ToolkitMissing) as raised:
         compiled(Module(emit(program), program.name), form_of(scan, program), False, torch.bfloat16, "sm_100", Config())
     assert str(raised.value).startswith(f"Triton could not compile {scan.name} for sm_100: PassManager::run failed\n")

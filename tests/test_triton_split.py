@@ -11,7 +11,7 @@ import torch
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
 from tttc.backends.triton.emit import module_text
-from tttc.backends.triton.kernel_spec import form_of, halves_of
+from tttc.backends.triton.kernel_spec import form_of, split_state_output
 from tttc.ir.names import worded
 from tttc.ir.program import SEQUENCE
 from tttc.ir.split import split
@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def many_multiprocessors(monkeypatch):
     load = import_module("tttc.backends.triton.load")
-    monkeypatch.setattr(load, "SHORT", 1)
+    monkeypatch.setattr(load, "MIN_TOKENS_TO_TILE", 1)
     monkeypatch.setattr(load, "multiprocessors", lambda device: 100)
 
 
@@ -94,7 +94,7 @@ def test_one_chunk_and_free_axes_are_not_split(launched):
 def test_what_the_chunks_wait_for(golden):
     """Both kernels, as they are written."""
     program = compiled(TTTLinear, {"D": 64}).stages.program
-    forms = halves_of(form_of(program.scans[0], program))
+    forms = split_state_output(form_of(program.scans[0], program))
     assert forms is not None
     states, outputs = forms
     assert [p.name for p in outputs.scan.sequence] == [p.name for p in program.scans[0].sequence]

@@ -36,7 +36,7 @@ WIDE = 64  # two strips of 32, or four of 16
 def multiprocessors(monkeypatch):
     """Sets how many a device has; and calls are not too short."""
     load = import_module("tttc.backends.triton.load")
-    monkeypatch.setattr(load, "SHORT", 1)
+    monkeypatch.setattr(load, "MIN_TOKENS_TO_TILE", 1)
 
     def use(count):
         monkeypatch.setattr(load, "multiprocessors", lambda device: count)
@@ -249,7 +249,7 @@ def test_the_widest_strip_that_fits_is_taken(D, width):
     ],
 )
 def test_what_is_not_cut(multiprocessors, monkeypatch, variant, D, count, tokens, why):
-    monkeypatch.setattr(import_module("tttc.backends.triton.load"), "SHORT", 16)
+    monkeypatch.setattr(import_module("tttc.backends.triton.load"), "MIN_TOKENS_TO_TILE", 16)
     multiprocessors(count)
     layer = compiled(variant, {"D": D})
     inputs = short(layer, tokens)

@@ -26,7 +26,7 @@ from tttc.tuning.accuracy import Accuracy
 from tttc.tuning.chunks import chunk_choices
 from tttc.tuning.descent import descend
 from tttc.tuning.records import Choice, Key
-from tttc.tuning.search import Wrong
+from tttc.tuning.search import IncorrectResult
 
 SMALL = {"batch": 1, "tokens": 48, "heads": 1, "progress": False}
 
@@ -132,7 +132,7 @@ def test_what_needs_no_compilation_is_still_tried_when_little_time_is_left():
 def test_a_wrong_candidate_is_never_called_and_said():
     def check(candidate):
         if candidate["a"] == 2:
-            raise Wrong("grad k 3.1e-02, more than 1e-05")
+            raise IncorrectResult("grad k 3.1e-02, more than 1e-05")
         if candidate["a"] == 3:
             raise RuntimeError("LLVM ERROR:\n  out of registers")
 
@@ -149,7 +149,7 @@ def test_a_wrong_candidate_is_never_called_and_said():
 def test_a_default_that_is_wrong_is_replaced():
     def check(candidate):
         if candidate["a"] < wrong:
-            raise Wrong("z")
+            raise IncorrectResult("z")
 
     wrong = 2
     found = Fake(lambda c: 0.1, prepare=check).search({"a": (1, 2, 3)})
@@ -284,13 +284,13 @@ def registered(monkeypatch, backend):
 class Faulty:
     """A scan whose forward or backward is off by a thousandth, or fails."""
 
-    halves = False
+    accepts_16bit = False
 
     def __init__(self, scan, fault):
-        self.scan, self.fault, self.recorded = scan, fault, scan
+        self.scan, self.fault, self.differentiable = scan, fault, scan
 
-    def expect_backward(self, inputs):
-        self.scan.expect_backward(inputs)
+    def prewarm_backward(self, inputs):
+        self.scan.prewarm_backward(inputs)
 
     def forward(self, inputs, checkpoint):
         if self.fault == "raises":
@@ -324,7 +324,7 @@ def test_where_torch_itself_rounds_more_a_candidate_may_be_twice_as_far_off(monk
     def said(layer):
         try:
             Accuracy(None, torch.float32, 1, lambda: "torch", forward_only=False).check(layer)
-        except Wrong as wrong:
+        except IncorrectResult as wrong:
             return str(wrong)
 
     assert [said(layer) for layer in ("good", "torch", "close")] == [None, None, None]

@@ -46,7 +46,7 @@ def built(load, monkeypatch):
 @pytest.mark.parametrize("vectors", [1, 2, 3, 4, 8, 11, 32])
 def test_a_tile_and_what_it_multiplies_fit_the_registers(registers, rows, vectors):
     machine = importlib.import_module("tttc.backends.tvm_cpu.machine").Machine("float32", 8, registers)
-    high, wide = machine.tile(rows, vectors)
+    high, wide = machine.micro_kernel(rows, vectors)
     assert 1 <= high <= (rows or 8)
     assert 1 <= wide <= vectors
     assert high * wide + wide + 1 <= registers
@@ -55,7 +55,7 @@ def test_a_tile_and_what_it_multiplies_fit_the_registers(registers, rows, vector
 @pytest.mark.parametrize(("registers", "rows", "vectors", "tile"), [(16, 16, 8, (4, 2)), (32, 64, 4, (4, 4))])
 def test_a_tile_divides_its_rows_and_keeps_the_multipliers_busy(registers, rows, vectors, tile):
     machine = importlib.import_module("tttc.backends.tvm_cpu.machine").Machine("float32", 8, registers)
-    assert machine.tile(rows, vectors) == tile
+    assert machine.micro_kernel(rows, vectors) == tile
 
 
 # -- when, and how often -----------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ def small_calls_too(monkeypatch, tmp_path_factory):
     """Kernels of earlier runs are none of these tests' business, what pays neither; and sums are taken in parts."""
     monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     strips = importlib.import_module("tttc.backends.tvm_cpu.tiled")
-    monkeypatch.setattr(strips, "LITTLE", 1)
-    monkeypatch.setattr(strips, "FEWEST", 2)
+    monkeypatch.setattr(strips, "MIN_WORK_TO_WAKE", 1)
+    monkeypatch.setattr(strips, "MIN_THREADS_PER_HEAD", 2)
     monkeypatch.setattr(strips, "SERIAL", 1000)
 
 
@@ -186,7 +186,9 @@ def test_second_derivatives_are_those_of_the_torch_backend(threads):
     ],
 )
 def test_what_is_not_cut(threads, monkeypatch, variant, vectors, count, tokens, why):
-    monkeypatch.setattr(importlib.import_module("tttc.backends.tvm_cpu.tiled"), "LITTLE", 64 * (8 * LANES) ** 2)
+    monkeypatch.setattr(
+        importlib.import_module("tttc.backends.tvm_cpu.tiled"), "MIN_WORK_TO_WAKE", 64 * (8 * LANES) ** 2
+    )
     threads(count)
     layer = compiled(variant, int(vectors * LANES))
     inputs = inputs_for(layer, tokens)

@@ -18,7 +18,7 @@ from tttc.declare.read import signature
 from tttc.errors import BackendRefusal
 from tttc.library import LinearAttention, Titans, TTTLinear
 from tttc.tuning.accuracy import Accuracy
-from tttc.tuning.search import Wrong
+from tttc.tuning.search import IncorrectResult
 from tttc.verification.comparison import Row, Verification, random_inputs, verify
 
 module = import_module("tttc.verification.comparison")  # the attribute `tttc.verify` is the function
@@ -260,5 +260,5 @@ def test_a_chaotic_learner_is_not_wrong():
 
 @pytest.mark.parametrize(("variant", "fault"), [(Tanh, 1e-4), (Chaotic, 0.3)])
 def test_what_is_wrong_stays_wrong(variant, fault):
-    with pytest.raises(Wrong, match="z "):
+    with pytest.raises(IncorrectResult, match="z "):
         checked(variant, fault)

@@ -14,8 +14,8 @@ from tttc.backends import generated
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.memory import autocast
 from tttc.backends.scan import BaseScan, Tensors
+from tttc.backends.torch.custom_op import CopiedScan
 from tttc.backends.torch.emit import emit
-from tttc.backends.torch.opaque import CopiedScan
 from tttc.ir.names import function
 from tttc.ir.program import AdjointProgram, Scan
 
@@ -60,11 +60,11 @@ class TorchScan(BaseScan):
         self.module, self.called, self.compiled = module, called, compiled
 
     @cached_property
-    def opaque(self) -> CopiedScan:
+    def custom_op(self) -> CopiedScan:
         return CopiedScan(self)
 
     @cached_property
-    def recorded(self) -> TorchScan:
+    def differentiable(self) -> TorchScan:
         return load(emit(self.program), self.program)[self.scan.name] if self.compiled else self
 
     def forward(

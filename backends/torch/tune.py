@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
-from tttc.backends.interface import Preferred, Settings
+from tttc.backends.interface import ChunkHint, Settings
 from tttc.ir.program import ScanProgram
 
 
@@ -15,7 +15,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {}
 
 
-def chunk(program: ScanProgram) -> Preferred | None:
+def chunk(program: ScanProgram) -> ChunkHint | None:
     """The one that costs the least."""
     return None
 

@@ -11,9 +11,9 @@ from tttc.backends import nvidia
 from tttc.backends.interface import Built
 from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
-from tttc.backends.triton import llvm_flags as frugal
+from tttc.backends.triton import llvm_flags as llvm_flags
 from tttc.backends.triton.emit import emit, refusals
-from tttc.backends.triton.kernel_spec import Form, Holds, form_of, unfused
+from tttc.backends.triton.kernel_spec import Holds, KernelSpec, form_of, unfused
 from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.resources import resources
@@ -52,12 +52,12 @@ def build(
             yield Built(resources(made, target), files | binaries)
 
 
-def compiled(module: Module, form: Form, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
+def compiled(module: Module, form: KernelSpec, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
     """A kernel compiled for a target: what Triton makes of it."""
     order = order_of(module, form, backward, dtype, target, config)
     try:
         source, place = worker.asked(order, module.kernel(form.scan, backward))
-        return frugal.compiled(order, source, place, order["options"])
+        return llvm_flags.compiled(order, source, place, order["options"])
     except Exception as error:  # whatever is wrong in a compiler, and there are several one after the other
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise nvidia.ToolkitMissing(
@@ -68,7 +68,7 @@ def compiled(module: Module, form: Form, backward: bool, dtype: torch.dtype, tar
 
 
 def order_of(
-    module: Module, form: Form, backward: bool, dtype: torch.dtype, target: str, config: Config
+    module: Module, form: KernelSpec, backward: bool, dtype: torch.dtype, target: str, config: Config
 ) -> dict[str, Any]:
     """All that has to be known to compile a kernel, as plain data: its source, and what a launch would tell of it."""
     signature: dict[str, str] = {}

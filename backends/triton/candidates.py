@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from tttc.backends.cost_model import EstimatedKernel, NotCompiled, TooLate, Turn
+from tttc.backends.cost_model import CompileTimeout, EstimatedKernel, IterationCost, NotCompiled
 from tttc.backends.interface import CompilePool, Settings
 from tttc.backends.triton.aot import order_of
-from tttc.backends.triton.compile_process import Compilers
+from tttc.backends.triton.compile_process import CompileProcesses
 from tttc.backends.triton.cost_model import turn_of
 from tttc.backends.triton.emit import emit
-from tttc.backends.triton.kernel_spec import Form, form_of, unfused
+from tttc.backends.triton.kernel_spec import KernelSpec, form_of, unfused
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.ir.program import AdjointProgram
@@ -25,10 +25,10 @@ from tttc.ir.program import AdjointProgram
 class Candidate:
     """One kernel of a program, and how often a call runs its loop."""
 
-    form: Form
+    form: KernelSpec
     backward: bool
     turns: int
-    turn: Turn
+    turn: IterationCost
     order: Mapping[str, Any]
     """What has to be known to compile it, with its own settings."""
 
@@ -36,13 +36,13 @@ class Candidate:
         """The settings that are given, otherwise its own."""
         return replace(default_config(self.form, self.backward), **settings)
 
-    def compiled(self, settings: Settings, pool: Compilers, seconds: float) -> EstimatedKernel:
+    def compiled(self, settings: Settings, pool: CompileProcesses, seconds: float) -> EstimatedKernel:
         config, target = self.config(settings), self.order["target"]
         order = {**self.order, "options": bounded(config.options, target)}
         try:
             made = pool.compiled(order, seconds)
-        except TooLate:
-            raise TooLate(f"no time was left to compile {order['kernel']}") from None
+        except CompileTimeout:
+            raise CompileTimeout(f"no time was left to compile {order['kernel']}") from None
         except NotCompiled as error:
             raise NotCompiled(f"failed: {order['kernel']}: {error}") from None
         return EstimatedKernel(self.turn, self.turns, made, config.num_warps, self.form.strips)
@@ -63,7 +63,7 @@ class TunableKernels:
         return tuple(k.config(settings) for k in self.kernels)
 
     def compiled(self, settings: Settings, pool: CompilePool, seconds: float) -> Iterator[EstimatedKernel]:
-        assert isinstance(pool, Compilers)
+        assert isinstance(pool, CompileProcesses)
         began = time.perf_counter()
         for kernel in self.kernels:
             yield kernel.compiled(settings, pool, max(seconds - (time.perf_counter() - began), 0.0))
@@ -90,4 +90,4 @@ def tunable(
 
 def pool() -> CompilePool:
     """Processes that compile."""
-    return Compilers()
+    return CompileProcesses()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tttc.backends import nvidia
-from tttc.backends.cost_model import Made, NotCompiled, TooLate
+from tttc.backends.cost_model import CompileTimeout, KernelInfo, NotCompiled
 from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton.resources import resources_of
@@ -34,14 +34,14 @@ class Crashed(NotCompiled):
 
 
 @dataclass
-class Compilers:
+class CompileProcesses:
     """The processes that are compiling; `end` stops them all, and no other begins."""
 
     running: set[subprocess.Popen[str]] = field(default_factory=set)
     ended: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def compiled(self, order: Mapping[str, Any], seconds: float) -> Made:
+    def compiled(self, order: Mapping[str, Any], seconds: float) -> KernelInfo:
         """A kernel compiled, in at most so many seconds. Raises `NotCompiled`, whatever it was that failed."""
         began = time.perf_counter()
         found = self.answer(order, seconds)
@@ -49,11 +49,11 @@ class Compilers:
         try:
             taken = resources_of(found["texts"], found["name"], found["shared"], order["target"], left)
         except subprocess.TimeoutExpired:
-            raise TooLate(f"not compiled in {seconds:.1f} s") from None
+            raise CompileTimeout(f"not compiled in {seconds:.1f} s") from None
         except nvidia.ToolkitMissing as error:
             raise NotCompiled(_shortened(str(error))) from None
         ptx = found["texts"].get("ptx")
-        return Made(taken, order["options"]["num_stages"] > 1 if ptx is None else COPIES_AHEAD in ptx)
+        return KernelInfo(taken, order["options"]["num_stages"] > 1 if ptx is None else COPIES_AHEAD in ptx)
 
     def end(self) -> None:
         with self.lock:
@@ -70,7 +70,7 @@ class Compilers:
         except subprocess.TimeoutExpired:
             _stopped(process)
             process.communicate()  # which closes its pipes
-            raise TooLate(f"not compiled in {seconds:.1f} s") from None
+            raise CompileTimeout(f"not compiled in {seconds:.1f} s") from None
         except BaseException:  # Ctrl-C does not reach the group of that process
             _stopped(process)
             raise

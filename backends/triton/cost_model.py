@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from tttc.backends.cost_model import Turn
+from tttc.backends.cost_model import IterationCost
 from tttc.backends.triton.aot import stored
-from tttc.backends.triton.kernel_spec import SMALLEST, Form, block_size
+from tttc.backends.triton.kernel_spec import SMALLEST, KernelSpec, block_size
 from tttc.backends.triton.kernel_writer import rounded
 from tttc.ir import cost
 from tttc.ir.adjoint import backward_block
@@ -17,7 +17,7 @@ from tttc.ir.expr import Axis, Expr, leaves, postorder
 from tttc.ir.program import Assign
 
 
-def turn_of(form: Form, backward: bool, dtype: torch.dtype) -> Turn:
+def turn_of(form: KernelSpec, backward: bool, dtype: torch.dtype) -> IterationCost:
     """What a kernel does in one turn. A backward makes the carry before a chunk again, which it writes and
     reads, and then takes the chunk backwards.
     """
@@ -39,7 +39,7 @@ def turn_of(form: Form, backward: bool, dtype: torch.dtype) -> Turn:
         found = [p for p in _touched(assigns) if p.at is not None or not scan.loops]
         moved += sum(stored(p, scan, dtype).itemsize * _number(cost.elements(p.axes), dims, chunk) for p in found)
     matrix, elementwise = (_number(f, blocks, block_size(chunk)) for f in (work.contraction, work.elementwise))
-    return Turn(matrix, elementwise, moved, chain, steps, len(sweeps))
+    return IterationCost(matrix, elementwise, moved, chain, steps, len(sweeps))
 
 
 def _products_of_solve(chunk: int) -> int:
@@ -47,7 +47,7 @@ def _products_of_solve(chunk: int) -> int:
     return 2 * (block_size(chunk) // SMALLEST).bit_length() - 1 if chunk > SMALLEST else 0
 
 
-def _kept(form: Form, dims: Mapping[str, int], dtype: torch.dtype) -> float:
+def _kept(form: KernelSpec, dims: Mapping[str, int], dtype: torch.dtype) -> float:
     """Bytes of the carry that a backward writes before each chunk and reads again."""
     short = rounded(form)
     items = {True: dtype.itemsize, False: torch.float32.itemsize}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.rows import missing_rows
-from tttc.backends.triton.kernel_spec import Form, form_of, unfused
+from tttc.backends.triton.kernel_spec import KernelSpec, form_of, unfused
 from tttc.backends.triton.kernel_writer import KernelWriter, backward, forward
 from tttc.backends.triton.ops import HELPERS, ROWS, formula
 from tttc.ir.formulas import formula_text
@@ -44,7 +44,7 @@ def notes(program: ScanProgram) -> list[str]:
     for scan in program.scans:
         if why := unfused(scan, program):
             found.append(f"{scan.name} as batched operations: {why}")
-        elif why := Form(scan, program).too_large():
+        elif why := KernelSpec(scan, program).too_large():
             found.append(f"{scan.name} in {form_of(scan, program).strips} strips: {why}")
     return found
 
@@ -54,7 +54,7 @@ def emit(program: AdjointProgram, settings: Settings | None = None, place: Place
     return Source(lambda: worded(_program_text(program)), "python")
 
 
-def emit_forms(name: str, forms: Sequence[Form]) -> Source:
+def emit_forms(name: str, forms: Sequence[KernelSpec]) -> Source:
     """The kernels of these forms as one Python file."""
     return Source(lambda: worded(module_text(name, forms)), "python")
 
@@ -67,7 +67,7 @@ def _program_text(program: AdjointProgram) -> str:
     return "\n".join([text, "\n# As batched operations of PyTorch (tttc.backends.torch):", *said, ""]) if said else text
 
 
-def module_text(name: str, forms: Sequence[Form]) -> str:
+def module_text(name: str, forms: Sequence[KernelSpec]) -> str:
     """A file that is not yet whole: the functions that its kernels use, then the kernels."""
     kernels = [text for form in forms for text in _kernels(form)]
     roots = [a.value for f in forms for a in (*forward(f), *(backward(f) if f.scan.differentiated else ()))]
@@ -85,6 +85,6 @@ def _functions() -> dict[str, str]:
     return {text.split("def ")[1].split("(")[0]: text for text in HELPERS.values()}
 
 
-def _kernels(form: Form) -> list[str]:
+def _kernels(form: KernelSpec) -> list[str]:
     texts = [KernelWriter(form, False).forward()]
     return [*texts, KernelWriter(form, True).backward()] if form.scan.differentiated else texts

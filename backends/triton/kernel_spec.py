@@ -84,7 +84,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Form:
+class KernelSpec:
     """A scan as one program of the GPU has it. Of the dim `cut`, whose size stays that of the whole axis, a program has
     `width` entries; without one it has all of a head. With `alone` a program has one chunk, and reads its carry.
     """
@@ -209,26 +209,26 @@ class Form:
         return ""
 
 
-def half_of(scan: Scan, program: ScanProgram) -> Form | None:
+def half_of(scan: Scan, program: ScanProgram) -> KernelSpec | None:
     """The form of a strip that is half of a head, or a power of two near it; None where nothing may be cut."""
     axis = cut_axis(scan, program)
     width = 0 if axis is None else block_size(program.dims[axis.size]) // 2
     if axis is None or width < SMALLEST:
         return None
     program = cut_program(scan, program, axis)
-    return Form(program.scans[0], program, axis.strip, width)
+    return KernelSpec(program.scans[0], program, axis.strip, width)
 
 
-def form_of(scan: Scan, program: ScanProgram) -> Form:
+def form_of(scan: Scan, program: ScanProgram) -> KernelSpec:
     """A whole head where one program can hold it, otherwise the widest strip that fits well, if there is one."""
-    whole = Form(scan, program)
+    whole = KernelSpec(scan, program)
     strip = half_of(scan, program) if whole.too_large() else None
     while strip is not None and strip.too_large():
         strip = replace(strip, width=strip.width // 2) if strip.width > SMALLEST else None
     return whole if strip is None else strip
 
 
-def halves_of(form: Form) -> tuple[Form, Form] | None:
+def split_state_output(form: KernelSpec) -> tuple[KernelSpec, KernelSpec] | None:
     """The carry of a scan, and its outputs with a program for each chunk; None where the chunks that wait would have
     nearly as much to do as before.
     """

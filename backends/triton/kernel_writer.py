@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from tttc.backends.triton.kernel_spec import Form, Holds, Tensor
-from tttc.backends.triton.line_schedule import shortened
+from tttc.backends.triton.kernel_spec import Holds, KernelSpec, Tensor
+from tttc.backends.triton.line_schedule import list_schedule
 from tttc.backends.triton.padding import Padding
 from tttc.backends.triton.printer import TritonPrinter, wide
 from tttc.ir.adjoint import backward_block
@@ -20,18 +20,18 @@ from tttc.ir.text import Namer, Printer, Step, core, is_written_again, steps
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
 
 
-def forward(form: Form) -> list[Assign]:
+def forward(form: KernelSpec) -> list[Assign]:
     """The block of a scan in operations that are no composites."""
     assigns = form.scan.block.assigns
     values = lower_composites([a.value for a in assigns], leaves(a.value for a in assigns))
     return [Assign(a.target, v) for a, v in zip(assigns, values, strict=True)]
 
 
-def backward(form: Form) -> list[Assign]:
+def backward(form: KernelSpec) -> list[Assign]:
     return backward_block(form.adjoint)
 
 
-def rounded(form: Form) -> set[str]:
+def rounded(form: KernelSpec) -> set[str]:
     """The carries that a backward chunk reads as factors of products alone: what is kept of them within a group of
     chunks may have the dtype of these.
     """
@@ -49,7 +49,7 @@ def _d_outputs(scan: Scan) -> list[Expr]:
 class KernelWriter:
     """One kernel, written line by line."""
 
-    form: Form
+    form: KernelSpec
     backwards: bool
     lines: list[str] = field(default_factory=list)
     depth: int = 1
@@ -217,7 +217,7 @@ class KernelWriter:
         first, again = (
             Namer({*self.taken, *(spelled(a.leaf.name) for a in assigns)}, self.program.names) for _ in range(2)
         )
-        return shortened(
+        return list_schedule(
             steps(Block(tuple(assigns)), first), lambda e: prod(map(self.form.block, e.axes)), self.passing, again
         )
 

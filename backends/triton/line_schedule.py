@@ -18,7 +18,9 @@ from tttc.ir.expr import Expr
 from tttc.ir.text import Namer, Step, core
 
 
-def shortened(lines: Sequence[Step], size: Callable[[Expr], int], passing: Collection[str], namer: Namer) -> list[Step]:
+def list_schedule(
+    lines: Sequence[Step], size: Callable[[Expr], int], passing: Collection[str], namer: Namer
+) -> list[Step]:
     """The same lines in another order, the values that have no name of their own named anew in it.
 
     Args:

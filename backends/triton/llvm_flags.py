@@ -1,4 +1,4 @@
-"""Kernels compiled for few registers: with switches of LLVM, set in the process that compiles (apart.py says which).
+"""Kernels compiled for few registers: with switches of LLVM, set in the process that compiles (see compile_process.py).
 
 What it made is found in Triton's own cache, where a launch looks as well: the switches are part of what is asked for.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from tttc.backends.cost_model import NotCompiled
 from tttc.backends.target import nvidia_target
-from tttc.backends.triton.compile_process import Compilers, Crashed, switches
+from tttc.backends.triton.compile_process import CompileProcesses, Crashed, switches
 
 Order = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def compiled(order: Order, source: Any, target: Any, options: Mapping[str, Any])
     asked = get_cache_invalidating_env_vars() | switches(order["target"])
     if not _kept(source, target, options, asked):
         try:
-            Compilers().answer(order)
+            CompileProcesses().answer(order)
         except Crashed:
             raise
         except (NotCompiled, OSError):
@@ -48,7 +48,7 @@ def _kept(source: Any, target: Any, options: Mapping[str, Any], asked: Mapping[s
     return bool(manager.get_group(f"{source.name}.json"))
 
 
-def adopt(function: Any, about: Order) -> None:
+def install_compile_hook(function: Any, about: Order) -> None:
     """Have a function of Triton's compiled so when it is launched. `about`: its file, as in an order."""
     compile_and_keep = getattr(function, "_do_compile", None)
     if compile_and_keep is None:  # a release of Triton that does it in another way

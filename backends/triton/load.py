@@ -19,19 +19,21 @@ from tttc.backends import generated
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
 from tttc.backends.interface import HOST, CompiledScan, NotBuilt, Placement, Settings, Source
-from tttc.backends.memory import laid_out, like, reach
+from tttc.backends.memory import address_span, densify, like
 from tttc.backends.scan import BaseScan, Tensors
 from tttc.backends.target import architecture_of
-from tttc.backends.triton import llvm_flags as frugal
+from tttc.backends.triton import llvm_flags as llvm_flags
 from tttc.backends.triton.emit import emit_forms
-from tttc.backends.triton.kernel_spec import SMALLEST, Form, Holds, form_of, half_of, halves_of, unfused
+from tttc.backends.triton.kernel_spec import SMALLEST, Holds, KernelSpec, form_of, half_of, split_state_output, unfused
 from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
 from tttc.ir.names import function
 from tttc.ir.program import AdjointProgram, Scan
 
-SHORT = 256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
+MIN_TOKENS_TO_TILE = (
+    256  # tokens: fewer are done before the sums over strips have been launched; a guess, no GPU was at hand
+)
 MOST_CHUNKS = (1 << 16) - 1  # programs along the third axis of a grid
 # Triton's interpreter holds bfloat16 as whole numbers, and multiplies these where they are factors of a product.
 INTERPRETED_DOT = """
@@ -93,7 +95,7 @@ class Module:
         """The file as a module. Triton reads its functions from the file, as do profilers and tracebacks."""
         module = generated.module(self._text, self.name, self._file)
         for name, value in vars(module).items():
-            frugal.adopt(value, self.about(name))
+            llvm_flags.install_compile_hook(value, self.about(name))
         return module
 
     @property
@@ -136,7 +138,7 @@ def multiprocessors(device: torch.device) -> int:
 class Kernels:
     """The forward and the backward kernel of one form of a scan."""
 
-    def __init__(self, form: Form, module: Module, settings: Settings) -> None:
+    def __init__(self, form: KernelSpec, module: Module, settings: Settings) -> None:
         self.form, self.module = form, module
         directions = (False, True) if form.scan.differentiated else (False,)
         self._tensors = {d: form.tensors(d) for d in directions}
@@ -170,7 +172,7 @@ class Kernels:
             arguments += [x, *x.stride()[: len(t.strides)]]
         sizes = [heads, *([tokens, every, groups] if self.form.scan.loops else [])]
         operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
-        index = tl.int32 if max(map(reach, given)) < 2**31 else tl.int64
+        index = tl.int32 if max(map(address_span, given)) < 2**31 else tl.int64
         name = kernel_name(self.form.scan, backward)
         try:
             kernel = self.module.kernel(self.form.scan, backward)
@@ -198,7 +200,7 @@ def _write(path: Path, text: str) -> None:
 class TritonScan(BaseScan):
     """One scan, run by its forward and its backward kernel: a program for each head, or for each strip of one."""
 
-    halves = True
+    accepts_16bit = True
 
     def __init__(self, scan: Scan, program: AdjointProgram, module: Module, settings: Settings) -> None:
         super().__init__(scan, program)
@@ -207,7 +209,7 @@ class TritonScan(BaseScan):
         self._narrower: dict[int, Kernels] = {}
 
     @cached_property
-    def recorded(self) -> CompiledScan:
+    def differentiable(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives."""
         return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
 
@@ -219,7 +221,7 @@ class TritonScan(BaseScan):
         return dict.fromkeys([a.target.name for a in self.scan.outputs], self._operand(inputs))
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Tensors]:
-        inputs = laid_out(self.scan.params, inputs)
+        inputs = densify(self.scan.params, inputs)
         groups, dtype = self.groups(inputs, checkpoint), self._operand(inputs)
         outputs, kept = self.results(inputs, checkpoint)
         if halves := self._halves_for(inputs):
@@ -262,12 +264,12 @@ class TritonScan(BaseScan):
         """
         batch, heads = inputs[0].shape[:2]
         few = 2 * batch * heads <= multiprocessors(inputs[0].device) and self._widest is None
-        enough = self.tokens(inputs) >= SHORT and 1 < self.groups(inputs, 1) <= MOST_CHUNKS
+        enough = self.tokens(inputs) >= MIN_TOKENS_TO_TILE and 1 < self.groups(inputs, 1) <= MOST_CHUNKS
         return self._halves if few and enough else None
 
     @cached_property
     def _halves(self) -> tuple[Kernels, Kernels] | None:
-        forms = halves_of(self.kernels.form)
+        forms = split_state_output(self.kernels.form)
         if forms is None:
             return None
         module = Module(emit_forms(self.program.name, forms), self.program.name)
@@ -279,7 +281,7 @@ class TritonScan(BaseScan):
     ) -> tuple[torch.Tensor, ...]:
         scan = self.scan
         carried, every = len(scan.carry), checkpoint or 1
-        inputs, cotangents = laid_out(scan.params, inputs), laid_out(scan.results, cotangents)
+        inputs, cotangents = densify(scan.params, inputs), densify(scan.results, cotangents)
         tokens = self.tokens(inputs)
         results, kernels = self.gradients(inputs), self.kernels_for(inputs)
         if not scan.loops:
@@ -306,7 +308,7 @@ class TritonScan(BaseScan):
         batch, heads = inputs[0].shape[:2]
         most = multiprocessors(inputs[0].device) // max(batch * heads, 1)
         form = self._widest
-        if form is None or most < 2 or self.tokens(inputs) < SHORT:
+        if form is None or most < 2 or self.tokens(inputs) < MIN_TOKENS_TO_TILE:
             return self.kernels
         while form.width > SMALLEST and replace(form, width=form.width // 2).strips <= most:
             form = replace(form, width=form.width // 2)
@@ -318,7 +320,7 @@ class TritonScan(BaseScan):
         return self._narrower[form.width]
 
     @cached_property
-    def _widest(self) -> Form | None:
+    def _widest(self) -> KernelSpec | None:
         """The widest strip that can be a program; None where nothing may be cut."""
         form = self.kernels.form
         return form if form.cut else half_of(self.scan, self.program)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
-from tttc.backends.triton.kernel_spec import Form
+from tttc.backends.triton.kernel_spec import KernelSpec
 from tttc.backends.triton.ops import ROWS, power
 from tttc.backends.triton.padding import Padding
 from tttc.ir.expr import TOKENS, Axes, Axis, Expr
@@ -36,7 +36,7 @@ class TritonPrinter(Printer):
 
     def __init__(
         self,
-        form: Form,
+        form: KernelSpec,
         indices: Mapping[str, str],
         padding: Padding,
         loaded: Collection[str],

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
-from tttc.backends.interface import Preferred, Settings
+from tttc.backends.interface import ChunkHint, Settings
 from tttc.backends.target import MOST_REGISTERS, REGISTERS, Target
-from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, Form, form_of, unfused
+from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, KernelSpec, form_of, unfused
 from tttc.ir.program import SEQUENCE, ScanProgram
 
 THREADS = 32
@@ -43,13 +43,13 @@ def bounded(options: Mapping[str, int], target: str) -> dict[str, int]:
     return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (gpu.warp * options["num_warps"]))}
 
 
-def default_config(form: Form, backward: bool) -> Config:
+def default_config(form: KernelSpec, backward: bool) -> Config:
     """As many warps as hold the state in their registers; loads run ahead where these are not full."""
     warps = next((n for n, most in STATE.items() if form.state <= n * THREADS * most), 16)
     return Config(warps, 2 if warps == 4 and not backward else 1)
 
 
-def chunk(program: ScanProgram) -> Preferred | None:
+def chunk(program: ScanProgram) -> ChunkHint | None:
     """Of a free chunk no more than what keeps a backward in registers, or nearly, beside the state."""
     least = program.plan.chunk
     for tokens, most in STATE_OF_CHUNK.items():
@@ -58,7 +58,7 @@ def chunk(program: ScanProgram) -> Preferred | None:
             continue
         if form_of(scan, program).state <= most:
             why = f"the backward of {tokens} tokens fits the registers of a program, that of {least} does not"
-            return Preferred(tokens, why)
+            return ChunkHint(tokens, why)
     return None
 
 

@@ -11,20 +11,20 @@ from tttc.ir.expr import Axis, Expr, postorder
 # -- sums of products --------------------------------------------------------------------------------------------------
 
 
-class Sum(NamedTuple):
+class Accumulation(NamedTuple):
     """Products that are added up in the same registers, which begin as the sum of the others."""
 
     products: tuple[tuple[int, Expr], ...]
     others: tuple[tuple[int, Expr], ...]
 
 
-def accumulated(value: Expr) -> dict[Expr, Sum]:
+def accumulated(value: Expr) -> dict[Expr, Accumulation]:
     """The sums that hold a product, none inside another."""
     holding = {e for e in postorder([value]) if e.op == "contract"}
     for e in postorder([value]):
         if any(s in holding for s in e.src):
             holding.add(e)
-    found: dict[Expr, Sum] = {}
+    found: dict[Expr, Accumulation] = {}
     stack = [value]
     while stack:
         e = stack.pop()
@@ -34,9 +34,9 @@ def accumulated(value: Expr) -> dict[Expr, Sum]:
         products = tuple((sign, t) for sign, t in terms if t.op == "contract")
         others = tuple((sign, t) for sign, t in terms if t.op != "contract")
         if products and not any(t in holding for _, t in others):
-            found[e] = Sum(products, others)
+            found[e] = Accumulation(products, others)
         elif e.op == "contract":
-            found[e] = Sum(((1, e),), ())
+            found[e] = Accumulation(((1, e),), ())
         else:
             stack += e.src
     return found

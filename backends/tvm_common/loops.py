@@ -13,7 +13,7 @@ from tttc.ir.program import T_AXIS, AdjointProgram, Scan
 
 
 @dataclass(frozen=True)
-class Group:
+class FusedLoop:
     """Statements that run together: one by one, or, with `rows`, token by token in one loop over the tokens.
 
     What is in `local` is read nowhere else: one row of it is enough.
@@ -24,7 +24,7 @@ class Group:
     local: frozenset[str] = frozenset()
 
 
-def grouped(made: Iterable[Statement], *, split: bool = True) -> list[Group]:
+def fuse_loops(made: Iterable[Statement], *, split: bool = True) -> list[FusedLoop]:
     """Neighbours that keep the token in one loop; the order changes where that brings them together.
 
     Without `split` a loop goes on after a reduction.
@@ -36,15 +36,17 @@ def grouped(made: Iterable[Statement], *, split: bool = True) -> list[Group]:
         for s in taken:
             waiting.remove(s)
         if not _in_rows(taken[0]):
-            groups.append(Group(tuple(taken)))
+            groups.append(FusedLoop(tuple(taken)))
             continue
         kept = {e.name for e in outside}
         kept |= {e.name for s in waiting for e in leaves([s.value])}
-        groups += _loops(taken, kept) if split else [Group(tuple(taken), True, frozenset(s.name for s in taken) - kept)]
+        groups += (
+            _loops(taken, kept) if split else [FusedLoop(tuple(taken), True, frozenset(s.name for s in taken) - kept)]
+        )
     return groups
 
 
-def _loops(taken: Sequence[Statement], kept: set[str]) -> list[Group]:
+def _loops(taken: Sequence[Statement], kept: set[str]) -> list[FusedLoop]:
     """A loop ends with a reduction: no token waits for its own, it is read in the next loop."""
     level: dict[str, int] = {}
     for s in taken:
@@ -54,11 +56,11 @@ def _loops(taken: Sequence[Statement], kept: set[str]) -> list[Group]:
     groups = []
     for part in parts:
         elsewhere = {e.name for s in taken if s not in part for e in leaves([s.value])}
-        groups.append(Group(part, True, frozenset(s.name for s in part) - kept - elsewhere))
+        groups.append(FusedLoop(part, True, frozenset(s.name for s in part) - kept - elsewhere))
     return groups
 
 
-def read_last(groups: Sequence[Group]) -> list[list[str]]:
+def read_last(groups: Sequence[FusedLoop]) -> list[list[str]]:
     """For each group the scratch variables that no later one reads."""
     last: dict[str, int] = {}
     for i, group in enumerate(groups):
@@ -68,14 +70,14 @@ def read_last(groups: Sequence[Group]) -> list[list[str]]:
     return [[name for name, at in last.items() if at == i] for i in range(len(groups))]
 
 
-def read_often(name: str, group: Group) -> bool:
+def read_often(name: str, group: FusedLoop) -> bool:
     """Whether a product reads it: every entry once for each row or column of the result."""
     return any(
         s.products and any(e.name == name and len(e.axes) > 1 for e, _ in read(s.value)) for s in group.statements
     )
 
 
-def by_vectors(name: str, group: Group) -> bool:
+def by_vectors(name: str, group: FusedLoop) -> bool:
     """Whether the group meets a row [t, D] only as whole vectors of it, one after the other: never one number of it,
     and in no loop whose passes have no number.
     """
@@ -117,7 +119,7 @@ def _same_rows(s: Statement, together: set[str]) -> bool:
     return all(axes[:1] == (s.row,) for e, axes in read(s.value) if e.name in together)
 
 
-def heads_together(scan: Scan, dims: Mapping[str, int], lanes: int) -> bool:
+def heads_per_task(scan: Scan, dims: Mapping[str, int], lanes: int) -> bool:
     """Whether a forward kernel does a chunk for some heads before the next: their weights stay in the new carry."""
     whole = all(p.axes and dims[p.axes[-1].size] % lanes == 0 for p in scan.carry)
     return scan.loops and whole and {a.target for a in scan.updates} == set(scan.carry)
@@ -138,7 +140,7 @@ def listing(program: AdjointProgram) -> str:
 
 def _listed(made: Iterable[Statement]) -> list[str]:
     lines = []
-    for g in grouped(made):
+    for g in fuse_loops(made):
         lines += [f"    for {marked(size_of(T_AXIS.name))} in {marked(own('c'))}:"] if g.rows else []
         lines += [f"    {'    ' if g.rows else ''}{s.text(marked)}" for s in g.statements]
     return lines

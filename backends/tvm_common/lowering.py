@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tttc.backends.tvm_common.stores import Place, Places, Value
+from tttc.backends.tvm_common.stores import Index, Places, Value
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.emission import Emission
 from tttc.backends.tvm_cpu.ops import ROWS
@@ -16,7 +16,7 @@ from tttc.ir.expr import Axis, Expr
 from tttc.ir.scalars import SCALARS
 
 
-class Point:
+class ExprLowering:
     """The value of expressions where the axes stand; what they share is computed once."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Point:
         if key not in self.memo:
             made = self._made(e)
             plain = e.op in ("const", "size", "rename", "broadcast", "stop_gradient")
-            self.memo[key] = made if plain else Value(self.emitter.held(made.it), made.wide)
+            self.memo[key] = made if plain else Value(self.emitter.in_register(made.it), made.wide)
         return self.memo[key]
 
     def product(self, factors: Sequence[Expr]) -> Value:
@@ -62,12 +62,12 @@ class Point:
             return v.it
         key = ("spread", id(v.it))
         if key not in self.memo:
-            self.memo[key] = Value(self.emitter.held(self.wide(v)), True)
+            self.memo[key] = Value(self.emitter.in_register(self.wide(v)), True)
             self.memo["keep", id(v.it)] = v
         return self.memo[key].it
 
-    def elsewhere(self, places: Places) -> Point:
-        return Point(self.emitter, places, self.found, self.memo)
+    def elsewhere(self, places: Places) -> ExprLowering:
+        return ExprLowering(self.emitter, places, self.found, self.memo)
 
     def compared(self, rows: Axis, columns: Axis, how: Callable[[Any, Any], Any]) -> Any:
         """A comparison of the places of two axes, lane by lane where one has lanes."""
@@ -100,7 +100,7 @@ class Point:
         return self.elsewhere({**self.places, **inside}).value(e.src[0])
 
     def _last(self, e: Expr) -> Value:
-        end = Place(self.emitter.tokens - 1, ("last",))
+        end = Index(self.emitter.tokens - 1, ("last",))
         return self.elsewhere({**self.places, e.arg: end}).value(e.src[0])
 
     def _operand(self, e: Expr) -> Value:
@@ -134,7 +134,7 @@ class Point:
             rows, columns, strict = e.arg
             lanes = self.places[rows].lanes or self.places[columns].lanes
             wide = inside.wide or lanes
-            point = self if wide else Point(self.emitter, {a: self.places[a] for a in (rows, columns)})
+            point = self if wide else ExprLowering(self.emitter, {a: self.places[a] for a in (rows, columns)})
             condition = point.compared(rows, columns, (lambda i, j: i > j) if strict else (lambda i, j: i >= j))
             if wide and not lanes and not any(p.lanes for p in self.places.values()):
                 condition = T.broadcast(condition, self.emitter.machine.lanes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tttc.backends.interface import Preferred
+from tttc.backends.interface import ChunkHint
 from tttc.ir.program import ScanProgram
 from tttc.ir.substitution import PAST
 
@@ -14,11 +14,11 @@ def unordered(program: ScanProgram) -> list[str]:
     return []
 
 
-def only_chunk(program: ScanProgram) -> Preferred | None:
+def only_chunk(program: ScanProgram) -> ChunkHint | None:
     """Of a scheduled program that these kernels cannot run, the chunk at which they can: tokens one at a time."""
     if not _finds_rows(program):
         return None
-    return Preferred(1, "native kernels have no loop that finds the rows of a longer chunk one after the other")
+    return ChunkHint(1, "native kernels have no loop that finds the rows of a longer chunk one after the other")
 
 
 def _finds_rows(program: ScanProgram) -> bool:

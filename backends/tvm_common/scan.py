@@ -14,7 +14,7 @@ import torch
 
 from tttc.backends import torch as torch_backend
 from tttc.backends.interface import CompiledScan, NotBuilt
-from tttc.backends.memory import laid_out, reach
+from tttc.backends.memory import address_span, densify
 from tttc.backends.scan import BaseScan, Tensors
 from tttc.ir.program import AdjointProgram, Scan, ScanAdjoint
 from tttc.ir.structure import written
@@ -26,7 +26,7 @@ Function = Callable[..., None]
 class TVMScan(BaseScan):
     """One scan, run by its forward and its backward kernel."""
 
-    halves = True
+    accepts_16bit = True
 
     def __init__(self, scan: Scan, program: AdjointProgram) -> None:
         super().__init__(scan, program)
@@ -40,7 +40,7 @@ class TVMScan(BaseScan):
         return self.program.adjoint_of(self.scan)
 
     @cached_property
-    def recorded(self) -> CompiledScan:
+    def differentiable(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives."""
         return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
 
@@ -77,7 +77,7 @@ class TVMScan(BaseScan):
 
     def forward_into(self, outputs: Tensors, inputs: Tensors, checkpoint: int | None) -> list[torch.Tensor]:
         """Fill the outputs; what is returned is kept for the backward."""
-        inputs = laid_out(self.scan.params, inputs)
+        inputs = densify(self.scan.params, inputs)
         kept = self.kept(inputs, checkpoint)
         settings = self.forward_settings(checkpoint or 1, inputs) if self.scan.loops else ()
         self._call(self._kernel_for(False, self.stored(inputs)), [*inputs, *outputs, *kept], settings)
@@ -101,8 +101,8 @@ class TVMScan(BaseScan):
     ) -> None:
         """Fill the cotangents of the inputs; `stored` is what has another dtype than arithmetic."""
         carried = len(self.scan.carry)
-        inputs = laid_out(self.scan.params, inputs)
-        cotangents = laid_out(self.scan.results, cotangents)
+        inputs = densify(self.scan.params, inputs)
+        cotangents = densify(self.scan.results, cotangents)
         kernel = self._kernel_for(True, stored)
         if not self.scan.loops:
             self._call(kernel, [*inputs[carried:], *inputs[:carried], *cotangents, *results], ())
@@ -125,7 +125,7 @@ class TVMScan(BaseScan):
 
     # -- compiled when first called
 
-    def expect_backward(self, inputs: Tensors) -> None:
+    def prewarm_backward(self, inputs: Tensors) -> None:
         """Compile the backward beside the forward: a compiler takes one core, and several times as long for it."""
         self.expect(self.stored(inputs))
 
@@ -184,7 +184,7 @@ def stored_tokens(scan: Scan, dtype: torch.dtype) -> Stored:
 def _addressable(tensors: Tensors) -> Iterator[Tensors]:
     """The tensors in parts of their batch, or of their heads, whose entries an int32 can count."""
     batch, heads = tensors[0].shape[:2]
-    if batch * heads == 1 or max(map(reach, tensors)) < 2**31:
+    if batch * heads == 1 or max(map(address_span, tensors)) < 2**31:
         yield tensors
         return
     axis, half = (0, batch // 2) if batch > 1 else (1, heads // 2)

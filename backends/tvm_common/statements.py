@@ -24,7 +24,7 @@ from tttc.ir.names import Word, size_of, spelled, suffixed
 from tttc.ir.program import Assign, ScanProgram
 from tttc.ir.text import Namer, Printer, core
 
-WALKS = ("cumprod", "segprod", "shift", "shift_back", "solve")
+RECURRENCES = ("cumprod", "segprod", "shift", "shift_back", "solve")
 REDUCTIONS = ("sum", "mean", "max")
 _UNSTORED = ("leaf", "const", "size")
 _CHEAP = ("add", "sub", "mul", "neg", "mask")  # what is done to accumulators; a tile holds two dozen of them
@@ -49,7 +49,7 @@ class Statement:
     def kind(self) -> str:
         if self.value.op == "leaf" and gathered(self.value, self.target.axes[-1] if self.target.axes else None):
             return "turn"
-        return "walk" if self.value.op in WALKS else "row" if self.value.op in REDUCTIONS else "tile"
+        return "walk" if self.value.op in RECURRENCES else "row" if self.value.op in REDUCTIONS else "tile"
 
     @property
     def products(self) -> bool:
@@ -152,7 +152,7 @@ def _renamed(e: Expr, to: Mapping[Axis, Axis]) -> Expr:
     to = {old: new for old, new in to.items() if old in e.axes and old != new}
     if not to or e.op in ("leaf", "rename"):
         return b.rename(e, to)
-    assert e.op not in ("contract", *REDUCTIONS, *WALKS), e.op  # these are stored: what is renamed is a leaf
+    assert e.op not in ("contract", *REDUCTIONS, *RECURRENCES), e.op  # these are stored: what is renamed is a leaf
     match e.op:
         case "mask":
             rows, columns, strict = e.arg
@@ -211,9 +211,9 @@ def _stored(roots: Sequence[Expr]) -> set[Expr]:
     ends = [core(r) for r in roots]
     found: set[Expr] = {e for e in ends if ends.count(e) > 1}
     for e in order:
-        if e.op in (*REDUCTIONS, *WALKS):
+        if e.op in (*REDUCTIONS, *RECURRENCES):
             found.add(e)
-        if e.op in (*WALKS, "contract"):
+        if e.op in (*RECURRENCES, "contract"):
             found |= {core(x) for x in e.src}
         if e.axes and len(readers(e)) + ends.count(e) > 1:
             found.add(core(e))
@@ -245,7 +245,7 @@ def _new_values(assigns: Sequence[tuple[Expr, Expr]], name: Callable[[Expr], str
         others = {e.name for e in leaves([value])} - {variable}
         elsewhere = any(e.name == variable and axes != target.axes for e, axes in read(value))
         inside = any(e.name == variable for c in postorder([value]) if c.op == "contract" for e in leaves([c]))
-        if others & overwritten or elsewhere or inside or value.op in (*REDUCTIONS, *WALKS):
+        if others & overwritten or elsewhere or inside or value.op in (*REDUCTIONS, *RECURRENCES):
             early.append(Statement(leaf(name(value), "scratch", target.axes), value))
             value = early[-1].target
         late.append(Statement(target, value))

@@ -12,7 +12,7 @@ from tttc.ir.expr import Axis
 LOCAL = {"disable_lower_builtin": True}  # a buffer that LLVM may turn into registers
 
 
-class Place(NamedTuple):
+class Index(NamedTuple):
     """Where an axis stands; `lanes` says that it is there and at the lanes that follow, `beyond` that it may be a token
     after the last one. Equal keys, equal places.
     """
@@ -30,7 +30,7 @@ class Value(NamedTuple):
     wide: bool
 
 
-Places = Mapping[Axis, Place]
+Places = Mapping[Axis, Index]
 
 
 class Store:
@@ -62,24 +62,24 @@ class Store:
         """Whether this is a sequence of the caller, `tokens` of which, from `first` on, are the chunk."""
         return self.first is not None
 
-    def _at(self, places: Sequence[Place]) -> list[Any]:
+    def _at(self, places: Sequence[Index]) -> list[Any]:
         assert not any(p.lanes for p in places[:-1]), "vectors lie along the last axis"
         indices = [p.index for p in places[self.rows :]]
         if self.first is not None and indices:
             indices[0] = indices[0] + self.first
         return [*self.prefix, *indices] or [0]
 
-    def load(self, places: Sequence[Place]) -> Value:
+    def load(self, places: Sequence[Index]) -> Value:
         """Of a row beyond the last token, which a tile may hold, the last one: nothing is read that is not there."""
         wide = bool(places) and places[-1].lanes
         if self.shared and places[0].beyond:
-            places = [Place(T.min(places[0].index, self.tokens - 1), places[0].key), *places[1:]]
+            places = [Index(T.min(places[0].index, self.tokens - 1), places[0].key), *places[1:]]
         at = self._at(places)
         lanes = f"x{self.machine.lanes}" if wide else ""
         found = self.buffer.vload(at, f"{self.dtype}{lanes}") if wide else self.buffer[tuple(at)]
         return Value(found if self.dtype == self.machine.dtype else T.Cast(f"{self.machine.dtype}{lanes}", found), wide)
 
-    def save(self, places: Sequence[Place], value: Any) -> None:
+    def save(self, places: Sequence[Index], value: Any) -> None:
         at = self._at(places)
         wide = bool(places) and places[-1].lanes
         if self.dtype != self.machine.dtype:
@@ -93,14 +93,14 @@ class Store:
 class Registers(Store):
     """A row that is a few vectors: the place of its last axis says which."""
 
-    def _at(self, places: Sequence[Place]) -> list[Any]:
+    def _at(self, places: Sequence[Index]) -> list[Any]:
         index = places[-1].index
         assert places[-1].lanes, "no single number of a register is read"
         assert isinstance(index, int), "registers have numbers"
         return [index // self.machine.lanes]
 
-    def load(self, places: Sequence[Place]) -> Value:
+    def load(self, places: Sequence[Index]) -> Value:
         return Value(self.buffer[tuple(self._at(places))], True)
 
-    def save(self, places: Sequence[Place], value: Any) -> None:
+    def save(self, places: Sequence[Index], value: Any) -> None:
         T.buffer_store(self.buffer, value, self._at(places))

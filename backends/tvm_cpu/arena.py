@@ -1,6 +1,6 @@
 """The memory in which a head works: one block, parts of which are given out and taken back while a kernel is written.
 
-    take(1024) -> 0      take(256) -> 1024      give_back(0)      take(512) -> 0
+    alloc(1024) -> 0      alloc(256) -> 1024      free(0)      alloc(512) -> 0
 
 What is small stays in the first cache, and nothing is allocated inside a loop.
 """
@@ -20,7 +20,7 @@ class Scratch:
         self.size = 0
         self._taken: dict[int, int] = {}
 
-    def take(self, count: int) -> int:
+    def alloc(self, count: int) -> int:
         """The first gap that holds so many numbers."""
         count = -(-max(count, 1) // LINE) * LINE
         at = 0
@@ -32,6 +32,6 @@ class Scratch:
         self.size = max(self.size, at + count)
         return at
 
-    def give_back(self, at: int) -> None:
+    def free(self, at: int) -> None:
         """What was taken there may be taken again."""
         del self._taken[at]

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tttc.backends.garbage import uncollected
+from tttc.backends.garbage import gc_paused
 from tttc.backends.tvm_common.tir import compiled, imported_tvm, set_up
 from tttc.backends.tvm_cpu.kernels import Kernel
 from tttc.backends.tvm_cpu.machine import host
@@ -33,7 +33,7 @@ def link(library: Any, path: Path) -> None:
 
 
 @cache
-@uncollected()
+@gc_paused()
 def loader() -> Callable[[str], Any]:
     """What loads a library: TVM where it is imported already, otherwise its runtime alone, which takes no time."""
     if "tvm" in sys.modules:

@@ -9,9 +9,9 @@ from math import prod
 from typing import Any
 
 from tttc.backends.tvm_common.arguments import Argument
-from tttc.backends.tvm_common.loops import grouped, read_last, read_often
+from tttc.backends.tvm_common.loops import fuse_loops, read_last, read_often
 from tttc.backends.tvm_common.statements import TOKENS, statements
-from tttc.backends.tvm_common.stores import Place, Store
+from tttc.backends.tvm_common.stores import Index, Store
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.arena import LINE, Scratch
 from tttc.backends.tvm_cpu.codegen import Emitter
@@ -90,7 +90,7 @@ class Builder:
     def each_head(self) -> Iterator[None]:
         with T.parallel(self.B * self.H) as i:
             self._begin()
-            self.g = self.emitter.held(T.truncdiv(i, self.H)), self.emitter.held(T.truncmod(i, self.H))
+            self.g = self.emitter.in_register(T.truncdiv(i, self.H)), self.emitter.in_register(T.truncmod(i, self.H))
             yield
 
     @contextmanager
@@ -99,15 +99,15 @@ class Builder:
         groups = T.truncdiv(self.H + self.together - 1, self.together)
         with T.parallel(self.B * groups) as i:
             self._begin()
-            self.batch = self.emitter.held(T.truncdiv(i, groups))
-            self.first_head = self.emitter.held(T.truncmod(i, groups) * self.together)
+            self.batch = self.emitter.in_register(T.truncdiv(i, groups))
+            self.first_head = self.emitter.in_register(T.truncmod(i, groups) * self.together)
             yield
 
     @contextmanager
     def heads(self) -> Iterator[None]:
         """The heads of a group, one after the other."""
         with T.serial(T.min(self.together, self.H - self.first_head)) as i:
-            self.g = self.batch, self.emitter.held(self.first_head + i)
+            self.g = self.batch, self.emitter.in_register(self.first_head + i)
             yield
 
     def _begin(self) -> None:
@@ -151,7 +151,9 @@ class Builder:
             yield c
 
     def _begin_chunk(self, first: Any, tokens: Any) -> None:
-        self.first, self.emitter.tokens = (x if isinstance(x, int) else self.emitter.held(x) for x in (first, tokens))
+        self.first, self.emitter.tokens = (
+            x if isinstance(x, int) else self.emitter.in_register(x) for x in (first, tokens)
+        )
         self.emitter.chunk = self.chunk if self.scan.loops else 1
 
     @contextmanager
@@ -237,7 +239,7 @@ class Builder:
         """Entry by entry, or vector by vector where both are laid out alike."""
         extents = [tokens if a.size == TOKENS else self.program.dims[a.size] for a in p.axes]
         whole = self._whole(p)
-        places: list[Place] = []
+        places: list[Index] = []
         frames = [] if extents else [T.serial(1)]  # a scope for what is declared
         for frame in frames:
             frame.__enter__()
@@ -246,7 +248,7 @@ class Builder:
             frame = T.serial(n // self.machine.lanes if last and whole else n)
             frames.append(frame)
             v = frame.__enter__()
-            places.append(Place(v * self.machine.lanes if last and whole else v, (), lanes=last and whole))
+            places.append(Index(v * self.machine.lanes if last and whole else v, (), lanes=last and whole))
         zero = self.emitter.vectors.const(0.0) if whole else self.emitter.numbers.const(0.0)
         value = zero if source is None else self._told(source).load(places).it
         self._told(target).save(places, value)
@@ -282,7 +284,7 @@ class Builder:
         if begin == end:
             return
         with T.serial(begin, end) as i:
-            t = self.emitter.held(T.max(T.min(first + i, self.T - 1), 0))
+            t = self.emitter.in_register(T.max(T.min(first + i, self.T - 1), 0))
             for p in sequence:
                 if not self._own(p):
                     self._fetch(self.buffers[p.name], [t])
@@ -331,7 +333,7 @@ class Builder:
             elif a.leaf.name not in self.emitter.stores:
                 self.emitter.reserve(a.leaf.name, a.target.axes)
         names = [p.name for p in sequence]
-        groups = grouped(statements(assigns, self.program, {*self.emitter.stores, *names}))
+        groups = fuse_loops(statements(assigns, self.program, {*self.emitter.stores, *names}))
         self.sequences_ready(sequence, [n for n in names if any(read_often(n, g) for g in groups)])
         for i, (group, over) in enumerate(zip(groups, read_last(groups), strict=True)):
             if ahead is not None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tttc.backends.tvm_common.accumulators import triangle
-from tttc.backends.tvm_common.loops import Group, by_vectors
-from tttc.backends.tvm_common.lowering import Point
+from tttc.backends.tvm_common.loops import FusedLoop, by_vectors
+from tttc.backends.tvm_common.lowering import ExprLowering
 from tttc.backends.tvm_common.statements import Statement
-from tttc.backends.tvm_common.stores import LOCAL, Place, Places, Registers, Store
+from tttc.backends.tvm_common.stores import LOCAL, Index, Places, Registers, Store
 from tttc.backends.tvm_common.tir import T, tirx
 from tttc.backends.tvm_cpu.emission import Emission
 from tttc.backends.tvm_cpu.matmul import products
@@ -27,7 +27,7 @@ class Emitter(Emission):
 
     # -- groups
 
-    def group(self, group: Group) -> None:
+    def group(self, group: FusedLoop) -> None:
         """Run it, in a function of its own: for one that holds a whole chunk, LLVM takes twice as long."""
         self._reserve(group)
         outside = dict(self.stores)
@@ -38,7 +38,7 @@ class Emitter(Emission):
             self._run(group)
         self.stores |= outside
 
-    def _run(self, group: Group) -> None:
+    def _run(self, group: FusedLoop) -> None:
         if not group.rows:
             for s in group.statements:
                 self.statement(s, {})
@@ -46,7 +46,7 @@ class Emitter(Emission):
         with T.serial(self.tokens) as t:
             for s in group.statements:
                 assert s.row is not None
-                self.statement(s, {s.row: Place(t, ("row",))})
+                self.statement(s, {s.row: Index(t, ("row",))})
 
     def _declare_again(self, name: str) -> None:
         """A function is given memory alone, not what was said of its parts outside."""
@@ -54,14 +54,14 @@ class Emitter(Emission):
         if type(store) is Store:
             self.stores[name] = self.declared(store)
 
-    def _reserve(self, group: Group) -> None:
+    def _reserve(self, group: FusedLoop) -> None:
         """Memory for what is read elsewhere too."""
         for s in group.statements:
             self.triangles[s.name] = triangle(s, self.triangles)
             if s.name not in self.stores and s.name not in group.local:
                 self.reserve(s.name, s.target.axes)
 
-    def _reserve_rows(self, group: Group) -> None:
+    def _reserve_rows(self, group: FusedLoop) -> None:
         """For a row of what is not: registers, where it is short, and nothing asks for a single number of it."""
         for s in group.statements:
             if s.name in self.stores:
@@ -99,10 +99,10 @@ class Emitter(Emission):
         with self.loops(others, at) as places, T.serial(self.blocks(down)) as i, T.serial(self.blocks(across)) as j:
             rows = []
             for m in range(lanes):
-                here = {**places, down: Place(T.min(i * lanes + m, last), ("row", m)), across: self._block(j)}
-                rows.append(self.held(source.load([here[a] for a in s.value.axes]).it))
+                here = {**places, down: Index(T.min(i * lanes + m, last), ("row", m)), across: self._block(j)}
+                rows.append(self.in_register(source.load([here[a] for a in s.value.axes]).it))
             for m, row in enumerate(self._transposed(rows)):
-                here = {**places, down: self._block(i), across: Place(j * lanes + m, ("row", m))}
+                here = {**places, down: self._block(i), across: Index(j * lanes + m, ("row", m))}
                 target.save([here[a] for a in s.target.axes], row)
 
     def _transposed(self, rows: list[Any]) -> list[Any]:
@@ -116,7 +116,9 @@ class Emitter(Emission):
             for i in range(lanes):
                 if not i & half:
                     pair = [rows[i], rows[i + half]]
-                    turned[i], turned[i + half] = (self.held(T.Shuffle(pair, index)) for index in (first, second))
+                    turned[i], turned[i + half] = (
+                        self.in_register(T.Shuffle(pair, index)) for index in (first, second)
+                    )
             rows, half = turned, half // 2
         return rows
 
@@ -133,7 +135,7 @@ class Emitter(Emission):
                 self.each_vector(lane, lambda block: self._set(s, {**places, lane: block}))
 
     def _set(self, s: Statement, places: Places) -> None:
-        point = Point(self, places)
+        point = ExprLowering(self, places)
         value = point.value(s.value)
         wide = any(places[a].lanes for a in s.target.axes)
         self.stores[s.name].save([places[a] for a in s.target.axes], point.wide(value) if wide else value.it)
@@ -166,15 +168,15 @@ class Emitter(Emission):
         n = self.blocks(lane)
         unrolled = isinstance(n, int) and n <= self.machine.config.unrolled and not rest
 
-        def block(inside: Places, place: Place) -> Any:
-            point = Point(self, {**inside, lane: place})
+        def block(inside: Places, place: Index) -> Any:
+            point = ExprLowering(self, {**inside, lane: place})
             return self._only_valid(point.wide(point.value(s.value.src[0])), lane, place, self._neutral(op))
 
         if unrolled:
             found = [block(places, self._block(j)) for j in range(n)]
             while len(found) > 1:
                 found = [
-                    self.held(join(found[i], found[i + 1])) if i + 1 < len(found) else found[i]
+                    self.in_register(join(found[i], found[i + 1])) if i + 1 < len(found) else found[i]
                     for i in range(0, len(found), 2)
                 ]
             T.buffer_store(held, found[0], [0])
@@ -184,7 +186,7 @@ class Emitter(Emission):
                 T.buffer_store(held, join(held[0], block(inside, self._block(j))), [0])
         return self._across(held[0], join)
 
-    def _only_valid(self, x: Any, axis: Axis, place: Place, neutral: Any) -> Any:
+    def _only_valid(self, x: Any, axis: Axis, place: Index, neutral: Any) -> Any:
         """A vector without what lies beyond the end of its axis."""
         n, lanes = self.extent(axis), self.machine.lanes
         last = place.key[-1]
@@ -196,10 +198,10 @@ class Emitter(Emission):
         """All lanes of a vector as one number."""
         half = self.machine.lanes // 2
         while half:
-            x = self.held(x)
+            x = self.in_register(x)
             x = join(x, T.Shuffle([x], [i ^ half for i in range(self.machine.lanes)]))
             half //= 2
-        return T.Shuffle([self.held(x)], [0])
+        return T.Shuffle([self.in_register(x)], [0])
 
     def _sum_of_rows(self, s: Statement, at: Places) -> None:
         """A reduction that keeps the axis of the vectors, or has none."""
@@ -214,7 +216,7 @@ class Emitter(Emission):
             held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL, layout=None)
             T.buffer_store(held, functions.const(-3e38 if op == "max" else 0.0), [0])
             with self.loops(tuple(s.value.arg), places) as inside:
-                point = Point(self, inside)
+                point = ExprLowering(self, inside)
                 value = point.value(s.value.src[0])
                 T.buffer_store(held, join(held[0], point.wide(value) if wide else value.it), [0])
             result = held[0]

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from tttc.backends.tvm_common.statements import TOKENS, Statement
-from tttc.backends.tvm_common.stores import LOCAL, Place, Places, Store
+from tttc.backends.tvm_common.stores import LOCAL, Index, Places, Store
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.arena import Scratch
 from tttc.backends.tvm_cpu.machine import HIGHEST, Machine
@@ -26,8 +26,8 @@ class Emission:
         self.machine, self.dims, self.tokens, self.chunk, self.scratch = machine, dims, tokens, chunk, scratch
         self.stores: dict[str, Store] = {}
         self.triangles: dict[str, set[tuple[int, int]]] = {}
-        self.numbers = Functions(machine.dtype, 1, self.held)
-        self.vectors = Functions(machine.dtype, machine.lanes, self.held)
+        self.numbers = Functions(machine.dtype, 1, self.in_register)
+        self.vectors = Functions(machine.dtype, machine.lanes, self.in_register)
 
     # -- sizes
 
@@ -58,7 +58,7 @@ class Emission:
         """Memory for a variable of this function; where it is used, it is `declared`."""
         shape = self.shape(axes[rows:]) or [1]
         if self.scratch is not None and all(isinstance(n, int) for n in shape):
-            self.stores[name] = self._part(name, shape, rows, self.scratch.take(prod(shape)))
+            self.stores[name] = self._part(name, shape, rows, self.scratch.alloc(prod(shape)))
         else:
             buffer = T.alloc_buffer(tuple(shape), self.machine.dtype, scope="global", layout=None)
             self.stores[name] = Store(buffer, self.machine, rows=rows)
@@ -92,9 +92,9 @@ class Emission:
             store = self.stores.pop(name)
             self.triangles.pop(name, None)
             if self.scratch is not None and store.offset is not None:
-                self.scratch.give_back(store.offset)
+                self.scratch.free(store.offset)
 
-    def held(self, x: Any) -> Any:
+    def in_register(self, x: Any) -> Any:
         """A value in a register of its own: a binding would be computed again at every use."""
         kept = T.alloc_buffer((1,), str(x.ty.dtype), scope="local", annotations=LOCAL, layout=None)
         T.buffer_store(kept, x, [0])
@@ -103,7 +103,7 @@ class Emission:
     # -- loops
 
     @contextmanager
-    def loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Place]]:
+    def loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Index]]:
         """Loops over the axes that stand nowhere yet."""
         places = dict(at)
         frames = []
@@ -112,7 +112,7 @@ class Emission:
                 frame = T.serial(self.extent(a))
                 frames.append(frame)
                 i = frame.__enter__()
-                places[a] = Place(i, ("loop", id(i)))
+                places[a] = Index(i, ("loop", id(i)))
         yield places
         for frame in reversed(frames):
             frame.__exit__(None, None, None)
@@ -121,14 +121,14 @@ class Emission:
         """Token after token; all other axes inside, the last of them as vectors."""
         others = [a for a in s.target.axes if a != along]
         with T.serial(self.tokens) as t:
-            here = {along: Place(t, ("token", id(t)))}
+            here = {along: Index(t, ("token", id(t)))}
             with self.loops(others[:-1], here) as places:
                 if others:
                     self.each_vector(others[-1], lambda block: step(t, True, {**places, others[-1]: block}))
                 else:
                     step(t, False, places)
 
-    def each_vector(self, axis: Axis, body: Callable[[Place], None]) -> None:
+    def each_vector(self, axis: Axis, body: Callable[[Index], None]) -> None:
         """Vector after vector along an axis."""
         n = self.blocks(axis)
         if isinstance(n, int) and n <= self.machine.config.unrolled:
@@ -138,20 +138,20 @@ class Emission:
             with T.serial(n) as j:
                 body(self._block(j))
 
-    def each_blocks(self, axis: Axis, wide: int, body: Callable[[list[Place]], None]) -> None:
+    def each_blocks(self, axis: Axis, wide: int, body: Callable[[list[Index]], None]) -> None:
         """So many vectors at once along an axis."""
         n = self.blocks(axis)
         if not isinstance(n, int) or n >= 2 * wide:
             with T.serial(n // wide if isinstance(n, int) else n) as j:
-                body([Place((j * wide + i) * self.machine.lanes, ("block", id(j), i), lanes=True) for i in range(wide)])
+                body([Index((j * wide + i) * self.machine.lanes, ("block", id(j), i), lanes=True) for i in range(wide)])
         elif n >= wide:
             body([self._block(j) for j in range(wide)])
         if isinstance(n, int) and n % wide:
             body([self._block(j) for j in range(n - n % wide, n)])
 
-    def _block(self, j: Any) -> Place:
+    def _block(self, j: Any) -> Index:
         """One vector, by its number, which may be that of a pass of a loop."""
-        return Place(j * self.machine.lanes, ("block", j if isinstance(j, int) else id(j)), lanes=True)
+        return Index(j * self.machine.lanes, ("block", j if isinstance(j, int) else id(j)), lanes=True)
 
     @contextmanager
     def only_if(self, condition: Any) -> Iterator[None]:
@@ -177,5 +177,5 @@ class Emission:
     def _int(self, n: Any) -> Any:
         return tirx.const(n, "int32") if isinstance(n, int) else n
 
-    def _lanes(self, place: Place) -> Any:
+    def _lanes(self, place: Index) -> Any:
         return T.Ramp(self._int(place.index), tirx.const(1, "int32"), self.machine.lanes)

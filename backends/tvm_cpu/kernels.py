@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tttc.backends.tvm_common.arguments import arguments
-from tttc.backends.tvm_common.loops import heads_together
+from tttc.backends.tvm_common.loops import heads_per_task
 from tttc.backends.tvm_common.stores import Store
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.builder import Builder, Slice
@@ -47,7 +47,7 @@ def forward_kernel(scan: Scan, program: ScanProgram, machine: Machine, stored: M
         b.declare(arguments(scan, False))
         if scan.loops:
             b.every = T.arg("every", T.int32())
-        if heads_together(scan, program.dims, machine.lanes):
+        if heads_per_task(scan, program.dims, machine.lanes):
             _heads_together(b, scan)
         else:
             _head_by_head(b, scan)

@@ -37,7 +37,7 @@ class Machine:
     def vector(self) -> str:
         return f"{self.dtype}x{self.lanes}"
 
-    def tile(self, rows: int | None, vectors: int) -> tuple[int, int]:
+    def micro_kernel(self, rows: int | None, vectors: int) -> tuple[int, int]:
         """Rows and vectors of a tile of accumulators: what leaves the least over of those that keep both multipliers
         busy, which need their results after four cycles and get two numbers a cycle; then what loads the least.
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from tttc.backends.tvm_common.accumulators import Sum, accumulated, zeros
-from tttc.backends.tvm_common.lowering import Point
+from tttc.backends.tvm_common.accumulators import Accumulation, accumulated, zeros
+from tttc.backends.tvm_common.lowering import ExprLowering
 from tttc.backends.tvm_common.statements import Statement
-from tttc.backends.tvm_common.stores import LOCAL, Place, Places, Value
+from tttc.backends.tvm_common.stores import LOCAL, Index, Places, Value
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.emission import Emission
 from tttc.ir.expr import Axis, Expr
@@ -36,11 +36,11 @@ class Tile(NamedTuple):
     """Whether the last rows may be tokens after the last one."""
 
     def rows(self, m: Any) -> Places:
-        place = Place(self.first + m, ("row", _key(m)), beyond=self.beyond)
+        place = Index(self.first + m, ("row", _key(m)), beyond=self.beyond)
         return {**self.at, **({self.row: place} if self.row is not None else {})}
 
     def vectors(self, n: Any) -> Places:
-        return {**self.at, self.lane: Place((self.block + n) * self.lanes, ("vector", _key(n)), lanes=True)}
+        return {**self.at, self.lane: Index((self.block + n) * self.lanes, ("vector", _key(n)), lanes=True)}
 
     @property
     def last_row(self) -> Any:
@@ -67,7 +67,7 @@ def products(e: Emission, s: Statement) -> None:
     half = vectors != 1 and (len(axes) - 2, len(axes) - 1) in e.triangles[s.name]
     known = vectors if isinstance(vectors, int) else 1
     # what a tile reaches of the half beyond the diagonal is work for nothing
-    high, wide = e.machine.tile(rows if isinstance(rows, int) else None, 2 - known % 2 if half else known)
+    high, wide = e.machine.micro_kernel(rows if isinstance(rows, int) else None, 2 - known % 2 if half else known)
     high = max(1, high // len(accumulated(s.value)))
     with e.loops(axes[:-2], {}) as at:
         if row is None:
@@ -87,7 +87,7 @@ def _across(e: Emission, s: Statement, tile: Tile, half: bool) -> None:
     if half:
         reach = tile.lanes * wide
         end = n // wide if isinstance(n, int) else n
-        filled = e.held(T.min(T.truncdiv(tile.last_row + reach, reach), end))
+        filled = e.in_register(T.min(T.truncdiv(tile.last_row + reach, reach), end))
         with T.serial(filled) as j:
             _accumulate(e, s, tile._replace(block=j * wide))
         with T.serial(filled, end) as j, _unrolled(tile.high, wide) as (m, i):
@@ -112,7 +112,7 @@ def _accumulate(e: Emission, s: Statement, tile: Tile) -> None:
     store = e.stores[s.name]
     with _unrolled(tile.high, tile.wide) as (m, n):
         here = {**tile.vectors(n), **tile.rows(m)}
-        point = Point(e, here, {p: Value(buffer[m * tile.wide + n], True) for p, buffer in held.items()})
+        point = ExprLowering(e, here, {p: Value(buffer[m * tile.wide + n], True) for p, buffer in held.items()})
         value = point.wide(point.value(s.value))
         guarded = tile.row is not None and tile.beyond and store.shared
         with e.only_if(here[tile.row].index < e.tokens if guarded and tile.row is not None else None):
@@ -123,10 +123,10 @@ def _registers(e: Emission, count: int) -> Any:
     return T.alloc_buffer((count,), e.machine.vector, scope="local", annotations=LOCAL, layout=None)
 
 
-def _sum(e: Emission, total: Sum, held: Any, tile: Tile) -> None:
+def _sum(e: Emission, total: Accumulation, held: Any, tile: Tile) -> None:
     """Fill the accumulators of a tile: with what is not a product, then product by product."""
     with _unrolled(tile.high, tile.wide) as (m, n):
-        point = Point(e, {**tile.vectors(n), **tile.rows(m)})
+        point = ExprLowering(e, {**tile.vectors(n), **tile.rows(m)})
         start = None
         for sign, x in total.others:
             v = point.wide(point.value(x))
@@ -148,14 +148,14 @@ def _multiplied(e: Emission, sign: int, factors: Sequence[Expr], held: Any, tile
     rows, vectors = (_registers(e, n) for n in (tile.high, tile.wide))
     if of_rows:
         with _unrolled(tile.high) as (m,):
-            point = Point(e, tile.rows(m))
+            point = ExprLowering(e, tile.rows(m))
             T.buffer_store(rows, point.wide(point.product(of_rows)), [m])
     if of_vectors:
         with _unrolled(tile.wide) as (n,):
-            point = Point(e, tile.vectors(n))
+            point = ExprLowering(e, tile.vectors(n))
             T.buffer_store(vectors, point.wide(point.product(of_vectors)), [n])
     with _unrolled(tile.high, tile.wide) as (m, n):
-        point = Point(e, {**tile.vectors(n), **tile.rows(m)})
+        point = ExprLowering(e, {**tile.vectors(n), **tile.rows(m)})
         parts = [rows[m]] if of_rows else []
         parts += [vectors[n]] if of_vectors else []
         parts += [point.wide(point.value(f)) for f in apart]
@@ -167,10 +167,10 @@ def _multiplied(e: Emission, sign: int, factors: Sequence[Expr], held: Any, tile
 
 
 @contextmanager
-def _summed(e: Emission, product: Expr, tile: Tile) -> Iterator[Mapping[Axis, Place]]:
+def _summed(e: Emission, product: Expr, tile: Tile) -> Iterator[Mapping[Axis, Index]]:
     """Loops over the axes that a product sums over, but for the zeros of a masked matrix."""
     known = {pair for s in product.src for pair in zeros(s, e.triangles)}
-    places: dict[Axis, Place] = {}
+    places: dict[Axis, Index] = {}
     with ExitStack() as stack:
         for k in product.arg:
             low, high = 0, e.extent(k)
@@ -179,5 +179,5 @@ def _summed(e: Emission, product: Expr, tile: Tile) -> Iterator[Mapping[Axis, Pl
             if tile.row is not None and (k, tile.row) in known:
                 low = tile.first
             i = stack.enter_context(T.serial(low, high))
-            places[k] = Place(i, ("sum", id(i)))
+            places[k] = Index(i, ("sum", id(i)))
         yield places

@@ -22,8 +22,8 @@ from tttc.ir.scalars import Formula
 Vector = Any  # an expression of TensorIR, one number or several lanes
 
 
-# Elementwise operations are methods of `Functions`; all others of `Point` (tvm_common/lowering.py), unless a statement
-# of its own makes them (codegen.py, matmul.py, recurrences.py).
+# Elementwise operations are methods of `Functions`; all others of `ExprLowering` (tvm_common/lowering.py), unless a
+# statement of its own makes them (codegen.py, matmul.py, recurrences.py).
 ALIKE = (
     *("add", "sub", "mul", "div", "neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf", "sign", "step"),
     *("relu", "sigmoid", "softplus", "silu", "gelu", "huber", "less_equal", "select"),

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tttc.backends.tvm_common.lowering import Point
+from tttc.backends.tvm_common.lowering import ExprLowering
 from tttc.backends.tvm_common.statements import Statement
-from tttc.backends.tvm_common.stores import LOCAL, Place, Places
+from tttc.backends.tvm_common.stores import LOCAL, Index, Places
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.emission import Emission
 from tttc.ir.expr import Axis, Expr
@@ -25,14 +25,14 @@ def _saved(e: Emission, s: Statement, places: Places, value: Any) -> None:
     e.stores[s.name].save([places[a] for a in s.target.axes], value)
 
 
-def _at(point: Point, e: Expr, wide: bool) -> Any:
+def _at(point: ExprLowering, e: Expr, wide: bool) -> Any:
     value = point.value(e)
     return point.wide(value) if wide else value.it
 
 
 def _previous(e: Emission, s: Statement, along: Axis, places: Places, t: Any, first: Any) -> Any:
     """What the token before left in the target; at the first token another value, and nothing is read before it."""
-    before = {**places, along: Place(T.max(t - 1, 0), ("before", id(t)))}
+    before = {**places, along: Index(T.max(t - 1, 0), ("before", id(t)))}
     found = e.stores[s.name].load([before[a] for a in s.target.axes])
     wide = any(p.lanes for p in places.values())
     return T.Select(T.broadcast(t > 0, e.machine.lanes) if wide else t > 0, found.it, first)
@@ -42,7 +42,7 @@ def _cumprod(e: Emission, s: Statement) -> None:
     axis = s.value.arg
 
     def step(t: Any, wide: bool, places: Places) -> None:
-        x = _at(Point(e, places), s.value.src[0], wide)
+        x = _at(ExprLowering(e, places), s.value.src[0], wide)
         _saved(e, s, places, _previous(e, s, axis, places, t, e.functions(wide).const(1.0)) * x)
 
     e.token_by_token(s, axis, step)
@@ -53,7 +53,7 @@ def _segprod(e: Emission, s: Statement) -> None:
     rows, columns = s.value.arg
 
     def step(t: Any, wide: bool, places: Places) -> None:
-        point, functions = Point(e, places), e.functions(wide)
+        point, functions = ExprLowering(e, places), e.functions(wide)
         x = _at(point, s.value.src[0], wide)
         grown = _previous(e, s, rows, places, t, functions.const(0.0)) * x
         on, below = point.compared(rows, columns, T.EQ), point.compared(rows, columns, lambda i, j: i > j)
@@ -76,7 +76,7 @@ def _moved(
     e: Emission, s: Statement, axis: Axis, other: Callable[[Any], Any], inside: Callable[[Any], Any], fill: float
 ) -> None:
     def step(t: Any, wide: bool, places: Places) -> None:
-        x = _at(Point(e, {**places, axis: Place(other(t), ("other", id(t)))}), s.value.src[0], wide)
+        x = _at(ExprLowering(e, {**places, axis: Index(other(t), ("other", id(t)))}), s.value.src[0], wide)
         condition = T.broadcast(inside(t), e.machine.lanes) if wide else inside(t)
         _saved(e, s, places, T.Select(condition, x, e.functions(wide).const(fill)))
 
@@ -96,10 +96,10 @@ def _solve(e: Emission, s: Statement) -> None:
         order = [done + r for r in range(ROWS_AT_ONCE)]
         inside = [t < e.tokens for t in order]
         last = e.tokens - 1
-        rows = [e.held(T.max(last - t, 0) if upper else T.min(t, last)) for t in order]
+        rows = [e.in_register(T.max(last - t, 0) if upper else T.min(t, last)) for t in order]
         before = (e.tokens - done, e.tokens) if upper else (0, done)
 
-        def block(places: Places, blocks: Sequence[Place | None]) -> None:
+        def block(places: Places, blocks: Sequence[Index | None]) -> None:
             here = [{**places, **({others[-1]: b} if b is not None else {})} for b in blocks]
             _solve_rows(e, s, here, rows, inside, before)
 
@@ -117,30 +117,32 @@ def _solve_rows(
     known, unknown = s.value.arg
     matrix, right = s.value.src
     wide = any(p.lanes for p in columns[0].values())
-    places = [Place(t, ("row", r)) for r, t in enumerate(rows)]
+    places = [Index(t, ("row", r)) for r, t in enumerate(rows)]
     dtype = e.machine.vector if wide else e.machine.dtype
     held = T.alloc_buffer((len(rows) * len(columns),), dtype, scope="local", annotations=LOCAL, layout=None)
 
-    def subtract(r: int, c: int, point: Point, x: Any) -> None:
+    def subtract(r: int, c: int, point: ExprLowering, x: Any) -> None:
         factor = _at(point, matrix, wide)
         T.buffer_store(held, held[r * len(columns) + c] - factor * x, [r * len(columns) + c])
 
     memo: dict[Any, Any] = {}
     for r, row in enumerate(places):
         for c, at in enumerate(columns):
-            T.buffer_store(held, _at(Point(e, {**at, known: row}, memo=memo), right, wide), [r * len(columns) + c])
+            T.buffer_store(
+                held, _at(ExprLowering(e, {**at, known: row}, memo=memo), right, wide), [r * len(columns) + c]
+            )
     with T.serial(*before) as j:
         memo = {}
-        there = Place(j, ("solved", id(j)))
+        there = Index(j, ("solved", id(j)))
         for c, at in enumerate(columns):
-            x = e.held(e.stores[s.name].load([{**at, unknown: there}[a] for a in s.target.axes]).it)
+            x = e.in_register(e.stores[s.name].load([{**at, unknown: there}[a] for a in s.target.axes]).it)
             for r, row in enumerate(places):
-                subtract(r, c, Point(e, {**at, known: row, unknown: there}, memo=memo), x)
+                subtract(r, c, ExprLowering(e, {**at, known: row, unknown: there}, memo=memo), x)
     memo = {}
     for r, row in enumerate(places):
         for q in range(r):
             for c, at in enumerate(columns):
-                point = Point(e, {**at, known: row, unknown: places[q]}, memo=memo)
+                point = ExprLowering(e, {**at, known: row, unknown: places[q]}, memo=memo)
                 subtract(r, c, point, held[q * len(columns) + c])
     for r, row in enumerate(places):
         with e.only_if(inside[r] if r else None):

@@ -15,7 +15,7 @@ import torch
 from tttc.backends.cache import cached
 from tttc.backends.notice import compiling
 from tttc.backends.scan import Tensors
-from tttc.backends.tvm_common.loops import heads_together
+from tttc.backends.tvm_common.loops import heads_per_task
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.tir import writing
 from tttc.backends.tvm_cpu.build import build, link, loader, use_threads
@@ -89,7 +89,7 @@ class CPUScan(TVMScan):
 
     @cached_property
     def _heads_together(self) -> bool:
-        return heads_together(self.scan, self.program.dims, self._machine.lanes)
+        return heads_per_task(self.scan, self.program.dims, self._machine.lanes)
 
 
 def _together(batch: int, heads: int, threads: int, most: int) -> int:

@@ -26,8 +26,10 @@ from tttc.ir.expr import Expr
 from tttc.ir.free import FreeAxis
 from tttc.ir.program import AdjointProgram, Scan, cotangent
 
-LITTLE = 1 << 24  # tokens times weights of a head, for which waking another thread takes what it would save
-FEWEST = 4  # threads for each head: with two, both strips doing what they share, a whole head was up to a third faster
+MIN_WORK_TO_WAKE = 1 << 24  # tokens times weights of a head, for which waking another thread takes what it would save
+MIN_THREADS_PER_HEAD = (
+    4  # threads for each head: with two, both strips doing what they share, a whole head was up to a third faster
+)
 SERIAL = 1 << 14  # numbers that torch adds up without waking other threads
 LEAST_VECTORS = 2  # that a strip has at least: narrower ones would do little but what all of them do
 
@@ -41,7 +43,7 @@ class StripScan(CPUScan):
         self._lock = Lock()
 
     @cached_property
-    def opaque(self) -> CPUScan:
+    def custom_op(self) -> CPUScan:
         """Head by head: a graph has to know what is kept whatever the number of threads."""
         return CPUScan(self.scan, self.program, self.config)
 
@@ -74,10 +76,10 @@ class StripScan(CPUScan):
             f.finish()
         return tuple(r.to(x.dtype) for r, x in zip(results, inputs, strict=True))
 
-    def expect_backward(self, inputs: Tensors) -> None:
+    def prewarm_backward(self, inputs: Tensors) -> None:
         n = self.strips(inputs)
         if n == 1:
-            super().expect_backward(inputs)
+            super().prewarm_backward(inputs)
         else:
             self.part(n).expect(self._stored_backward(inputs))
 
@@ -101,10 +103,10 @@ class StripScan(CPUScan):
         """
         batch, heads = inputs[0].shape[:2]
         most = torch.get_num_threads() // max(batch * heads, 1)
-        if most < FEWEST or batch * heads == 0 or self.free is None:
+        if most < MIN_THREADS_PER_HEAD or batch * heads == 0 or self.free is None:
             return 1
         weights = sum(prod(x.shape[2:]) for x in inputs[: len(self.scan.carry)])
-        if self.tokens(inputs) * weights < LITTLE:
+        if self.tokens(inputs) * weights < MIN_WORK_TO_WAKE:
             return 1
         vectors, rest = divmod(self.program.dims[self.free.size], self._machine.lanes)
         if rest:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 
-from tttc.backends.interface import Preferred, Settings
+from tttc.backends.interface import ChunkHint, Settings
 from tttc.backends.tvm_common.refusals import only_chunk
 from tttc.backends.tvm_cpu.machine import BYTES, TileConfig, host
 from tttc.ir.program import SEQUENCE, ScanProgram
@@ -29,7 +29,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {n: (default, *(v for v in VALUES[n] if v != default)) for n, default in asdict(TileConfig()).items()}
 
 
-def chunk(program: ScanProgram) -> Preferred | None:
+def chunk(program: ScanProgram) -> ChunkHint | None:
     """Of a free chunk as few tokens as the passes over the state allow, or the only one that these kernels have."""
     if (only := only_chunk(program)) is not None:
         return only
@@ -39,7 +39,7 @@ def chunk(program: ScanProgram) -> Preferred | None:
     for tokens, most in STATE_OF_CHUNK.items():
         if isinstance(least, int) and tokens < least and state <= most << 10:
             why = f"{tokens} tokens are fastest where {-(-state // 1024)} KiB of state stay in a near cache"
-            return Preferred(tokens, why)
+            return ChunkHint(tokens, why)
     return None
 
 
@@ -49,7 +49,7 @@ def identity(program: ScanProgram, settings: Settings) -> Hashable:
     machine = host("float64" if program.dtype == "f64" else "float32", config)
     lengths = {s.chunk for s in program.scans if s.chunk is not SEQUENCE} | set(program.dims.values())
     widths = sorted({-(-n // machine.lanes) for n in lengths} | {1})
-    tiles = tuple(machine.tile(rows, wide) for rows in (None, 1, *sorted(lengths)) for wide in widths)
+    tiles = tuple(machine.micro_kernel(rows, wide) for rows in (None, 1, *sorted(lengths)) for wide in widths)
     return tiles, tuple(wide <= config.unrolled for wide in widths)
 
 

@@ -9,16 +9,16 @@ from math import prod
 from typing import Any
 
 from tttc.backends.tvm_common.arguments import Argument
-from tttc.backends.tvm_common.loops import grouped
+from tttc.backends.tvm_common.loops import fuse_loops
 from tttc.backends.tvm_common.statements import TOKENS, statements
 from tttc.backends.tvm_common.stores import Store
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.machine import BYTES
 from tttc.backends.tvm_cuda.device import Device
 from tttc.backends.tvm_cuda.kernel_text import CudaWords, stride_name
-from tttc.backends.tvm_cuda.phases import Step, Steps, half, matrix_products, stepped
+from tttc.backends.tvm_cuda.phases import Phase, Steps, half, matrix_products, plan_phases
 from tttc.backends.tvm_cuda.simt import Converted, Threads
-from tttc.backends.tvm_cuda.smem import FOREVER, Allocation, Size, Variable, laid_out
+from tttc.backends.tvm_cuda.smem import FOREVER, Allocation, Size, Variable, allocate
 from tttc.backends.tvm_cuda.wmma import SIDE, SPREAD, Half, multiplied, rounded, tiles_of
 from tttc.ir.expr import Axes, Expr
 from tttc.ir.names import own, spelled, suffixed
@@ -81,8 +81,8 @@ class CudaBuilder:
         sequences = [p.name for p in self.sequence if p.at is not None]
         outside = {a.leaf.name for block in blocks for a in block if a.leaf.at is not None}
         for block in blocks:
-            groups = grouped(statements(block, self.program, taken, turned=False), split=False)
-            found = stepped(groups, sequences, self.device, self.dims)
+            groups = fuse_loops(statements(block, self.program, taken, turned=False), split=False)
+            found = plan_phases(groups, sequences, self.device, self.dims)
             self.blocks.append(found)
             for n, axes in found.made.items():
                 if n not in carried and n not in outside:
@@ -95,7 +95,7 @@ class CudaBuilder:
                 tiles = max(tiles, *(len(tiles_of(matrix_products(s))) for s in group.statements))
         if tiles:
             variables[EXCHANGE] = Variable(EXCHANGE, (self.device.warps * tiles * SIDE * SIDE,), "float32", stays=True)
-        self.layout: Allocation = laid_out(variables.values(), self.device.shared)
+        self.layout: Allocation = allocate(variables.values(), self.device.shared)
 
     def _variable(self, name: str, axes: Axes, begin: int | None = None, end: int = 0) -> Variable:
         when = (0, FOREVER) if begin is None else (begin, end)
@@ -227,23 +227,23 @@ class CudaBuilder:
         reads, writes = set(reads), set(writes)
         same = self.layout.same_place
         if any(same(x, y) for x in writes for y in seen | changed) or any(same(x, y) for x in reads for y in changed):
-            self.meet()
+            self.syncthreads()
             seen, changed = self.pending
         seen |= reads
         changed |= writes
 
-    def meet(self) -> None:
+    def syncthreads(self) -> None:
         if any(self.pending):
-            self.threads.meet()
+            self.threads.syncthreads()
         self.pending = (set(), set())
 
     @contextmanager
-    def alone(self, condition: Any = None) -> Iterator[None]:
+    def uniform_region(self, condition: Any = None) -> Iterator[None]:
         """A part that may run never or often, the same for all threads: nothing is under way when it begins or ends."""
-        self.meet()
+        self.syncthreads()
         with self.threads.only_if(condition):
             yield
-            self.meet()
+            self.syncthreads()
 
     def load(self, p: Expr, source: Store | None) -> None:
         """A variable of the block, from a tensor or zero."""
@@ -271,11 +271,11 @@ class CudaBuilder:
             yield None
             return
         size = self.chunk
-        self.meet()
+        self.syncthreads()
         with T.serial(T.truncdiv(self.T + (size - 1), size)) as c:
             self._begin_chunk(c * size, T.min(self.T - c * size, size))
             yield c
-            self.meet()
+            self.syncthreads()
 
     def _begin_chunk(self, first: Any, tokens: Any) -> None:
         self.first = self.threads.named(own("first"), first)[0]
@@ -289,30 +289,30 @@ class CudaBuilder:
         for p in carry:
             self.threads.stores[p.name] = self._store(p.name)
         count = T.truncdiv(self.T + (size - 1), size)
-        self.meet()
+        self.syncthreads()
         with T.serial(self.groups) as i:
             group = self.groups - 1 - i
             first = self.threads.named(own("first_of_group"), group * self.every)[0]
             length = self.threads.named(own("length"), T.min(count - first, self.every))[0]
             for p in carry:
                 self.load(p, self.tensor(p, "kept", group))
-            self.meet()
+            self.syncthreads()
             with T.serial(length) as j:
                 for p in carry:
                     self.save(p, self.tensor(p, "work", j), "work")
-                with self.alone(j + 1 < length):
+                with self.uniform_region(j + 1 < length):
                     self._begin_chunk(
                         (first + j) * size, size if not isinstance(size, int) else tirx.const(size, "int32")
                     )
                     self.run(1)
-                self.meet()
+                self.syncthreads()
             with T.serial(length) as back:
                 j = length - 1 - back
                 for p in carry:
                     self.load(p, self.tensor(p, "work", j))
                 self._begin_chunk((first + j) * size, T.min(self.T - (first + j) * size, size))
                 yield
-                self.meet()
+                self.syncthreads()
 
     # -- steps
 
@@ -335,7 +335,7 @@ class CudaBuilder:
         buffer = self.tensors[Argument(p, suffix).name]
         return self._kind(buffer)(buffer, self.device, self.g, self.first, self.threads.tokens)
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: Phase) -> None:
         threads = self.threads
         (name,) = step.writes if step.source is not None else ("",)
         if step.kind == "stage":
@@ -353,7 +353,7 @@ class CudaBuilder:
         else:
             self._statements(step)
 
-    def _statements(self, step: Step) -> None:
+    def _statements(self, step: Phase) -> None:
         assert step.group is not None
         for s in step.group.statements:
             self.threads.comment(str(s))

@@ -43,7 +43,7 @@ def cuda_forward(scan: Scan, program: ScanProgram, device: Device, stored: Mappi
                 b.load(p, b.tensor(p, "in"))
             with b.chunks() as chunk:
                 if scan.loops:
-                    with b.alone(T.And(b.groups > 0, T.EQ(T.truncmod(chunk, b.every), 0))):
+                    with b.uniform_region(T.And(b.groups > 0, T.EQ(T.truncmod(chunk, b.every), 0))):
                         for p in scan.carry:
                             b.save(p, b.tensor(p, "kept", T.truncdiv(chunk, b.every)), "kept")
                 b.run(0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tttc.backends.tvm_common.accumulators import accumulated
-from tttc.backends.tvm_common.loops import Group, read_often
+from tttc.backends.tvm_common.loops import FusedLoop, read_often
 from tttc.backends.tvm_common.statements import Statement, read
 from tttc.backends.tvm_cuda.device import WARP, Device
 from tttc.ir.expr import Axes, Axis, Expr
@@ -24,14 +24,14 @@ SLOTS = 8  # numbers of a row that each thread of a warp holds in registers
 
 
 @dataclass(frozen=True)
-class Step:
+class Phase:
     """What all threads do between two meetings; `source` is the leaf that is staged or rounded."""
 
     kind: str
     writes: frozenset[str]
     reads: frozenset[str]
     source: Expr | None = None
-    group: Group | None = None
+    group: FusedLoop | None = None
     registers: frozenset[str] = frozenset()
 
 
@@ -39,7 +39,7 @@ class Step:
 class Steps:
     """The steps of a block of assignments; `made` are the values that they need memory for, with their axes."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Phase] = field(default_factory=list)
     made: dict[str, Axes] = field(default_factory=dict)
 
 
@@ -68,7 +68,9 @@ def staged(name: str) -> str:
     return suffixed(name, "chunk")
 
 
-def stepped(groups: Iterable[Group], sequences: Collection[str], device: Device, dims: Mapping[str, int]) -> Steps:
+def plan_phases(
+    groups: Iterable[FusedLoop], sequences: Collection[str], device: Device, dims: Mapping[str, int]
+) -> Steps:
     """What is done group by group, with the copies that it needs, each where it is first read."""
     found = Steps()
     rounded: set[str] = set()
@@ -79,25 +81,25 @@ def stepped(groups: Iterable[Group], sequences: Collection[str], device: Device,
             if name in sequences and name not in copied and read_often(name, group):
                 copied.add(name)
                 found.made[staged(name)] = e.axes
-                found.steps.append(Step("stage", frozenset({staged(name)}), frozenset({name}), e))
+                found.steps.append(Phase("stage", frozenset({staged(name)}), frozenset({name}), e))
         for name, e in operands.items():
             if name not in rounded:
                 rounded.add(name)
                 found.made[half(name)] = e.axes
                 seen = staged(name) if name in copied else name
-                found.steps.append(Step("round", frozenset({half(name)}), frozenset({seen}), e))
+                found.steps.append(Phase("round", frozenset({half(name)}), frozenset({seen}), e))
         registers = _in_registers(group, dims)
         reads = {staged(n) if n in copied else n for n in plain} | {half(n) for n in operands}
         writes = {s.name for s in group.statements} - registers
         found.made |= {s.name: s.target.axes for s in group.statements if s.name in writes}
         found.steps.append(
-            Step("run", frozenset(writes), frozenset(reads - registers), group=group, registers=frozenset(registers))
+            Phase("run", frozenset(writes), frozenset(reads - registers), group=group, registers=frozenset(registers))
         )
         rounded -= writes
     return found
 
 
-def _read(group: Group, device: Device) -> tuple[dict[str, Expr], dict[str, Expr]]:
+def _read(group: FusedLoop, device: Device) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """The leaves that a group reads as numbers, and those that it reads as operands of tensor cores."""
     plain: dict[str, Expr] = {}
     operands: dict[str, Expr] = {}
@@ -160,7 +162,7 @@ def lane(s: Statement, at: Collection[Axis]) -> Axis | None:
     return free[-1] if free else None
 
 
-def _in_registers(group: Group, dims: Mapping[str, int]) -> set[str]:
+def _in_registers(group: FusedLoop, dims: Mapping[str, int]) -> set[str]:
     """Rows of a loop over the tokens of which every thread reads only what it wrote."""
     found = {s.name for s in group.statements if s.name in group.local and len(s.target.axes) <= 2}
     for s in group.statements:

@@ -5,7 +5,7 @@
     rows of the tokens      every warp its own tokens, its threads along the last axis, sums by shuffles
     walk                    every thread its own columns, token after token
 
-All threads come to every meeting (`meet`), none of which is inside a condition that they see differently.
+All threads come to every meeting (`syncthreads`), none of which is inside a condition that they see differently.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
-from tttc.backends.tvm_common.accumulators import Sum, accumulated
-from tttc.backends.tvm_common.loops import Group
-from tttc.backends.tvm_common.lowering import Point
+from tttc.backends.tvm_common.accumulators import Accumulation, accumulated
+from tttc.backends.tvm_common.loops import FusedLoop
+from tttc.backends.tvm_common.lowering import ExprLowering
 from tttc.backends.tvm_common.statements import TOKENS, Statement, read
-from tttc.backends.tvm_common.stores import Place, Places, Store, Value
+from tttc.backends.tvm_common.stores import Index, Places, Store, Value
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.codegen import Emitter
 from tttc.backends.tvm_cpu.recurrences import RECURRENCES
@@ -39,13 +39,13 @@ class Threads(Emitter):
     def __init__(self, device: Device, dims: Mapping[str, int], thread: Any, called: Word) -> None:
         super().__init__(device, dims, tirx.const(1, "int32"), 1)
         self.device, self.called = device, called
-        self.numbers = self.vectors = DeviceFunctions(device.dtype, 1, self.held)
+        self.numbers = self.vectors = DeviceFunctions(device.dtype, 1, self.in_register)
         self.thread = thread
         self.warp, self.lane = T.truncdiv(thread, WARP), T.truncmod(thread, WARP)
         self.slots: dict[Any, Any] = {}
         self._numbers = count()
 
-    def held(self, x: Any) -> Any:
+    def in_register(self, x: Any) -> Any:
         """A value in a register of its own."""
         return self.named(own("r"), x)[0]
 
@@ -63,11 +63,11 @@ class Threads(Emitter):
         """A key of a place that no other has."""
         return kind, next(self._numbers)
 
-    def meet(self) -> None:
+    def syncthreads(self) -> None:
         """All threads of the block wait for each other, and see what the others wrote."""
         T.evaluate(T.tvm_storage_sync("shared"))
 
-    def meet_in_warp(self) -> None:
+    def syncwarp(self) -> None:
         """The threads of a warp wait for each other; for `tvm_storage_sync("warp")` TVM writes nothing."""
         T.evaluate(T.call_extern("int32", "__syncwarp"))
 
@@ -87,7 +87,7 @@ class Threads(Emitter):
             yield e
 
     @contextmanager
-    def elements(self, axes: Axes, *, warps: bool = False) -> Iterator[dict[Axis, Place]]:
+    def elements(self, axes: Axes, *, warps: bool = False) -> Iterator[dict[Axis, Index]]:
         """Every element of these axes, the last axis along neighbouring threads."""
         sizes = [self.extent(axes[0]), *(self.capacity(a) for a in axes[1:])] if axes else []
         with self.each(_product(sizes), warps=warps) as e, ExitStack() as stack:
@@ -95,10 +95,10 @@ class Threads(Emitter):
             for a, i in zip(axes[1:], indices[1:], strict=True):
                 if a.size == TOKENS:
                     stack.enter_context(self.only_if(i < self.tokens))
-            yield {a: Place(i, self.key("element")) for a, i in zip(axes, indices, strict=True)}
+            yield {a: Index(i, self.key("element")) for a, i in zip(axes, indices, strict=True)}
 
     @contextmanager
-    def along(self, axis: Axis) -> Iterator[Place]:
+    def along(self, axis: Axis) -> Iterator[Index]:
         """An axis along the threads of a warp."""
         n = self.extent(axis)
         key = self.key("lane")
@@ -108,18 +108,18 @@ class Threads(Emitter):
             self.slots[key] = slot
             index = slot * WARP + self.lane
             stack.enter_context(self.only_if(None if isinstance(n, int) and n % WARP == 0 else index < n))
-            yield Place(index, key)
+            yield Index(index, key)
 
     @contextmanager
-    def loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Place]]:
+    def loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Index]]:
         """Loops of every thread over axes that stand nowhere yet."""
         with ExitStack() as stack:
             new = [a for a in axes if a not in at]
-            yield {**at, **{a: Place(stack.enter_context(T.serial(self.extent(a))), self.key("loop")) for a in new}}
+            yield {**at, **{a: Index(stack.enter_context(T.serial(self.extent(a))), self.key("loop")) for a in new}}
 
     # -- groups of statements
 
-    def group(self, group: Group, registers: Collection[str] = ()) -> None:
+    def group(self, group: FusedLoop, registers: Collection[str] = ()) -> None:
         if group.rows:
             self._rows(group, registers)
             return
@@ -139,14 +139,14 @@ class Threads(Emitter):
         T.evaluate(T.call_extern("int32", "COMMENT", text))
 
     def _set(self, s: Statement, places: Places) -> None:
-        self._save(s, places, Point(self, places).value(s.value).it)
+        self._save(s, places, ExprLowering(self, places).value(s.value).it)
 
     def _save(self, s: Statement, places: Places, value: Any) -> None:
         self.stores[s.name].save([places[a] for a in s.target.axes], value)
 
     # -- rows
 
-    def _rows(self, group: Group, registers: Collection[str]) -> None:
+    def _rows(self, group: FusedLoop, registers: Collection[str]) -> None:
         """Statement after statement for the tokens of a warp, which meets where a thread reads what another wrote."""
         row = group.statements[0].row
         assert row is not None
@@ -158,9 +158,9 @@ class Threads(Emitter):
             written: set[str] = set()
             for s in group.statements:
                 assert s.row is not None
-                at = {s.row: Place(t, ("row",))}
+                at = {s.row: Index(t, ("row",))}
                 if self._of_others(s, at, written):
-                    self.meet_in_warp()
+                    self.syncwarp()
                     written.clear()
                 self._in_row(s, at, s.name in registers)
                 written |= {s.name} - set(registers)
@@ -180,13 +180,15 @@ class Threads(Emitter):
                     self._save(s, places, value)
             return
         if across is None:
-            value = Point(self, at).value(s.value).it
+            value = ExprLowering(self, at).value(s.value).it
             with self.only_if(None if registers else self.lane < 1):
                 self._save(s, at, value)
             return
         with self.loops(free[:-1], at) as places, self.along(across) as place:
             here = {**places, across: place}
-            self._save(s, here, self._total(s, here, None) if s.kind == "row" else Point(self, here).value(s.value).it)
+            self._save(
+                s, here, self._total(s, here, None) if s.kind == "row" else ExprLowering(self, here).value(s.value).it
+            )
 
     # -- reductions
 
@@ -206,7 +208,7 @@ class Threads(Emitter):
         T.buffer_store(held, self.numbers.const(-3e38 if s.value.op == "max" else 0.0), [0])
         with self.loops([a for a in over if a != across], places) as inside, ExitStack() as stack:
             here = inside if across is None else {**inside, across: stack.enter_context(self.along(across))}
-            T.buffer_store(held, join(held[0], Point(self, here).value(s.value.src[0]).it), [0])
+            T.buffer_store(held, join(held[0], ExprLowering(self, here).value(s.value.src[0]).it), [0])
         for step in (16, 8, 4, 2, 1) if across is not None else ():
             other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), held[0], step, WARP, WARP)
             T.buffer_store(held, join(held[0], other), [0])
@@ -224,11 +226,11 @@ class Threads(Emitter):
         sizes = [*(self.capacity(a) for a in outer), down, across]
         with self.each(_product(sizes)) as e, ExitStack() as stack:
             *at, i, j = split(e, sizes)
-            places: dict[Axis, Place] = {}
+            places: dict[Axis, Index] = {}
             for a, index in zip(outer, at, strict=True):
                 places[a], inside = self.within(a, index, whole=a.size != TOKENS)
                 stack.enter_context(self.only_if(inside))
-            tile: list[tuple[dict[Axis, Place], list[Any]]] = [(dict(places), []) for _ in range(high * wide)]
+            tile: list[tuple[dict[Axis, Index], list[Any]]] = [(dict(places), []) for _ in range(high * wide)]
             for axis, n, first, far in ((row, high, i * high, 1), (column, wide, j, across)):
                 if axis is None:
                     continue
@@ -250,18 +252,18 @@ class Threads(Emitter):
                 return high, wide
         return 1, 1
 
-    def within(self, axis: Axis, index: Any, *, whole: bool = False) -> tuple[Place, Any]:
+    def within(self, axis: Axis, index: Any, *, whole: bool = False) -> tuple[Index, Any]:
         """A place on an axis, the last one for an index beyond it, and the condition that it is not beyond; with
         `whole` it never is.
         """
         n = self.extent(axis)
         held = self.named(suffixed(axis.name, "at"), index)[0]
         if whole:
-            return Place(held, self.key("tile")), None
-        return Place(T.min(held, self._int(n) - 1), self.key("tile")), held < n
+            return Index(held, self.key("tile")), None
+        return Index(T.min(held, self._int(n) - 1), self.key("tile")), held < n
 
     def _accumulate_tile(
-        self, s: Statement, sums: Mapping[Expr, Sum], tile: Sequence[tuple[dict[Axis, Place], list[Any]]]
+        self, s: Statement, sums: Mapping[Expr, Accumulation], tile: Sequence[tuple[dict[Axis, Index], list[Any]]]
     ) -> None:
         held = {}
         for e, total in sums.items():
@@ -272,7 +274,7 @@ class Threads(Emitter):
                 with self.loops(p.arg, {}) as summed:
                     memo: dict[Any, Value] = {}
                     for m, (here, _) in enumerate(tile):
-                        product = Point(self, {**here, **summed}, memo=memo).product(p.src).it
+                        product = ExprLowering(self, {**here, **summed}, memo=memo).product(p.src).it
                         T.buffer_store(held[e], held[e][m] + product if sign > 0 else held[e][m] - product, [m])
         for m, (here, guards) in enumerate(tile):
             with ExitStack() as stack:
@@ -280,16 +282,18 @@ class Threads(Emitter):
                     stack.enter_context(self.only_if(guard))
                 self.finish(s, sums, here, {e: held[e][m] for e in sums})
 
-    def finish(self, s: Statement, sums: Mapping[Expr, Sum], here: Places, products: Mapping[Expr, Any]) -> None:
+    def finish(
+        self, s: Statement, sums: Mapping[Expr, Accumulation], here: Places, products: Mapping[Expr, Any]
+    ) -> None:
         """What is made of the products at one place: added to what else their sums have, and stored."""
         found = {}
-        point = Point(self, here)
+        point = ExprLowering(self, here)
         for e, value in products.items():
             for sign, other in sums[e].others:
                 x = point.value(other).it
                 value = value + x if sign > 0 else value - x
-            found[e] = Value(self.held(value), False)
-        self._save(s, here, Point(self, here, found).value(s.value).it)
+            found[e] = Value(self.in_register(value), False)
+        self._save(s, here, ExprLowering(self, here, found).value(s.value).it)
 
     # -- along the tokens
 
@@ -303,7 +307,7 @@ class Threads(Emitter):
         """Each thread its own columns, token after token."""
         others = tuple(a for a in s.target.axes if a != along)
         with self.elements(others) as places, T.serial(self.tokens) as t:
-            step(t, False, {**places, along: Place(t, self.key("token"))})
+            step(t, False, {**places, along: Index(t, self.key("token"))})
 
     def _solve(self, s: Statement) -> None:
         """x[t] = right[t] - sum over s < t of matrix[t, s] * x[s], and from the last token back where it is upper."""
@@ -313,10 +317,10 @@ class Threads(Emitter):
         others = tuple(a for a in s.target.axes if a != unknown)
         with self.elements(others) as places, T.serial(self.tokens) as i:
             t = self.tokens - 1 - i if upper else i
-            row = Place(t, self.key("token"))
-            held = self.named(own("solved"), Point(self, {**places, known: row}).value(right).it)
+            row = Index(t, self.key("token"))
+            held = self.named(own("solved"), ExprLowering(self, {**places, known: row}).value(right).it)
             with T.serial(t + 1, self.tokens) if upper else T.serial(t) as j:
-                inner = Point(self, {**places, known: row, unknown: Place(j, self.key("solved"))})
+                inner = ExprLowering(self, {**places, known: row, unknown: Index(j, self.key("solved"))})
                 found = self.stores[s.name].load([inner.places[a] for a in s.target.axes])
                 T.buffer_store(held, held[0] - inner.value(matrix).it * found.it, [0])
             self._save(s, {**places, unknown: row}, held[0])
@@ -329,18 +333,18 @@ class InRegisters(Store):
         super().__init__(buffer, threads.device)
         self.slots = threads.slots
 
-    def _at(self, places: Sequence[Place]) -> list[Any]:
+    def _at(self, places: Sequence[Index]) -> list[Any]:
         return [self.slots[places[-1].key] if len(places) > 1 else 0]
 
 
 class Converted(Store):
     """A tensor of the caller whose numbers are stored shorter than they are computed with."""
 
-    def load(self, places: Sequence[Place]) -> Value:
+    def load(self, places: Sequence[Index]) -> Value:
         name = "__bfloat162float" if str(self.buffer.dtype) == "bfloat16" else "__half2float"
         return Value(T.call_pure_extern("float32", name, self.buffer[tuple(self._at(places))]), False)
 
-    def save(self, places: Sequence[Place], value: Any) -> None:
+    def save(self, places: Sequence[Index], value: Any) -> None:
         T.buffer_store(self.buffer, shorter(value, str(self.buffer.dtype)), self._at(places))
 
 

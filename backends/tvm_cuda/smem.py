@@ -60,10 +60,10 @@ class Allocation:
         return a < b + (self.inside[y].bytes or 0) and b < a + (self.inside[x].bytes or 0)
 
 
-def laid_out(variables: Iterable[Variable], limit: int) -> Allocation:
+def allocate(variables: Iterable[Variable], limit: int) -> Allocation:
     """Largest first, each at the lowest place that is free while it is alive; what does not fit goes outside.
 
-    laid_out([W: 0..9 64 KB, x: 1..2 16 KB, y: 3..4 16 KB], 96 KB)  ->  W at 0, x and y at 64 KB; 80 KB in all
+    allocate([W: 0..9 64 KB, x: 1..2 16 KB, y: 3..4 16 KB], 96 KB)  ->  W at 0, x and y at 64 KB; 80 KB in all
     """
     inside = [v for v in variables if v.bytes is not None]
     outside = [v for v in variables if v.bytes is None]

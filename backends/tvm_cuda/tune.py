@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
-from tttc.backends.interface import Preferred, Settings
+from tttc.backends.interface import ChunkHint, Settings
 from tttc.backends.tvm_common.refusals import only_chunk
 from tttc.backends.tvm_cpu import tune as of_cpu
 from tttc.ir.program import ScanProgram
@@ -17,7 +17,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {}
 
 
-def chunk(program: ScanProgram) -> Preferred | None:
+def chunk(program: ScanProgram) -> ChunkHint | None:
     """The only one that these kernels have, where there is but one; what a CPU prefers is for its caches."""
     return only_chunk(program)
 

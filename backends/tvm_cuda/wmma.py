@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tttc.backends.tvm_common.accumulators import accumulated
 from tttc.backends.tvm_common.statements import Statement
-from tttc.backends.tvm_common.stores import Place, Store
+from tttc.backends.tvm_common.stores import Index, Store
 from tttc.backends.tvm_common.tir import IRBuilder, T
 from tttc.backends.tvm_cuda.device import WARP
 from tttc.backends.tvm_cuda.phases import MatrixProduct, Operand
@@ -51,7 +51,7 @@ def rounded(threads: Threads, axes: Axes, source: Store, target: Half) -> None:
             for i, a, n in zip(indices, axes, sizes, strict=True)
             if not (isinstance(threads.extent(a), int) and threads.extent(a) == n)
         ]
-        places = [Place(i, threads.key("element")) for i in indices]
+        places = [Index(i, threads.key("element")) for i in indices]
         if not conditions:
             T.buffer_store(target.buffer, shorter(source.load(places).it, dtype), [at])
             return
@@ -96,7 +96,7 @@ def multiplied(
                     T.evaluate(T.tvm_mma_sync(total.data, 0, left.data, 0, right.data, 0, total.data, 0))
             to = exchange.access_ptr("w", offset=mine + n * SIDE * SIDE)
             T.evaluate(T.tvm_store_matrix_sync(total.data, SIDE, SIDE, SIDE, 0, to, SIDE, "row_major"))
-        threads.meet_in_warp()
+        threads.syncwarp()
         with T.serial(SIDE * SIDE // WARP) as m:
             at = m * WARP + threads.lane
             place, inside = threads.within(row, i * SIDE + T.truncdiv(at, SIDE))
@@ -110,7 +110,7 @@ def multiplied(
                     else:
                         found[e] = found[e] - value if e in found else threads.numbers.neg(value)
                 threads.finish(s, sums, {row: place, column: other}, found)
-        threads.meet_in_warp()
+        threads.syncwarp()
 
 
 def _fragment(name: str, dtype: str, kind: str) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from tttc.backends.garbage import uncollected
+from tttc.backends.garbage import gc_paused
 from tttc.backends.interface import HOST, Backend, EmittedProgram, Placement, Settings
 from tttc.compiler.stage_check import blamed, check_meaning, checking
 from tttc.declare.checks import no_exact_form, no_gradient
@@ -213,7 +213,7 @@ PIPELINE: tuple[Stage, ...] = (
 )
 
 
-@uncollected()
+@gc_paused()
 def advance(history: History, options: Options, last: str) -> History:
     """The stages that come after those of `history`, to the one called `last`; `history` itself stays as it is.
 

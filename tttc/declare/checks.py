@@ -18,7 +18,7 @@ from tttc.ir.expr import Expr, postorder
 from tttc.ir.gradient_class import classified
 from tttc.ir.primal import token_loop
 from tttc.ir.program import T_AXIS
-from tttc.ir.reading import NoExactForm, over_chunk
+from tttc.ir.reading import NoExactForm, vectorize_over_tokens
 from tttc.ir.schedule import schedule
 from tttc.ir.simplify import simplify, simplify_program
 
@@ -60,10 +60,10 @@ def _line_of(declared: Signature, node: Expr) -> SourceLine | None:
         return (place.line for made, place in traced.places.items() if found(made, became[made]))
 
     def is_it(made: Expr, simple: Expr) -> bool:
-        return node in (simple, *over_chunk([simple], T_AXIS, {}))
+        return node in (simple, *vectorize_over_tokens([simple], T_AXIS, {}))
 
     def holds_it(made: Expr, simple: Expr) -> bool:  # the first that does is the innermost
-        return node in (*postorder([simple]), *postorder(over_chunk([simple], T_AXIS, {})))
+        return node in (*postorder([simple]), *postorder(vectorize_over_tokens([simple], T_AXIS, {})))
 
     found = (lines(is_it), lines(holds_it), lines(lambda made, simple: made.op == node.op))
     return next(chain.from_iterable(found), None)

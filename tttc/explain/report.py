@@ -24,7 +24,7 @@ from tttc.ir.cost import CHUNK, EVERY, TOKENS, Formula, Work
 from tttc.ir.expr import Expr, postorder
 from tttc.ir.linearity import Dependence, Finding, dependence
 from tttc.ir.names import spelled
-from tttc.ir.online import the_unknown
+from tttc.ir.online import affine_unknown
 from tttc.ir.primal import per_token
 from tttc.ir.program import (
     SEQUENCE,
@@ -184,7 +184,7 @@ def _unknown_text(layer: Layer, kind: GradientClass) -> str:
         return ""
     program = layer.stages.program
     gradients, axes = per_token(program)[0], {w.name: w.axes for w in program.update.states}
-    unknown = the_unknown({n: terms_of(g, axes[n]) for n, g in gradients.items()}, program.update.states)
+    unknown = affine_unknown({n: terms_of(g, axes[n]) for n, g in gradients.items()}, program.update.states)
     assert unknown is not None
     return _operation(unknown, _gradient_names(layer))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tttc.runtime.layer import Layer
 
 
-class Call:
+class BoundCall:
     """The tensors of one call, checked and laid out as [B, H, ...], where they lie."""
 
     def __init__(self, layer: Layer, arguments: Arguments) -> None:
@@ -168,7 +168,7 @@ class Call:
 
     def _stored(self, x: torch.Tensor) -> torch.Tensor:
         """A sequence in the dtype of arithmetic, or as it is where the kernels read 16 bits."""
-        as_it_is = self.layer.halves and x.dtype in (torch.float16, torch.bfloat16)
+        as_it_is = self.layer.accepts_16bit and x.dtype in (torch.float16, torch.bfloat16)
         return x if as_it_is else _cast(x, self.layer.compute_dtype)
 
     def _kept(self, name: str, x: torch.Tensor) -> torch.Tensor:

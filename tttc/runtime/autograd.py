@@ -2,7 +2,7 @@
 
 reverse mode                 `Run` and `Pull`: the derived backward, by the kernels of the backend
 vmap                         the batch that is mapped over becomes a part of the batch of the scan
-forward mode, and what       the scan in operations of PyTorch (`CompiledScan.recorded`), which carry tangents
+forward mode, and what       the scan in operations of PyTorch (`CompiledScan.differentiable`), which carry tangents
 comes after the first        and are recorded; no kernel ever sees a dual number
 derivative
 """
@@ -39,9 +39,9 @@ def asked_for(tensors: Iterable[torch.Tensor]) -> bool:
 def run(scan: CompiledScan, results: int, checkpoint: int, inputs: Tensors) -> tuple[torch.Tensor, ...]:
     """The results of a scan, to be differentiated or mapped over in any way."""
     if carries_tangents(inputs):
-        return scan.recorded.forward([_widened(x) for x in inputs], 0)[0]
+        return scan.differentiable.forward([_widened(x) for x in inputs], 0)[0]
     if transforming():
-        scan = scan.opaque  # it keeps a list of tensors [B, H, ...], none in the memory of another
+        scan = scan.custom_op  # it keeps a list of tensors [B, H, ...], none in the memory of another
     return Run.apply(scan, checkpoint, results, *inputs)[:results]
 
 
@@ -59,7 +59,7 @@ class Run(torch.autograd.Function):
 
     @staticmethod
     def forward(scan: CompiledScan, checkpoint: int, results: int, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scan.expect_backward(inputs)
+        scan.prewarm_backward(inputs)
         outputs, kept = scan.forward(inputs, checkpoint)
         return (*map(_no_view, outputs), *kept)
 
@@ -92,8 +92,8 @@ def _pulled(
     if carries_tangents([*inputs, *cotangents]):
         return _recorded_backward(scan, inputs, cotangents)
     in_batches = any(map(torch._C._functorch.is_legacy_batchedtensor, cotangents))
-    if (in_batches or transforming()) and scan.opaque is not scan:  # the forward was not transformed
-        scan = scan.opaque
+    if (in_batches or transforming()) and scan.custom_op is not scan:  # the forward was not transformed
+        scan = scan.custom_op
         _, kept = scan.forward(inputs, checkpoint)
     if in_batches:
         return _pulled_in_batches(scan, checkpoint, inputs, kept, cotangents)
@@ -144,8 +144,8 @@ def _parts(tensors: Tensors, counts: tuple[int, int]) -> tuple[Tensors, Tensors,
 def _recorded_backward(scan: CompiledScan, inputs: Tensors, cotangents: Tensors) -> tuple[torch.Tensor, ...]:
     """The derived backward in operations of PyTorch, which are recorded and carry tangents."""
     wide = [_widened(x) for x in inputs]
-    _, kept = scan.recorded.forward(wide, 0)  # what the first forward kept has no history
-    found = scan.recorded.backward(wide, kept, 0, [_widened(x) for x in cotangents])
+    _, kept = scan.differentiable.forward(wide, 0)  # what the first forward kept has no history
+    found = scan.differentiable.backward(wide, kept, 0, [_widened(x) for x in cotangents])
     return tuple(g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
 
 

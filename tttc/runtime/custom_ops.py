@@ -42,7 +42,7 @@ class Operator:
 
 def operator(name: str, scan: OpaqueScan, results: int) -> Operator:
     """The operator of a scan that has so many results; registered when it is first asked for."""
-    full = f"{name}_{hashlib.sha256(scan.content.encode()).hexdigest()[:16]}"
+    full = f"{name}_{hashlib.sha256(scan.fingerprint.encode()).hexdigest()[:16]}"
     with _lock:  # a second registration of one name is an error of torch
         if full not in _known:
             _known[full] = Operator(full, scan, results)
@@ -61,7 +61,7 @@ def _forward(name: str, scan: OpaqueScan, results: int, backward: Function) -> F
     @custom_op(name, mutates_args=(), schema=schema)
     def run(inputs: Tensors, checkpoint: int, keep: bool) -> Tensors:
         if keep:
-            scan.expect_backward(inputs)
+            scan.prewarm_backward(inputs)
         outputs, kept = scan.forward(inputs, checkpoint if keep else None)
         return [*outputs, *kept]
 

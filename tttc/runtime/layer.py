@@ -21,7 +21,7 @@ from tttc.errors import ShapeError
 from tttc.explain.report import explain
 from tttc.ir.program import number_of
 from tttc.runtime import autograd
-from tttc.runtime.arguments import Call
+from tttc.runtime.arguments import BoundCall
 from tttc.runtime.custom_ops import Operator, operator, untraced
 from tttc.runtime.graphs import constant_in_graphs, outside_graphs
 from tttc.runtime.packing import Arguments, carried, packed, regrouped, ungrouped
@@ -68,7 +68,7 @@ class Layer:
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._scans, self._settings, self._recompile = scans, settings, recompile
         self._of_kernels = not named(backend, device).of_torch
-        self.halves = self.compute_dtype == torch.float32 and all(s.halves for s in scans.values())
+        self.accepts_16bit = self.compute_dtype == torch.float32 and all(s.accepts_16bit for s in scans.values())
         program = stages.program
         self._name = program.name
         self._params = {s.name: s.params for s in program.scans}
@@ -171,7 +171,7 @@ class Layer:
     def _one(self, given: Arguments, check: bool) -> tuple[torch.Tensor, State]:
         """Sequences of one length."""
         whole = ungrouped(given, self.signature, self._carried)
-        call = Call(self, whole)
+        call = BoundCall(self, whole)
         if check:
             call.refuse_non_finite()
             warn_of_growth(self, call)
@@ -180,7 +180,7 @@ class Layer:
 
     # -- scans -------------------------------------------------------------------------------------------------------
 
-    def _outputs(self, name: str, call: Call, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
+    def _outputs(self, name: str, call: BoundCall, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
         inputs = [call.value(p, values, now, stop) for p in self._params[name]]
         if self._recorded_by_name(inputs):
             if torch.compiler.is_compiling() and transformed():
@@ -223,7 +223,7 @@ class Layer:
         no generator that begins anew.
         """
         if not self._operators:
-            self._operators = {n: operator(n, s.opaque, len(self._results[n])) for n, s in self._scans.items()}
+            self._operators = {n: operator(n, s.custom_op, len(self._results[n])) for n, s in self._scans.items()}
         return bool(self._begun)
 
     def _checkpoint_of(self, name: str, tokens: int) -> int:

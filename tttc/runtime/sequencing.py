@@ -21,10 +21,10 @@ from tttc.ir.program import EACH, SEQUENCE, ScanKind, ScanProgram, number_of
 from tttc.ir.substitution import NOW, PAST, row_name
 from tttc.ir.update import memories, openings
 from tttc.runtime import autograd
-from tttc.runtime.arguments import Call
+from tttc.runtime.arguments import BoundCall
 from tttc.runtime.state import State, Tensors
 
-Outputs = Callable[[str, Call, Tensors, int, int], tuple[torch.Tensor, ...]]
+Outputs = Callable[[str, BoundCall, Tensors, int, int], tuple[torch.Tensor, ...]]
 """Runs a scan by its name on the tokens from `now` to `stop` of a call: its results, [B, H, ...] each."""
 
 
@@ -52,7 +52,7 @@ class Sequencing:
         self._width = [dims[a.size] for output in read for a in output.target.axes if a.size != TOKENS]
         self.decode = "rows" if self._keeps_rows(declared, decode) else "sums"
 
-    def run(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def run(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """z: [B, T, H, E], and the state after the last token."""
         B, T, H = call.batch, call.tokens, call.heads
         if T == 0:
@@ -67,7 +67,7 @@ class Sequencing:
         after.taps, after.telemetry = call.taps, call.telemetry(list(map(spelled, self._measures)))
         return z.transpose(1, 2), after
 
-    def _tokens(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _tokens(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """Whole mini-batches, and what comes before and after them."""
         T = call.tokens
         b = None if self.plan.mini_batch in (SEQUENCE, None) else self.plan.mini_batch
@@ -97,7 +97,7 @@ class Sequencing:
         opened = (position, self._kept(call, start), summed) if position else (0, {}, {})
         return z, State(weights, *opened, memory)
 
-    def _has_kernel_of(self, call: Call) -> bool:
+    def _has_kernel_of(self, call: BoundCall) -> bool:
         """Whether the one token of a call has a kernel of its own: as far as no gradient is asked for, unless its
         mini-batch is kept as rows, or ends with it and changes more than the weights.
         """
@@ -109,7 +109,7 @@ class Sequencing:
         groups = (call.sequences, call.params, state.weights, state.start, state.summed, state.memory)
         return not autograd.asked_for(x for group in groups for x in group.values())
 
-    def _decode_step(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _decode_step(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """One token: a decode step."""
         assert self._token is not None
         weights, position = call.state.weights, call.state.position
@@ -125,7 +125,7 @@ class Sequencing:
             return z, State(after, memory=memory)
         return z, State(after, position + 1, self._kept(call, start), _updated(summed, new), memory)
 
-    def _rows(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _rows(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """Whole mini-batches by the scan alone: an open one is run again from its first token."""
         before = call.state.position
         if before:
@@ -152,7 +152,7 @@ class Sequencing:
             rows = {n: _copied(x) for n, x in rows.items()}
         return z, State(weights, T - whole, self._kept(call, start), {}, kept, rows)
 
-    def _kept(self, call: Call, start: Tensors) -> Tensors:
+    def _kept(self, call: BoundCall, start: Tensors) -> Tensors:
         """The weights at which an open mini-batch began; those that were given as a dict belong to the caller, who may
         change them.
         """
@@ -160,7 +160,7 @@ class Sequencing:
         lent = not call.continues and any(start[n] is given[n] for n in start)
         return {n: _copied(x) for n, x in start.items()} if lent else start
 
-    def _substituted(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _substituted(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """Chunk by chunk: first the rows of its gradients, one token after the other, then the chunk from its rows."""
         weights = call.state.weights
         memory = call.state.memory or self._begin(call, outputs, weights)
@@ -182,7 +182,7 @@ class Sequencing:
             found.append(z)
         return _joined(found), State(weights, memory=memory)
 
-    def _begin(self, call: Call, outputs: Outputs, weights: Tensors) -> Tensors:
+    def _begin(self, call: BoundCall, outputs: Outputs, weights: Tensors) -> Tensors:
         """What the sequence carries beside its weights, where it begins."""
         name = self._named.get(ScanKind.BEGIN)
         return {} if name is None else self._scan(outputs, name, call, weights, 0, 0)[1]
@@ -208,7 +208,7 @@ class Sequencing:
         return now + (tokens - now) // b * b
 
     def _scan(
-        self, outputs: Outputs, name: str, call: Call, values: Tensors, now: int, stop: int
+        self, outputs: Outputs, name: str, call: BoundCall, values: Tensors, now: int, stop: int
     ) -> tuple[torch.Tensor | None, Tensors]:
         """The outputs of the tokens from `now` to `stop`, if the scan has any, and the new values by name."""
         found = outputs(name, call, values, now, stop)
@@ -235,6 +235,6 @@ def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([z.transpose(1, 2) for z in outputs], 1).transpose(1, 2)
 
 
-def _attached(z: torch.Tensor, call: Call) -> torch.Tensor:
+def _attached(z: torch.Tensor, call: BoundCall) -> torch.Tensor:
     """An empty output that still belongs to the graph of q, so that calling backward on it is no error."""
     return z + 0 * call.queries.sum() if call.queries.requires_grad else z

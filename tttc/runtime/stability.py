@@ -15,7 +15,7 @@ from tttc.ir.program import LoopProgram
 from tttc.ir.reading import terms_of
 
 if TYPE_CHECKING:
-    from tttc.runtime.arguments import Call
+    from tttc.runtime.arguments import BoundCall
     from tttc.runtime.layer import Layer
 
 MOST_SEQUENCES = 16  # at most so many sequences are looked at
@@ -26,7 +26,7 @@ class UnstableInnerLoop(UserWarning):
     """A learning rate at which a linear learner's error grows with every step on the same token."""
 
 
-def warn_of_growth(layer: Layer, call: Call) -> None:
+def warn_of_growth(layer: Layer, call: BoundCall) -> None:
     """Warn with the largest lr * |k|^2 found (times the curvature of the loss), where it exceeds 2.
 
     For learners that are linear in their weights, with a loss that is quadratic; silent for others.
@@ -54,7 +54,7 @@ def warn_of_growth(layer: Layer, call: Call) -> None:
         )
 
 
-def _values(e: Any, call: Call, g: int) -> np.ndarray:
+def _values(e: Any, call: BoundCall, g: int) -> np.ndarray:
     """The expression on the tokens of one batch element and head."""
     known, sizes = {}, {}
     for x in leaves([e]):

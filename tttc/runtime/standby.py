@@ -22,7 +22,7 @@ Tensors = Sequence[torch.Tensor]
 
 def with_standby(scans: Mapping[str, CompiledScan], variant: str, backend: str) -> dict[str, CompiledScan]:
     """The scans of a backend that nobody asked for by name."""
-    return {n: s if s.recorded is s else StandbyScan(s, variant, backend) for n, s in scans.items()}
+    return {n: s if s.differentiable is s else StandbyScan(s, variant, backend) for n, s in scans.items()}
 
 
 class StandbyScan:
@@ -41,21 +41,21 @@ class StandbyScan:
         return getattr(self.scan_of_kernels, name)
 
     @property
-    def halves(self) -> bool:
-        return self.scan_of_kernels.halves
+    def accepts_16bit(self) -> bool:
+        return self.scan_of_kernels.accepts_16bit
 
     @property
-    def recorded(self) -> CompiledScan:
-        return self.scan_of_kernels.recorded
+    def differentiable(self) -> CompiledScan:
+        return self.scan_of_kernels.differentiable
 
     @cached_property
-    def opaque(self) -> Any:
-        inner = self.scan_of_kernels.opaque
+    def custom_op(self) -> Any:
+        inner = self.scan_of_kernels.custom_op
         return self if inner is self.scan_of_kernels else StandbyScan(inner, self.variant, self.backend)
 
     @property
-    def content(self) -> str:
-        return self._memory.content
+    def fingerprint(self) -> str:
+        return self._memory.fingerprint
 
     def results(self, inputs: Tensors, checkpoint: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         return self._memory.results(inputs, checkpoint)
@@ -63,9 +63,9 @@ class StandbyScan:
     def gradients(self, inputs: Tensors) -> list[torch.Tensor]:
         return self._memory.gradients(inputs)
 
-    def expect_backward(self, inputs: Tensors) -> None:
+    def prewarm_backward(self, inputs: Tensors) -> None:
         if self.failed is None:
-            self.scan_of_kernels.expect_backward(inputs)
+            self.scan_of_kernels.prewarm_backward(inputs)
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], Tensors]:
         if self.failed is None:
@@ -94,11 +94,11 @@ class StandbyScan:
 
     @property
     def _memory(self) -> OpaqueScan:
-        return self.scan_of_kernels.opaque
+        return self.scan_of_kernels.custom_op
 
     @property
     def _torch(self) -> OpaqueScan:
-        return self.scan_of_kernels.recorded.opaque
+        return self.scan_of_kernels.differentiable.custom_op
 
     def _fails(self, failure: NotBuilt) -> None:
         self.failed = failure

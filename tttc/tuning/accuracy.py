@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from tttc.runtime.layer import Layer
-from tttc.tuning.search import Wrong
+from tttc.tuning.search import IncorrectResult
 from tttc.verification.comparison import (
     SEVERAL,
     Inputs,
@@ -50,7 +50,7 @@ class Accuracy:
         """Whether a candidate was further off than the tolerances and the definition amplifies rounding."""
 
     def check(self, layer: Layer) -> None:
-        """Compare outputs, final weights and gradients; raises `Wrong` with those that are too far off.
+        """Compare outputs, final weights and gradients; raises `IncorrectResult` with those that are too far off.
 
         What is further off may still be right where the definition itself amplifies rounding: several times what one
         rounding of the inputs moves is then allowed, and `note` says so. Where that would leave nothing to compare,
@@ -62,7 +62,7 @@ class Accuracy:
             wrong = self._too_far_off(layer)
         wrong = {n: (e, max(most, self._excuses.get(n, 0.0))) for n, (e, most) in wrong.items()}
         if said := ", ".join(f"{n} {e:.1e}, more than {most:.1e}" for n, (e, most) in wrong.items() if not e <= most):
-            raise Wrong(said)
+            raise IncorrectResult(said)
 
     @property
     def note(self) -> str:

@@ -24,7 +24,7 @@ TIMED_SECONDS = 2.0  # for the pairs of one candidate, once there are a few
 SHORTEST = 0.005  # seconds of one measurement; a shorter call is repeated
 
 
-class Wrong(Exception):
+class IncorrectResult(Exception):
     """A candidate whose result is not that of the reference, with what differs."""
 
 
@@ -36,7 +36,7 @@ class Timed(Protocol):
         ...
 
     def prepare(self, candidate: Candidate) -> Call:
-        """A call that can be timed: compiled, and its results found to be right. Raises `Wrong` where they are not."""
+        """A call that can be timed: compiled, and its results found to be right; raises `IncorrectResult` otherwise."""
         ...
 
 
@@ -300,7 +300,7 @@ class _Searching:
 def _rejected(candidate: Candidate, error: Exception) -> Trial:
     """A candidate that cannot be taken, whatever the compiler or the check raised."""
     said = " ".join(str(error).split()) or type(error).__name__
-    return Trial(candidate, "wrong" if isinstance(error, Wrong) else "failed", reason=said)
+    return Trial(candidate, "wrong" if isinstance(error, IncorrectResult) else "failed", reason=said)
 
 
 def _shown(candidate: Candidate, best: Trial | None) -> str:

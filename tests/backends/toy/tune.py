@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from tttc.backends.interface import Preferred, Settings
+from tttc.backends.interface import ChunkHint, Settings
 from tttc.ir.program import ScanProgram
 
 
@@ -14,7 +14,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {}
 
 
-def chunk(program: ScanProgram) -> Preferred | None:
+def chunk(program: ScanProgram) -> ChunkHint | None:
     return None
 
 

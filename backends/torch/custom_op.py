@@ -23,7 +23,7 @@ class CopiedScan(BaseScan):
         self.inner = inner
 
     @property
-    def recorded(self) -> TorchScan:
+    def differentiable(self) -> TorchScan:
         return self.inner
 
     @property

@@ -176,17 +176,17 @@ class Backend(Protocol):
         """What a user should know of how it runs the program; `explain` says it."""
         ...
 
-    def emit(self, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+    def emit_source(self, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
         """The program of the adjoint stage as what is compiled, or run; written when it is first read."""
         ...
 
-    def load(
+    def load_scans(
         self, source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
     ) -> Mapping[str, CompiledScan]:
         """Source text as callables, by the names of the scans; settings that are not given are the default."""
         ...
 
-    def chunk(self, program: ScanProgram) -> ChunkHint | None:
+    def preferred_chunk(self, program: ScanProgram) -> ChunkHint | None:
         """Of a scheduled program whose chunk is free: a better one for these kernels, None where there is none. A chunk
         that the user gave, or that tuning found, is not asked about.
         """

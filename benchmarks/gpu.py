@@ -71,7 +71,7 @@ def contenders(c: Case, device: torch.device) -> dict[str, Contender]:
     batched = tttc.compile(c.variant, c.dims, DTYPE, device, "torch")
     program = batched.stages.program
     if device.type == "cuda":
-        batched._scans = torch_backend.load(torch_backend.emit(program), program, steps=torch.compile)
+        batched._scans = torch_backend.load_scans(torch_backend.emit_source(program), program, steps=torch.compile)
     found[COMPILED] = Contender(lambda x: call(batched, c, x))
     found |= {f"fla {name}": made for name, made in _fla(c).items()} if find_spec("fla") else {}
     if c.T <= 32768:

@@ -13,7 +13,7 @@ import tttc
 from tttc.backends.cost_model import CONTRACTION, LOAD, SOLVE_STEP, EstimatedKernel, IterationCost, KernelInfo, estimate
 from tttc.backends.target import GPUS, Resources, architecture, architecture_of
 from tttc.backends.triton.cost_model import turn_of
-from tttc.backends.triton.kernel_spec import form_of
+from tttc.backends.triton.kernel_spec import spec_of
 from tttc.library import GatedDeltaNet, LinearAttention
 from tttc.tuning.ranking import RankedRow, rank, ranked
 
@@ -137,12 +137,12 @@ def program_of(variant, dims, **settings):
 
 def test_a_turn_is_what_the_program_costs():
     program = program_of(LinearAttention, {"D": 32}, chunk=16)
-    turn = turn_of(form_of(program.scans[0], program), False, BF16)
+    turn = turn_of(spec_of(program.scans[0], program), False, BF16)
     C, D = 16, 32
     assert turn.matrix == 2 * (C * D * D + C * C * D + C * C * D + C * D * D)  # q W, q k', A v, k' v
     assert turn.moved == 2 * 4 * C * D  # q, k, v and z
     assert (turn.chain, turn.steps, turn.loads) == (2, 0, 1)
-    backward = turn_of(form_of(program.scans[0], program), True, BF16)
+    backward = turn_of(spec_of(program.scans[0], program), True, BF16)
     assert backward.matrix > 2 * turn.matrix
     assert backward.loads == 2
     again, reverse = 2 * 2 * C * D, 2 * 7 * C * D  # k, v; then q, k, v, dz, dq, dk, dv
@@ -151,14 +151,14 @@ def test_a_turn_is_what_the_program_costs():
 
 def test_blocks_are_as_wide_as_the_kernels_make_them():
     wide, narrow = (program_of(LinearAttention, {"D": D}, chunk=16) for D in (16, 9))
-    turns = [turn_of(form_of(p.scans[0], p), False, BF16) for p in (wide, narrow)]
+    turns = [turn_of(spec_of(p.scans[0], p), False, BF16) for p in (wide, narrow)]
     assert turns[0].matrix == turns[1].matrix
     assert turns[0].moved > turns[1].moved
 
 
 def test_a_triangular_system_goes_by_blocks_of_tokens():
     short, program, longer = (program_of(GatedDeltaNet, {"D": 16}, chunk=c) for c in (16, 32, 64))
-    turns = [turn_of(form_of(p.scans[0], p), False, BF16) for p in (short, program, longer)]
+    turns = [turn_of(spec_of(p.scans[0], p), False, BF16) for p in (short, program, longer)]
     assert [t.steps for t in turns] == [15, 15, 15]
     assert [t.chain - turns[0].chain for t in turns] == [0, 3, 5]  # inverses of twice as many tokens, and their use
 
@@ -166,9 +166,9 @@ def test_a_triangular_system_goes_by_blocks_of_tokens():
 def test_strips_are_programs():
     """Each with its part of the state and of what is written, and what they share made in each."""
     program = program_of(LinearAttention, {"D": 256}, chunk=16)
-    form = form_of(program.scans[0], program)
-    assert form.strips == 8
-    turn, C, D, E = turn_of(form, False, BF16), 16, 256, 32
+    spec = spec_of(program.scans[0], program)
+    assert spec.strips == 8
+    turn, C, D, E = turn_of(spec, False, BF16), 16, 256, 32
     assert turn.matrix == 2 * (C * D * E + C * C * D + C * C * E + C * D * E)
     assert turn.moved == 2 * (2 * C * D + 2 * C * E)
 

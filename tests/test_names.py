@@ -18,7 +18,7 @@ import torch
 
 import tttc
 from tests.helpers import differences, keywords, oracle_result, result_of, split_call
-from tttc.backends.triton.emit import emit as emit_triton
+from tttc.backends.triton.emit import emit_source as emit_triton
 from tttc.errors import DeclarationError, ShapeError
 from tttc.ir.names import is_declared, marked, own, prefixed, spelled, suffixed, worded
 from tttc.ir.verify import MalformedProgram, verify

@@ -23,8 +23,8 @@ from tttc.backends.cost_model import KernelInfo, NotCompiled
 from tttc.backends.target import GPUS, Resources
 from tttc.backends.triton.aot import order_of
 from tttc.backends.triton.compile_process import CompileProcesses, Crashed
-from tttc.backends.triton.emit import emit
-from tttc.backends.triton.kernel_spec import form_of
+from tttc.backends.triton.emit import emit_source
+from tttc.backends.triton.kernel_spec import spec_of
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 from tttc.errors import BackendRefusal, TuningError
@@ -153,8 +153,8 @@ def test_an_estimate_for_a_gpu_is_nothing_to_a_cpu():
 
 def order(text=None):
     program = program_of(LinearAttention, {"D": 16}, chunk=16)
-    module = Module(emit(program), program.name)
-    made = order_of(module, form_of(program.scans[0], program), False, BF16, "sm_90", Config(4, 1))
+    module = Module(emit_source(program), program.name)
+    made = order_of(module, spec_of(program.scans[0], program), False, BF16, "sm_90", Config(4, 1))
     return {**made, "source": text} if text else made
 
 

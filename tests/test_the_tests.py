@@ -159,12 +159,12 @@ def stale(scan):
 
 def test_a_tail_that_is_dropped(monkeypatch):
     """The tokens after the last whole mini-batch change nothing: right where there are none."""
-    load = torch_backend.load
+    load = torch_backend.load_scans
 
     def cut(source, program, settings, place):
         return {n: without_tail(n, x) for n, x in load(source, program).items()}
 
-    monkeypatch.setattr(torch_backend, "load", cut)
+    monkeypatch.setattr(torch_backend, "load_scans", cut)
     assert {"state W", "state b", "grad v"} <= wrong_rows(verified())
     assert verify(Tanh, {"D": 3}, tokens=8).ok
 

@@ -368,7 +368,7 @@ def test_batched_scans_are_compiled_where_kernels_are_not_interpreted():
     program = layer.stages.program
     inputs = converted(random_inputs(layer.signature, layer.dims, 1, 9, 2), torch.float32, "cpu")
     plain = called(layer, inputs)
-    layer._scans = torch_backend.load(torch_backend.emit(program), program, steps=torch.compile)
+    layer._scans = torch_backend.load_scans(torch_backend.emit_source(program), program, steps=torch.compile)
     # float32, and torch.compile adds up in another order
     assert not differences(called(layer, inputs), plain, OUTPUT, GRADIENT)
 

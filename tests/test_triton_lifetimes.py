@@ -31,8 +31,8 @@ def both_orders(variant, backward):
         return Namer({spelled(p.name) for p in (*scan.results, *scan.params)}, program.names)
 
     lines = steps(Block(assigns), namer())
-    form = KernelSpec(scan, program)
-    return lines, list_schedule(lines, lambda e: prod(map(form.block, e.axes)), names, namer()), names, form
+    spec = KernelSpec(scan, program)
+    return lines, list_schedule(lines, lambda e: prod(map(spec.block, e.axes)), names, namer()), names, spec
 
 
 def mentioned(line, values):
@@ -47,20 +47,20 @@ def mentioned(line, values):
     return found
 
 
-def most_alive(lines, passing, form):
+def most_alive(lines, passing, spec):
     """The largest number of numbers that are alive after a line."""
     values = {x.value for x in lines if x.target is None}
     last = {e: i for i, x in enumerate(lines) for e in mentioned(x, values)}
     born = {e: -1 for e in last if e.op == "leaf" and e.name in passing}
     born |= {x.value: i for i, x in enumerate(lines) if x.target is None}
-    sizes = {e: prod(map(form.block, e.axes)) for e in born}
+    sizes = {e: prod(map(spec.block, e.axes)) for e in born}
     return max(sum(sizes[e] for e in born if born[e] <= i < last.get(e, i)) for i in range(-1, len(lines)))
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", sorted(set(LIBRARY) - {"LaCT", "MTTT", "ViTTT"}))
 def test_lines_in_an_order_of_short_lives(name, backward):
-    before, after, passing, form = both_orders(LIBRARY[name], backward)
+    before, after, passing, spec = both_orders(LIBRARY[name], backward)
     assert {(x.value, x.target) for x in after} == {(x.value, x.target) for x in before}
     assert len(after) == len(before)
     assert len({x.name for x in after}) == len(after)
@@ -72,9 +72,9 @@ def test_lines_in_an_order_of_short_lives(name, backward):
         made.add(line.value)
         if line.target is not None and line.target.at is None:
             renewed.add(line.target.name)
-    assert most_alive(after, passing, form) <= most_alive(before, passing, form)
+    assert most_alive(after, passing, spec) <= most_alive(before, passing, spec)
 
 
 def test_a_backward_asks_for_fewer_registers():
-    before, after, passing, form = both_orders(tttc.library.TTTLinear, True)
-    assert most_alive(after, passing, form) < 0.9 * most_alive(before, passing, form)
+    before, after, passing, spec = both_orders(tttc.library.TTTLinear, True)
+    assert most_alive(after, passing, spec) < 0.9 * most_alive(before, passing, spec)

@@ -22,8 +22,8 @@ from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton import llvm_flags as llvm_flags
 from tttc.backends.triton.aot import compiled
 from tttc.backends.triton.compile_process import SWITCHES, VARIABLE, CompileProcesses, Crashed, switches
-from tttc.backends.triton.emit import emit
-from tttc.backends.triton.kernel_spec import form_of
+from tttc.backends.triton.emit import emit_source
+from tttc.backends.triton.kernel_spec import spec_of
 from tttc.backends.triton.llvm_flags import order_of_source
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
@@ -47,8 +47,8 @@ from tttc.backends import triton as triton_backend
 from tttc.compiler.driver import untuned
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton.aot import order_of
-from tttc.backends.triton.emit import emit
-from tttc.backends.triton.kernel_spec import form_of
+from tttc.backends.triton.emit import emit_source
+from tttc.backends.triton.kernel_spec import spec_of
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config
 from tttc.library import RetNet
@@ -63,10 +63,10 @@ triton.runtime.driver.set_active(Absent())
 heard = []
 triton.knobs.compilation.listener = lambda **said: heard.append(said["cache_hit"])
 program = untuned(RetNet, {"D": 16, "E": 16}, triton_backend)
-form = form_of(program.scans[0], program)
+spec = spec_of(program.scans[0], program)
 
-module = Module(emit(program), program.name)
-order = order_of(module, form, False, torch.bfloat16, "sm_90", Config(4, 1))
+module = Module(emit_source(program), program.name)
+order = order_of(module, spec, False, torch.bfloat16, "sm_90", Config(4, 1))
 
 def as_triton_does(folder):
     with triton.knobs.cache.scope():
@@ -75,9 +75,9 @@ def as_triton_does(folder):
 
 before = as_triton_does(sys.argv[1])
 sizes = {":C": 64, "D": 16, "E": 16}
-tensors = [torch.zeros(1, 4, *(sizes[a.size] for a in t.of.axes)) for t in form.tensors(False)]
-given = [x for t, y in zip(form.tensors(False), tensors) for x in (y, *y.stride()[:len(t.strides)])]
-launched = module.kernel(form.scan, False).warmup(
+tensors = [torch.zeros(1, 4, *(sizes[a.size] for a in t.of.axes)) for t in spec.tensors(False)]
+given = [x for t, y in zip(spec.tensors(False), tensors) for x in (y, *y.stride()[:len(t.strides)])]
+launched = module.kernel(spec.scan, False).warmup(
     *given, 4, 64, 1, 2, operand=triton.language.bfloat16, index=triton.language.int32, grid=(1,), num_warps=4
 )
 after, frugal = as_triton_does(sys.argv[2]), launched.asm["ptx"]
@@ -204,7 +204,8 @@ def test_a_compiler_that_fails_is_an_error_of_one_kernel(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(worker, "asked", lambda order, function: (None, None))
     monkeypatch.setattr(llvm_flags, "compiled", fails)
+    module = Module(emit_source(program), program.name)
     with pytest.raises(nvidia.ToolkitMissing) as raised:
-        compiled(Module(emit(program), program.name), form_of(scan, program), False, torch.bfloat16, "sm_100", Config())
+        compiled(module, spec_of(scan, program), False, torch.bfloat16, "sm_100", Config())
     assert str(raised.value).startswith(f"Triton could not compile {scan.name} for sm_100: PassManager::run failed\n")
     assert "module {" not in str(raised.value)

@@ -11,7 +11,7 @@ import torch
 from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, oracle_result
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
 from tttc.backends.triton.emit import module_text
-from tttc.backends.triton.kernel_spec import form_of, split_state_output
+from tttc.backends.triton.kernel_spec import spec_of, split_state_output
 from tttc.ir.names import worded
 from tttc.ir.program import SEQUENCE
 from tttc.ir.split import split
@@ -40,7 +40,7 @@ def launched(monkeypatch):
 
     def watched(self, backward, *rest):
         if not backward:
-            names.append(self.form.scan.name)
+            names.append(self.spec.scan.name)
         return launch(self, backward, *rest)
 
     monkeypatch.setattr(kernels, "launch", watched)
@@ -94,12 +94,12 @@ def test_one_chunk_and_free_axes_are_not_split(launched):
 def test_what_the_chunks_wait_for(golden):
     """Both kernels, as they are written."""
     program = compiled(TTTLinear, {"D": 64}).stages.program
-    forms = split_state_output(form_of(program.scans[0], program))
-    assert forms is not None
-    states, outputs = forms
+    specs = split_state_output(spec_of(program.scans[0], program))
+    assert specs is not None
+    states, outputs = specs
     assert [p.name for p in outputs.scan.sequence] == [p.name for p in program.scans[0].sequence]
     assert "q" not in {p.name for p in states.scan.sequence}
-    golden("triton/ttt_linear_split", worded(module_text("ttt_linear", forms)).text)
+    golden("triton/ttt_linear_split", worded(module_text("ttt_linear", specs)).text)
 
 
 @pytest.mark.parametrize("name", LIBRARY)

@@ -17,7 +17,7 @@ from tests.helpers import LIBRARY, differences, dims_of, inputs_for, keywords, o
 from tests.learners import Upright
 from tests.test_triton import DEVICE, GRADIENT, OUTPUT, called, compiled, converted
 from tttc.backends.triton.emit import module_text
-from tttc.backends.triton.kernel_spec import form_of, half_of, unfused
+from tttc.backends.triton.kernel_spec import half_of, spec_of, unfused
 from tttc.backends.triton.load import Module
 from tttc.ir.names import worded
 from tttc.library import DeltaNet, LinearAttention, TTTLinear
@@ -47,7 +47,7 @@ def multiprocessors(monkeypatch):
 def strips_of(layer):
     """The numbers of strips in which its loops were run, but for those of a whole head."""
     loops = [s for s in layer._scans.values() if s.scan.loops]
-    return {k.form.strips for s in loops for k in s._narrower.values()}
+    return {k.spec.strips for s in loops for k in s._narrower.values()}
 
 
 def compared(layer, inputs):
@@ -212,7 +212,7 @@ def test_a_state_that_is_too_large_is_cut(monkeypatch):
     smaller(monkeypatch, 1024)
     layer = compiled(DeltaNet, {"D": WIDE}, chunk=16)
     scan = layer._scans["delta_net"]
-    assert (scan.kernels.form.width, scan.kernels.form.strips) == (16, 4)
+    assert (scan.kernels.spec.width, scan.kernels.spec.strips) == (16, 4)
     assert "def delta_net_strip_adjoint(" in layer.source
     assert "def delta_net_adjoint(" not in layer.source
     said = " ".join(layer.explain(stages=()).replace("#", " ").split())
@@ -230,9 +230,9 @@ def test_a_state_that_is_too_large_even_in_strips_is_batched(monkeypatch):
 @pytest.mark.parametrize(("D", "width"), [(128, 0), (200, 32), (256, 32), (300, 16), (512, 16)])
 def test_the_widest_strip_that_fits_is_taken(D, width):
     program = tttc.compile(LinearAttention, {"D": D}, chunk=16, backend="torch").stages.program
-    form = form_of(program.scans[0], program)
-    assert form.width == width
-    assert form.strips == (-(-D // width) if width else 1)
+    spec = spec_of(program.scans[0], program)
+    assert spec.width == width
+    assert spec.strips == (-(-D // width) if width else 1)
     assert not unfused(program.scans[0], program)
 
 
@@ -284,6 +284,6 @@ def test_a_fault_in_a_kernel_is_found(multiprocessors, right, wrong):
 
 def test_the_source_of_a_strip(golden):
     program = compiled(DeltaNet, {"D": 64}, chunk=16).stages.program
-    form = half_of(program.scans[0], program)
-    assert form is not None
-    golden("triton/delta_net_strip", worded(module_text(program.name, [form])).text)
+    spec = half_of(program.scans[0], program)
+    assert spec is not None
+    golden("triton/delta_net_strip", worded(module_text(program.name, [spec])).text)

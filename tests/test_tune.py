@@ -261,16 +261,16 @@ def faulty(fault):
     """The torch backend with a setting; where that is 2 its first output is not what it should be."""
 
     def load(source, program, settings=None, place=None):
-        scans = torch_backend.load(source, program)
+        scans = torch_backend.load_scans(source, program)
         return {n: Faulty(s, fault) for n, s in scans.items()} if (settings or {}).get("fault") == 2 else scans
 
     return SimpleNamespace(
         refusals=torch_backend.refusals,
         unavailable=torch_backend.unavailable,
         notes=torch_backend.notes,
-        emit=torch_backend.emit,
-        load=load,
-        chunk=torch_backend.chunk,
+        emit_source=torch_backend.emit_source,
+        load_scans=load,
+        preferred_chunk=torch_backend.preferred_chunk,
         choices=lambda program: {"fault": (1, 2)},
         identity=lambda program, settings: tuple(settings.items()),
         toolchain=lambda: {},
@@ -337,8 +337,8 @@ def test_where_torch_itself_rounds_more_a_candidate_may_be_twice_as_far_off(monk
 def test_where_every_candidate_is_wrong_nothing_is_kept(monkeypatch):
     broken = faulty("forward")
     broken.choices = lambda program: {"fault": (2,)}
-    broken.load = lambda source, program, settings=None, place=None: {
-        n: Faulty(s, "forward") for n, s in torch_backend.load(source, program).items()
+    broken.load_scans = lambda source, program, settings=None, place=None: {
+        n: Faulty(s, "forward") for n, s in torch_backend.load_scans(source, program).items()
     }
     registered(monkeypatch, broken)
     with pytest.raises(TuningError, match=r"no candidate could be taken: wrong: z 1\.0e-03"):

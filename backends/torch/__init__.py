@@ -1,7 +1,8 @@
 """The `torch` backend: scans as readable PyTorch, on anything that PyTorch runs on."""
 
-from tttc.backends.torch.emit import emit, notes, refusals
-from tttc.backends.torch.load import here, load, unavailable
-from tttc.backends.torch.tune import choices, chunk, identity, toolchain
+from tttc.backends.torch.emit import emit_source, notes, refusals
+from tttc.backends.torch.load import here, load_scans, unavailable
+from tttc.backends.torch.tune import choices, identity, preferred_chunk, toolchain
 
-__all__ = ["choices", "chunk", "emit", "here", "identity", "load", "notes", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
+__all__ += ["toolchain", "unavailable"]

@@ -42,7 +42,7 @@ def notes(program: ScanProgram) -> list[str]:
     return []
 
 
-def emit(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """The whole program as one Python file."""
     every_block = [s.block for s in program.scans] + [b for a in program.adjoints for b in (a.forward, a.backward)]
     roots = [x.value for b in every_block for x in b.assigns]

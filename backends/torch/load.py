@@ -15,7 +15,7 @@ from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.memory import autocast
 from tttc.backends.scan import BaseScan, Tensors
 from tttc.backends.torch.custom_op import CopiedScan
-from tttc.backends.torch.emit import emit
+from tttc.backends.torch.emit import emit_source
 from tttc.ir.names import function
 from tttc.ir.program import AdjointProgram, Scan
 
@@ -65,7 +65,7 @@ class TorchScan(BaseScan):
 
     @cached_property
     def differentiable(self) -> TorchScan:
-        return load(emit(self.program), self.program)[self.scan.name] if self.compiled else self
+        return load_scans(emit_source(self.program), self.program)[self.scan.name] if self.compiled else self
 
     def forward(
         self, inputs: Tensors, checkpoint: int | None
@@ -132,7 +132,7 @@ def here() -> str:
     return "runs on every device that torch runs on"
 
 
-def load(
+def load_scans(
     source: Source,
     program: AdjointProgram,
     settings: Settings | None = None,

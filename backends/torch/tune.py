@@ -15,7 +15,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {}
 
 
-def chunk(program: ScanProgram) -> ChunkHint | None:
+def preferred_chunk(program: ScanProgram) -> ChunkHint | None:
     """The one that costs the least."""
     return None
 

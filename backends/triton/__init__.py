@@ -17,8 +17,9 @@
 On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set before Python started.
 """
 
-from tttc.backends.triton.emit import emit, notes, refusals
-from tttc.backends.triton.load import here, load, unavailable
-from tttc.backends.triton.tune import choices, chunk, identity, toolchain
+from tttc.backends.triton.emit import emit_source, notes, refusals
+from tttc.backends.triton.load import here, load_scans, unavailable
+from tttc.backends.triton.tune import choices, identity, preferred_chunk, toolchain
 
-__all__ = ["choices", "chunk", "emit", "here", "identity", "load", "notes", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
+__all__ += ["toolchain", "unavailable"]

@@ -12,8 +12,8 @@ from tttc.backends.interface import Built
 from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
 from tttc.backends.triton import llvm_flags as llvm_flags
-from tttc.backends.triton.emit import emit, refusals
-from tttc.backends.triton.kernel_spec import Holds, KernelSpec, form_of, unfused
+from tttc.backends.triton.emit import emit_source, refusals
+from tttc.backends.triton.kernel_spec import Holds, KernelSpec, spec_of, unfused
 from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.load import Module, interpreted
 from tttc.backends.triton.resources import resources
@@ -38,25 +38,25 @@ def build(
     """
     if interpreted():
         raise nvidia.ToolkitMissing("Triton interprets here and compiles nothing.\n  Unset TRITON_INTERPRET.")
-    source = emit(program)
+    source = emit_source(program)
     module = Module(source, program.name)
     for scan in program.scans if scans is None else scans:
         if unfused(scan, program):
             continue
-        form = form_of(scan, program)
+        spec = spec_of(scan, program)
         for backward in (False, True) if scan.differentiated else (False,):
-            made = compiled(module, form, backward, dtype, target, default_config(form, backward))
+            made = compiled(module, spec, backward, dtype, target, default_config(spec, backward))
             texts = {f".{n}": made.asm[n] for n in ("ttir", "ttgir", "ptx", "amdgcn") if n in made.asm}
             files = {n: text.encode() for n, text in ({".py": source.text} | texts).items()}
             binaries = {f".{n}": made.asm[n] for n in ("cubin", "hsaco") if n in made.asm}
             yield Built(resources(made, target), files | binaries)
 
 
-def compiled(module: Module, form: KernelSpec, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
+def compiled(module: Module, spec: KernelSpec, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:
     """A kernel compiled for a target: what Triton makes of it."""
-    order = order_of(module, form, backward, dtype, target, config)
+    order = order_of(module, spec, backward, dtype, target, config)
     try:
-        source, place = worker.asked(order, module.kernel(form.scan, backward))
+        source, place = worker.asked(order, module.kernel(spec.scan, backward))
         return llvm_flags.compiled(order, source, place, order["options"])
     except Exception as error:  # whatever is wrong in a compiler, and there are several one after the other
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -68,18 +68,18 @@ def compiled(module: Module, form: KernelSpec, backward: bool, dtype: torch.dtyp
 
 
 def order_of(
-    module: Module, form: KernelSpec, backward: bool, dtype: torch.dtype, target: str, config: Config
+    module: Module, spec: KernelSpec, backward: bool, dtype: torch.dtype, target: str, config: Config
 ) -> dict[str, Any]:
     """All that has to be known to compile a kernel, as plain data: its source, and what a launch would tell of it."""
     signature: dict[str, str] = {}
-    scan, words = form.scan, module.variables(form.scan, backward)
-    short = rounded(form) if backward and scan.loops else set()
-    for t in form.tensors(backward):
+    scan, words = spec.scan, module.variables(spec.scan, backward)
+    short = rounded(spec) if backward and scan.loops else set()
+    for t in spec.tensors(backward):
         work = t.holds is Holds.WORK and t.of.name in short
         full = torch.float32 if t.parts else stored(t.of, scan, dtype)  # what is still to be added up is not rounded
         signature[words[t.pointer]] = f"*{TYPES[dtype if work else full]}"
         signature |= dict.fromkeys((words[n] for n in t.strides), "i32")
-    sizes, strides = form.unspecialized(backward)
+    sizes, strides = spec.unspecialized(backward)
     plain = {*sizes, *(words[n] for n in strides)}
     attributes = {name: DIVISIBLE for name in signature if name not in plain}
     signature |= dict.fromkeys(["H", *(["T", "every", "groups"] if scan.loops else [])], "i32")

@@ -14,8 +14,8 @@ from tttc.backends.interface import CompilePool, Settings
 from tttc.backends.triton.aot import order_of
 from tttc.backends.triton.compile_process import CompileProcesses
 from tttc.backends.triton.cost_model import turn_of
-from tttc.backends.triton.emit import emit
-from tttc.backends.triton.kernel_spec import KernelSpec, form_of, unfused
+from tttc.backends.triton.emit import emit_source
+from tttc.backends.triton.kernel_spec import KernelSpec, spec_of, unfused
 from tttc.backends.triton.load import Module
 from tttc.backends.triton.tune import Config, bounded, default_config
 from tttc.ir.program import AdjointProgram
@@ -25,7 +25,7 @@ from tttc.ir.program import AdjointProgram
 class Candidate:
     """One kernel of a program, and how often a call runs its loop."""
 
-    form: KernelSpec
+    spec: KernelSpec
     backward: bool
     turns: int
     turn: IterationCost
@@ -34,7 +34,7 @@ class Candidate:
 
     def config(self, settings: Settings) -> Config:
         """The settings that are given, otherwise its own."""
-        return replace(default_config(self.form, self.backward), **settings)
+        return replace(default_config(self.spec, self.backward), **settings)
 
     def compiled(self, settings: Settings, pool: CompileProcesses, seconds: float) -> EstimatedKernel:
         config, target = self.config(settings), self.order["target"]
@@ -45,7 +45,7 @@ class Candidate:
             raise CompileTimeout(f"no time was left to compile {order['kernel']}") from None
         except NotCompiled as error:
             raise NotCompiled(f"failed: {order['kernel']}: {error}") from None
-        return EstimatedKernel(self.turn, self.turns, made, config.num_warps, self.form.strips)
+        return EstimatedKernel(self.turn, self.turns, made, config.num_warps, self.spec.strips)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def tunable(
     program: AdjointProgram, turns: Mapping[str, int], dtype: torch.dtype, target: str, forward_only: bool
 ) -> TunableKernels:
     """The kernels of the scans that a call runs, each so many times, for a target."""
-    module = Module(emit(program), program.name)
+    module = Module(emit_source(program), program.name)
     refused = unfused(program.scans[0], program)
     run = [] if refused else [s for s in program.scans if s.name in turns]
     left_out = [f"{s.name}, which is batched operations ({w})" for s in run if (w := unfused(s, program))]
@@ -81,10 +81,10 @@ def tunable(
     for scan in run:
         if unfused(scan, program):
             continue
-        form = form_of(scan, program)
+        spec = spec_of(scan, program)
         for backward in (False, True) if scan.differentiated and not forward_only else (False,):
-            order = order_of(module, form, backward, dtype, target, default_config(form, backward))
-            kernels.append(Candidate(form, backward, turns[scan.name], turn_of(form, backward, dtype), order))
+            order = order_of(module, spec, backward, dtype, target, default_config(spec, backward))
+            kernels.append(Candidate(spec, backward, turns[scan.name], turn_of(spec, backward, dtype), order))
     return TunableKernels(kernels, refused, left_out)
 
 

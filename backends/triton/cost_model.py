@@ -17,18 +17,18 @@ from tttc.ir.expr import Axis, Expr, leaves, postorder
 from tttc.ir.program import Assign
 
 
-def turn_of(form: KernelSpec, backward: bool, dtype: torch.dtype) -> IterationCost:
+def turn_of(spec: KernelSpec, backward: bool, dtype: torch.dtype) -> IterationCost:
     """What a kernel does in one turn. A backward makes the carry before a chunk again, which it writes and
     reads, and then takes the chunk backwards.
     """
-    scan, program = form.scan, form.program
+    scan, program = spec.scan, spec.program
     forward = [scan.updates] if scan.loops else []
-    sweeps = [*forward, backward_block(form.adjoint)] if backward else [scan.block.assigns]
-    chunk = form.chunk
-    blocks = {d: form.block(Axis(d, d)) for d in program.dims}
-    dims = {**program.dims, **({form.cut: form.width} if form.cut else {})}
+    sweeps = [*forward, backward_block(spec.adjoint)] if backward else [scan.block.assigns]
+    chunk = spec.chunk
+    blocks = {d: spec.block(Axis(d, d)) for d in program.dims}
+    dims = {**program.dims, **({spec.cut: spec.width} if spec.cut else {})}
     work = cost.Work()
-    moved = _kept(form, dims, dtype) if backward and scan.loops else 0.0
+    moved = _kept(spec, dims, dtype) if backward and scan.loops else 0.0
     chain = steps = 0
     for assigns in sweeps:
         values = [a.value for a in assigns]
@@ -47,11 +47,11 @@ def _products_of_solve(chunk: int) -> int:
     return 2 * (block_size(chunk) // SMALLEST).bit_length() - 1 if chunk > SMALLEST else 0
 
 
-def _kept(form: KernelSpec, dims: Mapping[str, int], dtype: torch.dtype) -> float:
+def _kept(spec: KernelSpec, dims: Mapping[str, int], dtype: torch.dtype) -> float:
     """Bytes of the carry that a backward writes before each chunk and reads again."""
-    short = rounded(form)
+    short = rounded(spec)
     items = {True: dtype.itemsize, False: torch.float32.itemsize}
-    sizes = ((items[p.name in short], cost.elements(p.axes)) for p in form.scan.carry)
+    sizes = ((items[p.name in short], cost.elements(p.axes)) for p in spec.scan.carry)
     return sum(2 * item * _number(size, dims, 1) for item, size in sizes)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.rows import missing_rows
-from tttc.backends.triton.kernel_spec import KernelSpec, form_of, unfused
+from tttc.backends.triton.kernel_spec import KernelSpec, spec_of, unfused
 from tttc.backends.triton.kernel_writer import KernelWriter, backward, forward
 from tttc.backends.triton.ops import HELPERS, ROWS, formula
 from tttc.ir.formulas import formula_text
@@ -45,32 +45,32 @@ def notes(program: ScanProgram) -> list[str]:
         if why := unfused(scan, program):
             found.append(f"{scan.name} as batched operations: {why}")
         elif why := KernelSpec(scan, program).too_large():
-            found.append(f"{scan.name} in {form_of(scan, program).strips} strips: {why}")
+            found.append(f"{scan.name} in {spec_of(scan, program).strips} strips: {why}")
     return found
 
 
-def emit(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """The whole program as one Python file."""
     return Source(lambda: worded(_program_text(program)), "python")
 
 
-def emit_forms(name: str, forms: Sequence[KernelSpec]) -> Source:
+def emit_specs(name: str, specs: Sequence[KernelSpec]) -> Source:
     """The kernels of these forms as one Python file."""
-    return Source(lambda: worded(module_text(name, forms)), "python")
+    return Source(lambda: worded(module_text(name, specs)), "python")
 
 
 def _program_text(program: AdjointProgram) -> str:
     """The file of a whole program; what is no kernel is said at its end."""
     left = {s.name: unfused(s, program) for s in program.scans}
-    text = module_text(program.name, [form_of(s, program) for s in program.scans if not left[s.name]])
+    text = module_text(program.name, [spec_of(s, program) for s in program.scans if not left[s.name]])
     said = [f"# {name}: {why}" for name, why in left.items() if why]
     return "\n".join([text, "\n# As batched operations of PyTorch (tttc.backends.torch):", *said, ""]) if said else text
 
 
-def module_text(name: str, forms: Sequence[KernelSpec]) -> str:
+def module_text(name: str, specs: Sequence[KernelSpec]) -> str:
     """A file that is not yet whole: the functions that its kernels use, then the kernels."""
-    kernels = [text for form in forms for text in _kernels(form)]
-    roots = [a.value for f in forms for a in (*forward(f), *(backward(f) if f.scan.differentiated else ()))]
+    kernels = [text for spec in specs for text in _kernels(spec)]
+    roots = [a.value for f in specs for a in (*forward(f), *(backward(f) if f.scan.differentiated else ()))]
     functions = [f"\n@triton.jit\n{formula_text(f, formula)}\n" for f in formulas(roots)]
     used = "\n".join([*functions, *kernels])
     helpers: list[str] = []
@@ -85,6 +85,6 @@ def _functions() -> dict[str, str]:
     return {text.split("def ")[1].split("(")[0]: text for text in HELPERS.values()}
 
 
-def _kernels(form: KernelSpec) -> list[str]:
-    texts = [KernelWriter(form, False).forward()]
-    return [*texts, KernelWriter(form, True).backward()] if form.scan.differentiated else texts
+def _kernels(spec: KernelSpec) -> list[str]:
+    texts = [KernelWriter(spec, False).forward()]
+    return [*texts, KernelWriter(spec, True).backward()] if spec.scan.differentiated else texts

@@ -219,7 +219,7 @@ def half_of(scan: Scan, program: ScanProgram) -> KernelSpec | None:
     return KernelSpec(program.scans[0], program, axis.strip, width)
 
 
-def form_of(scan: Scan, program: ScanProgram) -> KernelSpec:
+def spec_of(scan: Scan, program: ScanProgram) -> KernelSpec:
     """A whole head where one program can hold it, otherwise the widest strip that fits well, if there is one."""
     whole = KernelSpec(scan, program)
     strip = half_of(scan, program) if whole.too_large() else None
@@ -228,14 +228,14 @@ def form_of(scan: Scan, program: ScanProgram) -> KernelSpec:
     return whole if strip is None else strip
 
 
-def split_state_output(form: KernelSpec) -> tuple[KernelSpec, KernelSpec] | None:
+def split_state_output(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec] | None:
     """The carry of a scan, and its outputs with a program for each chunk; None where the chunks that wait would have
     nearly as much to do as before.
     """
-    found = split(form.scan)
-    if found is None or form.cut or found.saved(form.program.dims) < LEAST_SAVED:
+    found = split(spec.scan)
+    if found is None or spec.cut or found.saved(spec.program.dims) < LEAST_SAVED:
         return None
-    return replace(form, scan=found.states), replace(form, scan=found.outputs, alone=True)
+    return replace(spec, scan=found.states), replace(spec, scan=found.outputs, alone=True)
 
 
 def unfused(scan: Scan, program: ScanProgram) -> str:
@@ -251,4 +251,4 @@ def unfused(scan: Scan, program: ScanProgram) -> str:
         e.op == "solve" and set(e.src[0].axes) - set(e.arg) for e in postorder([a.value for a in scan.block.assigns])
     ):
         return "its triangular system has further axes"
-    return form_of(scan, program).too_large()
+    return spec_of(scan, program).too_large()

@@ -20,24 +20,24 @@ from tttc.ir.text import Namer, Printer, Step, core, is_written_again, steps
 Place = tuple[str, str] | None  # which of several chunks, and of how many: ("every", "j")
 
 
-def forward(form: KernelSpec) -> list[Assign]:
+def forward(spec: KernelSpec) -> list[Assign]:
     """The block of a scan in operations that are no composites."""
-    assigns = form.scan.block.assigns
+    assigns = spec.scan.block.assigns
     values = lower_composites([a.value for a in assigns], leaves(a.value for a in assigns))
     return [Assign(a.target, v) for a, v in zip(assigns, values, strict=True)]
 
 
-def backward(form: KernelSpec) -> list[Assign]:
-    return backward_block(form.adjoint)
+def backward(spec: KernelSpec) -> list[Assign]:
+    return backward_block(spec.adjoint)
 
 
-def rounded(form: KernelSpec) -> set[str]:
+def rounded(spec: KernelSpec) -> set[str]:
     """The carries that a backward chunk reads as factors of products alone: what is kept of them within a group of
     chunks may have the dtype of these.
     """
-    scan, kernel = form.scan, KernelWriter(form, True)
+    scan, kernel = spec.scan, KernelWriter(spec, True)
     kernel.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
-    kernel.body(backward(form), {cotangent(p).name: Tensor(p) for p in scan.sequence})
+    kernel.body(backward(spec), {cotangent(p).name: Tensor(p) for p in scan.sequence})
     return {p.name for p in scan.carry if p.axes and kernel.found(p) not in kernel.printer.widened}
 
 
@@ -49,20 +49,20 @@ def _d_outputs(scan: Scan) -> list[Expr]:
 class KernelWriter:
     """One kernel, written line by line."""
 
-    form: KernelSpec
+    spec: KernelSpec
     backwards: bool
     lines: list[str] = field(default_factory=list)
     depth: int = 1
 
     def __post_init__(self) -> None:
-        self.scan, self.program, self.chunk = self.form.scan, self.form.program, self.form.chunk
-        self.padding = Padding(self.form.padded)
+        self.scan, self.program, self.chunk = self.spec.scan, self.spec.program, self.spec.chunk
+        self.padding = Padding(self.spec.padded)
         self.ragged = self.scan.loops and self.chunk > 1
         dims = dict.fromkeys(a.size for p in (*self.scan.params, *self.scan.results) for a in p.axes)
         inner = [a.size for e in postorder(a.value for a in self.scan.block.assigns) for a in e.axes]
         self.used = [d for d in dict.fromkeys([*dims, *inner]) if d != TOKENS or self.scan.loops]
         self.indices = {d: "t" if d == TOKENS else marked(places_of(d)) for d in (TOKENS, *self.used)}
-        given = [t.of.name for t in self.form.tensors(self.backwards)]
+        given = [t.of.name for t in self.spec.tensors(self.backwards)]
         self.taken = {*map(spelled, (*given, *(p.name for p in self.scan.results), *map(places_of, self.used)))}
 
     def variable(self, p: Expr) -> str:
@@ -97,11 +97,11 @@ class KernelWriter:
         """The signature, and where the head of this program lies."""
         scan, backward = self.scan, self.backwards
         self.depth = 0
-        found = self.form.tensors(backward)
+        found = self.spec.tensors(backward)
         parameters = [marked(x) for t in found for x in (t.pointer, *t.strides)]
         sizes = ["H", *(["T", "every", "groups"] if scan.loops else [])]
         self.line("")
-        plain, strides = self.form.unspecialized(backward)
+        plain, strides = self.spec.unspecialized(backward)
         names = [f'"{n}"' for n in (*plain, *map(marked, strides))]
         self.wrapped("@triton.jit(do_not_specialize=[", names, "])")
         suffix = "_adjoint" if backward else ""
@@ -112,13 +112,13 @@ class KernelWriter:
         self.line(f'"""{doc}"""')
         self.line("i = tl.program_id(0).to(index)")
         self.line("b, h = i // H, i % H")
-        if self.form.cut:
-            self.line(f"strip = tl.program_id(1).to(index)  # of {self.form.strips}")
-        if self.form.alone:
+        if self.spec.cut:
+            self.line(f"strip = tl.program_id(1).to(index)  # of {self.spec.strips}")
+        if self.spec.alone:
             self.line("chunk = tl.program_id(2)  # of `groups`")
         for d in self.used:
-            first = f"strip * {self.form.width} + " if d == self.form.cut else ""
-            self.line(f"{self.indices[d]} = {first}tl.arange(0, {self.form.block(Axis(d, d))})")
+            first = f"strip * {self.spec.width} + " if d == self.spec.cut else ""
+            self.line(f"{self.indices[d]} = {first}tl.arange(0, {self.spec.block(Axis(d, d))})")
 
     # -- memory
 
@@ -140,7 +140,7 @@ class KernelWriter:
         conditions = []
         axes = self.printer.arranged(p.axes)
         for a in axes:
-            if not self.form.padded(a):
+            if not self.spec.padded(a):
                 continue
             if a.size == TOKENS:
                 conditions.append(self.printer.place(a, axes).replace("t", "inside", 1))
@@ -199,7 +199,7 @@ class KernelWriter:
             axes = targets[step.target].axes if step.target else step.value.axes
             text = printer.ordered(step.value, printer.arranged(axes))
             if step.target is not None and step.target.at is None:
-                unclean = [a for a in axes if self.form.padded(a) and a not in self.padding.zero(step.value)]
+                unclean = [a for a in axes if self.spec.padded(a) and a not in self.padding.zero(step.value)]
                 text = printer.cut(text, printer.arranged(axes), unclean)
             if text.text == name:
                 continue
@@ -218,7 +218,7 @@ class KernelWriter:
             Namer({*self.taken, *(spelled(a.leaf.name) for a in assigns)}, self.program.names) for _ in range(2)
         )
         return list_schedule(
-            steps(Block(tuple(assigns)), first), lambda e: prod(map(self.form.block, e.axes)), self.passing, again
+            steps(Block(tuple(assigns)), first), lambda e: prod(map(self.spec.block, e.axes)), self.passing, again
         )
 
     def _own(self, value: Expr, printer: TritonPrinter) -> Iterable[Expr]:
@@ -239,17 +239,17 @@ class KernelWriter:
         self.loaded = [self.variable(p) for p in loaded if self.scan.loops and len(p.axes) > 1 and p.at]
         self.loaded += [self.found(p) for p in carry if p.axes]
         self.passing = {p.name for p in (*loaded, *carry) if p not in self.scan.fixed}
-        self.printer = TritonPrinter(self.form, self.indices, self.padding, self.loaded)
+        self.printer = TritonPrinter(self.spec, self.indices, self.padding, self.loaded)
         self.printer.called = {p.name: self.found(p) for p in carry}
 
     def forward(self) -> str:
         scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence])
-        named = self.form.tensor_of(False)
-        for p in (*scan.fixed, *(() if self.form.alone else scan.carry)):
+        named = self.spec.tensor_of(False)
+        for p in (*scan.fixed, *(() if self.spec.alone else scan.carry)):
             self.load(named[p.name, Holds.VALUE], self.variable(p))
-        if self.form.alone:
+        if self.spec.alone:
             self.chunk_begins(f"chunk * {self.chunk}")
             for p in scan.carry:
                 self.load(named[p.name, Holds.KEPT], self.variable(p), ("groups", "chunk"))
@@ -266,7 +266,7 @@ class KernelWriter:
             self.depth -= 1
             for p in scan.sequence:
                 self.load(named[p.name, Holds.VALUE], self.variable(p))
-        self.body(forward(self.form), {a.leaf.name: named[a.leaf.name, Holds.VALUE] for a in scan.outputs})
+        self.body(forward(self.spec), {a.leaf.name: named[a.leaf.name, Holds.VALUE] for a in scan.outputs})
         self.depth = 1
         for a in scan.updates:
             self.store(named[a.leaf.name, Holds.NEW], self.variable(a.target))
@@ -276,9 +276,9 @@ class KernelWriter:
         scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)])
-        named = self.form.tensor_of(True)
+        named = self.spec.tensor_of(True)
         d_made = [cotangent(a.target) for a in scan.updates]
-        block = backward(self.form)
+        block = backward(self.spec)
         for p in scan.fixed:
             self.load(named[p.name, Holds.VALUE], self.variable(p))
         for d in d_made:
@@ -313,7 +313,7 @@ class KernelWriter:
         for p in scan.carry:
             self.store(named[p.name, Holds.WORK], self.variable(p), ("every", "j"))
         self.chunk_begins(f"(group * every + j) * {self.chunk}")
-        updates = [a for a in forward(self.form) if a.leaf.at is None]
+        updates = [a for a in forward(self.spec) if a.leaf.at is None]
         read = {e.name for e in leaves(a.value for a in updates)}
         for p in scan.sequence:
             if p.name in read:

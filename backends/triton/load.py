@@ -23,8 +23,8 @@ from tttc.backends.memory import address_span, densify, like
 from tttc.backends.scan import BaseScan, Tensors
 from tttc.backends.target import architecture_of
 from tttc.backends.triton import llvm_flags as llvm_flags
-from tttc.backends.triton.emit import emit_forms
-from tttc.backends.triton.kernel_spec import SMALLEST, Holds, KernelSpec, form_of, half_of, split_state_output, unfused
+from tttc.backends.triton.emit import emit_specs
+from tttc.backends.triton.kernel_spec import SMALLEST, Holds, KernelSpec, half_of, spec_of, split_state_output, unfused
 from tttc.backends.triton.kernel_writer import rounded
 from tttc.backends.triton.tune import bounded, default_config
 from tttc.ir.expr import Expr
@@ -67,7 +67,7 @@ def here() -> str:
     return f"no GPU here: compiles for others (tttc compile --target sm_90), {where}"
 
 
-def load(
+def load_scans(
     source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, CompiledScan]:
     """Every scan: by its kernels, or where it has none as batched operations of PyTorch, whose products are those of
@@ -77,7 +77,7 @@ def load(
     batched: Mapping[str, CompiledScan] = {}
     if any(unfused(s, program) for s in program.scans):
         steps = None if interpreted() else torch.compile
-        batched = torch_backend.load(torch_backend.emit(program), program, steps=steps)
+        batched = torch_backend.load_scans(torch_backend.emit_source(program), program, steps=steps)
     return {
         s.name: batched[s.name] if unfused(s, program) else TritonScan(s, program, module, settings or {})
         for s in program.scans
@@ -138,26 +138,26 @@ def multiprocessors(device: torch.device) -> int:
 class Kernels:
     """The forward and the backward kernel of one form of a scan."""
 
-    def __init__(self, form: KernelSpec, module: Module, settings: Settings) -> None:
-        self.form, self.module = form, module
-        directions = (False, True) if form.scan.differentiated else (False,)
-        self._tensors = {d: form.tensors(d) for d in directions}
-        self.options = {d: replace(default_config(form, d), **settings).options for d in directions}
+    def __init__(self, spec: KernelSpec, module: Module, settings: Settings) -> None:
+        self.spec, self.module = spec, module
+        directions = (False, True) if spec.scan.differentiated else (False,)
+        self._tensors = {d: spec.tensors(d) for d in directions}
+        self.options = {d: replace(default_config(spec, d), **settings).options for d in directions}
 
     @cached_property
     def rounded(self) -> set[str]:
         """The carries of which a backward works with copies in the dtype of the factors of its products."""
-        return rounded(self.form)
+        return rounded(self.spec)
 
     def place(self, p: Expr, whole: torch.Tensor) -> torch.Tensor:
         """Where the cotangent of a variable is written: in its tensor, or for what all strips read in parts of float32,
         which lie next to heads and tokens: [B, H, strips, ...] or [B, H, T, strips, ...].
         """
-        if not self.form.shared(p):
+        if not self.spec.shared(p):
             return whole
         leading = _leading(p)
-        wide = like(p, (self.form.strips * whole.shape[0], *whole.shape[1:]), whole, torch.float32)
-        return wide.unflatten(0, (self.form.strips, -1)).movedim(0, leading)
+        wide = like(p, (self.spec.strips * whole.shape[0], *whole.shape[1:]), whole, torch.float32)
+        return wide.unflatten(0, (self.spec.strips, -1)).movedim(0, leading)
 
     def launch(self, backward: bool, given: Tensors, tokens: int, every: int, groups: int, dtype: torch.dtype) -> None:
         """Run a kernel on its tensors; `dtype` is that of the factors of products."""
@@ -170,15 +170,15 @@ class Kernels:
         arguments: list[Any] = []
         for t, x in zip(self._tensors[backward], given, strict=True):
             arguments += [x, *x.stride()[: len(t.strides)]]
-        sizes = [heads, *([tokens, every, groups] if self.form.scan.loops else [])]
+        sizes = [heads, *([tokens, every, groups] if self.spec.scan.loops else [])]
         operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
         index = tl.int32 if max(map(address_span, given)) < 2**31 else tl.int64
-        name = kernel_name(self.form.scan, backward)
+        name = kernel_name(self.spec.scan, backward)
         try:
-            kernel = self.module.kernel(self.form.scan, backward)
+            kernel = self.module.kernel(self.spec.scan, backward)
         except Exception as error:
             raise NotBuilt(name, error) from error
-        grid = batch * heads, self.form.strips, groups if self.form.alone else 1
+        grid = batch * heads, self.spec.strips, groups if self.spec.alone else 1
         options = bounded(self.options[backward], _target(given[0].device))
         with torch.cuda.device(given[0].device) if given[0].is_cuda else nullcontext():
             try:
@@ -205,13 +205,13 @@ class TritonScan(BaseScan):
     def __init__(self, scan: Scan, program: AdjointProgram, module: Module, settings: Settings) -> None:
         super().__init__(scan, program)
         self.settings = settings
-        self.kernels = Kernels(form_of(scan, program), module, settings)
+        self.kernels = Kernels(spec_of(scan, program), module, settings)
         self._narrower: dict[int, Kernels] = {}
 
     @cached_property
     def differentiable(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives."""
-        return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
+        return torch_backend.load_scans(torch_backend.emit_source(self.program), self.program)[self.scan.name]
 
     @property
     def made_of(self) -> tuple[Hashable, ...]:
@@ -252,7 +252,7 @@ class TritonScan(BaseScan):
         made = zip(scan.updates, outputs[len(scan.outputs) :], strict=True)
         tensors |= {(a.target.name, Holds.NEW): x for a, x in made}
         for half in halves:
-            given = [tensors[key] for key in half.form.tensor_of(False)]
+            given = [tensors[key] for key in half.spec.tensor_of(False)]
             half.launch(False, given, tokens, 1, chunks, dtype)
         if not dense:
             for to, x in zip(kept, carries, strict=True):
@@ -269,11 +269,11 @@ class TritonScan(BaseScan):
 
     @cached_property
     def _halves(self) -> tuple[Kernels, Kernels] | None:
-        forms = split_state_output(self.kernels.form)
-        if forms is None:
+        specs = split_state_output(self.kernels.spec)
+        if specs is None:
             return None
-        module = Module(emit_forms(self.program.name, forms), self.program.name)
-        states, outputs = (Kernels(form, module, self.settings) for form in forms)
+        module = Module(emit_specs(self.program.name, specs), self.program.name)
+        states, outputs = (Kernels(spec, module, self.settings) for spec in specs)
         return states, outputs
 
     def backward(
@@ -293,7 +293,7 @@ class TritonScan(BaseScan):
             for p, x in zip(scan.carry, inputs[:carried], strict=True)
         ]
         groups = self.groups(inputs, every)
-        params = kernels.form.scan.params
+        params = kernels.spec.scan.params
         places = [kernels.place(p, x) for p, x in zip(params, results, strict=True)]
         kernels.launch(True, [*saved, *inputs[carried:], *cotangents, *places, *work], tokens, every, groups, dtype)
         for p, place, result in zip(params, places, results, strict=True):
@@ -307,23 +307,23 @@ class TritonScan(BaseScan):
         """
         batch, heads = inputs[0].shape[:2]
         most = multiprocessors(inputs[0].device) // max(batch * heads, 1)
-        form = self._widest
-        if form is None or most < 2 or self.tokens(inputs) < MIN_TOKENS_TO_TILE:
+        spec = self._widest
+        if spec is None or most < 2 or self.tokens(inputs) < MIN_TOKENS_TO_TILE:
             return self.kernels
-        while form.width > SMALLEST and replace(form, width=form.width // 2).strips <= most:
-            form = replace(form, width=form.width // 2)
-        if form == self.kernels.form or form.strips > most:
+        while spec.width > SMALLEST and replace(spec, width=spec.width // 2).strips <= most:
+            spec = replace(spec, width=spec.width // 2)
+        if spec == self.kernels.spec or spec.strips > most:
             return self.kernels
-        if form.width not in self._narrower:
-            module = Module(emit_forms(self.program.name, [form]), self.program.name)
-            self._narrower[form.width] = Kernels(form, module, self.settings)
-        return self._narrower[form.width]
+        if spec.width not in self._narrower:
+            module = Module(emit_specs(self.program.name, [spec]), self.program.name)
+            self._narrower[spec.width] = Kernels(spec, module, self.settings)
+        return self._narrower[spec.width]
 
     @cached_property
     def _widest(self) -> KernelSpec | None:
         """The widest strip that can be a program; None where nothing may be cut."""
-        form = self.kernels.form
-        return form if form.cut else half_of(self.scan, self.program)
+        spec = self.kernels.spec
+        return spec if spec.cut else half_of(self.scan, self.program)
 
     def _operand(self, inputs: Tensors) -> torch.dtype:
         """The dtype of the factors of matrix products: that of the tokens."""

@@ -36,14 +36,14 @@ class TritonPrinter(Printer):
 
     def __init__(
         self,
-        form: KernelSpec,
+        spec: KernelSpec,
         indices: Mapping[str, str],
         padding: Padding,
         loaded: Collection[str],
     ) -> None:
         super().__init__(word=marked)
         self.loaded = loaded
-        self.form, self.dims, self.indices, self.padding = form, form.program.dims, indices, padding
+        self.spec, self.dims, self.indices, self.padding = spec, spec.program.dims, indices, padding
         self.called: dict[str, str] = {}
         """Variables that have another name here than in the program."""
         self.widened: set[str] = set()
@@ -52,7 +52,7 @@ class TritonPrinter(Printer):
     # -- places
 
     def block(self, axis: Axis) -> int:
-        return self.form.block(axis)
+        return self.spec.block(axis)
 
     def place(self, axis: Axis, axes: Sequence[Axis]) -> str:
         """The places along an axis, as they stand among others: t[:, None]."""
@@ -143,7 +143,7 @@ class TritonPrinter(Printer):
 
     def _matmul(self, e: Expr, axes: Axes) -> Text | None:
         """Two matrices, perhaps one of each for every place of an axis that both have."""
-        found = self.form.factors(e)
+        found = self.spec.factors(e)
         if found is None:
             return None
         (over,), (shared, own) = e.arg, found

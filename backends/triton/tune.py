@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tttc.backends.interface import ChunkHint, Settings
 from tttc.backends.target import MOST_REGISTERS, REGISTERS, Target
-from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, KernelSpec, form_of, unfused
+from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, KernelSpec, spec_of, unfused
 from tttc.ir.program import SEQUENCE, ScanProgram
 
 THREADS = 32
@@ -43,20 +43,20 @@ def bounded(options: Mapping[str, int], target: str) -> dict[str, int]:
     return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (gpu.warp * options["num_warps"]))}
 
 
-def default_config(form: KernelSpec, backward: bool) -> Config:
+def default_config(spec: KernelSpec, backward: bool) -> Config:
     """As many warps as hold the state in their registers; loads run ahead where these are not full."""
-    warps = next((n for n, most in STATE.items() if form.state <= n * THREADS * most), 16)
+    warps = next((n for n, most in STATE.items() if spec.state <= n * THREADS * most), 16)
     return Config(warps, 2 if warps == 4 and not backward else 1)
 
 
-def chunk(program: ScanProgram) -> ChunkHint | None:
+def preferred_chunk(program: ScanProgram) -> ChunkHint | None:
     """Of a free chunk no more than what keeps a backward in registers, or nearly, beside the state."""
     least = program.plan.chunk
     for tokens, most in STATE_OF_CHUNK.items():
         scan = replace(program.scans[0], chunk=tokens)
         if least is SEQUENCE or least <= tokens or unfused(scan, program):
             continue
-        if form_of(scan, program).state <= most:
+        if spec_of(scan, program).state <= most:
             why = f"the backward of {tokens} tokens fits the registers of a program, that of {least} does not"
             return ChunkHint(tokens, why)
     return None
@@ -64,7 +64,7 @@ def chunk(program: ScanProgram) -> ChunkHint | None:
 
 def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     """The fields of a `Config`, each with what the forward of whole mini-batches has by default, and other values."""
-    default = asdict(default_config(form_of(program.scans[0], program), False))
+    default = asdict(default_config(spec_of(program.scans[0], program), False))
     return {n: (default[n], *(v for v in values if v != default[n])) for n, values in VALUES.items()}
 
 

@@ -42,7 +42,7 @@ class TVMScan(BaseScan):
     @cached_property
     def differentiable(self) -> CompiledScan:
         """The same scan in operations that autograd records, for second derivatives."""
-        return torch_backend.load(torch_backend.emit(self.program), self.program)[self.scan.name]
+        return torch_backend.load_scans(torch_backend.emit_source(self.program), self.program)[self.scan.name]
 
     @property
     def directions(self) -> tuple[bool, ...]:

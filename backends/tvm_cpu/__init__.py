@@ -19,8 +19,9 @@ build.py    LLVM, the linker, and what runs a library
 The chunk as statements is in tvm_common. Nothing here imports TVM before the first kernel is compiled.
 """
 
-from tttc.backends.tvm_cpu.emit import emit, notes, refusals
-from tttc.backends.tvm_cpu.load import here, load, unavailable
-from tttc.backends.tvm_cpu.tune import choices, chunk, identity, toolchain
+from tttc.backends.tvm_cpu.emit import emit_source, notes, refusals
+from tttc.backends.tvm_cpu.load import here, load_scans, unavailable
+from tttc.backends.tvm_cpu.tune import choices, identity, preferred_chunk, toolchain
 
-__all__ = ["choices", "chunk", "emit", "here", "identity", "load", "notes", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
+__all__ += ["toolchain", "unavailable"]

@@ -23,7 +23,7 @@ def notes(program: ScanProgram) -> list[str]:
     return []
 
 
-def emit(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """The statements of every kernel as comments, and the functions of TensorIR for this processor that they become:
     for whole heads, and for tokens in the dtype of the place.
     """

@@ -23,7 +23,7 @@ def here() -> str:
     return "native kernels for this CPU" + ("" if linked else "; without `cc` they are compiled again in every process")
 
 
-def load(
+def load_scans(
     source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, StripScan]:
     """Every scan of a program of the adjoint stage; nothing is compiled before it is called."""

@@ -29,7 +29,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {n: (default, *(v for v in VALUES[n] if v != default)) for n, default in asdict(TileConfig()).items()}
 
 
-def chunk(program: ScanProgram) -> ChunkHint | None:
+def preferred_chunk(program: ScanProgram) -> ChunkHint | None:
     """Of a free chunk as few tokens as the passes over the state allow, or the only one that these kernels have."""
     if (only := only_chunk(program)) is not None:
         return only

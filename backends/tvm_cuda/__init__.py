@@ -17,8 +17,9 @@ device.py       the GPU: its threads, its memory, its operands
 tune.py         what may be tuned
 """
 
-from tttc.backends.tvm_cuda.emit import emit, notes, refusals
-from tttc.backends.tvm_cuda.load import here, load, unavailable
-from tttc.backends.tvm_cuda.tune import choices, chunk, identity, toolchain
+from tttc.backends.tvm_cuda.emit import emit_source, notes, refusals
+from tttc.backends.tvm_cuda.load import here, load_scans, unavailable
+from tttc.backends.tvm_cuda.tune import choices, identity, preferred_chunk, toolchain
 
-__all__ = ["choices", "chunk", "emit", "here", "identity", "load", "notes", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
+__all__ += ["toolchain", "unavailable"]

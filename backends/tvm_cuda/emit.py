@@ -20,7 +20,7 @@ def refusals(program: ScanProgram) -> list[str]:
     return [*unordered(program), *missing_rows(program, ROWS, "backends/tvm_cuda/ops.py")]
 
 
-def emit(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """All kernels for the GPU of the place, or where there is none for the oldest with tensor cores for bfloat16."""
 
     def text() -> str:
@@ -31,4 +31,4 @@ def emit(program: AdjointProgram, settings: Settings | None = None, place: Place
     return Source(text, "cuda")
 
 
-__all__ = ["emit", "notes", "refusals"]
+__all__ = ["emit_source", "notes", "refusals"]

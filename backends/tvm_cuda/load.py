@@ -15,7 +15,7 @@ from tttc.backends.tvm_cuda.scan import CudaScan
 from tttc.ir.program import AdjointProgram
 
 
-def load(
+def load_scans(
     source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, CudaScan]:
     """Every scan of a program of the adjoint stage, for the GPU that is there; compiled when first called."""

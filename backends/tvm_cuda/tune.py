@@ -17,7 +17,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {}
 
 
-def chunk(program: ScanProgram) -> ChunkHint | None:
+def preferred_chunk(program: ScanProgram) -> ChunkHint | None:
     """The only one that these kernels have, where there is but one; what a CPU prefers is for its caches."""
     return only_chunk(program)
 

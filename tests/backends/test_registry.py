@@ -30,9 +30,9 @@ class ForwardOnly(ToyScan):
 @pytest.fixture
 def forward_only():
     def load(source, program, settings=None, place=None):
-        return {n: ForwardOnly(s.scan, program, s.run, None) for n, s in toy.load(source, program).items()}
+        return {n: ForwardOnly(s.scan, program, s.run, None) for n, s in toy.load_scans(source, program).items()}
 
-    backend = SimpleNamespace(**{n: getattr(toy, n) for n in toy.__all__} | {"load": load})
+    backend = SimpleNamespace(**{n: getattr(toy, n) for n in toy.__all__} | {"load_scans": load})
     register(Unit("forward_only", "no gradients", lambda: backend, ("cpu",), ("cpu",), differentiates=False))
     yield
     unregister("forward_only")

@@ -109,7 +109,7 @@ def compile(
     config = _checked_config(taken)
     stages = _emitted(taken, config)
     source = stages.of(EmittedProgram).source
-    scans = taken.backend.load(source, taken.program, config, request.place)
+    scans = taken.backend.load_scans(source, taken.program, config, request.place)
     if checking():
         check_kernels(taken.program, scans, request.place.device)
     if not taken.asked:

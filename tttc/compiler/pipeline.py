@@ -181,7 +181,7 @@ def scheduled(program: DualProgram, options: Options) -> ScanProgram:
     made = schedule(program, chunk)
     if chunk is not None or not made.plan.free or options.backend is None or program.telemetry:
         return made
-    wanted = options.backend.chunk(made)
+    wanted = options.backend.preferred_chunk(made)
     if wanted is None:
         return made
     made = schedule(program, wanted.chunk)
@@ -197,7 +197,7 @@ def emitted(program: AdjointProgram, options: Options) -> EmittedProgram:
     """The kernels of the backend, as text."""
     assert options.backend is not None
     return EmittedProgram.of(
-        program, "emit", functions=(), source=options.backend.emit(program, options.settings, options.place)
+        program, "emit", functions=(), source=options.backend.emit_source(program, options.settings, options.place)
     )
 
 

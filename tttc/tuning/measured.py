@@ -238,7 +238,7 @@ class _Timed:
     def _chunks(self) -> tuple[int, ...]:
         """Chunks of programs that the backend can run."""
         plan = self.scheduled.plan
-        preferred = self.backend.chunk(self.scheduled) if plan.free else None
+        preferred = self.backend.preferred_chunk(self.scheduled) if plan.free else None
         found = chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
         if self.backend.refusals(self.scheduled):  # at the chunk of the torch backend
             found = tuple(n for n in found if not self.backend.refusals(self._program(n)))

@@ -1,7 +1,8 @@
 """The smallest backend: NumPy. backends/README.md walks through it."""
 
-from tests.backends.toy.emit import emit, notes, refusals
-from tests.backends.toy.load import here, load, unavailable
-from tests.backends.toy.tune import choices, chunk, identity, toolchain
+from tests.backends.toy.emit import emit_source, notes, refusals
+from tests.backends.toy.load import here, load_scans, unavailable
+from tests.backends.toy.tune import choices, identity, preferred_chunk, toolchain
 
-__all__ = ["choices", "chunk", "emit", "here", "identity", "load", "notes", "refusals", "toolchain", "unavailable"]
+__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
+__all__ += ["toolchain", "unavailable"]

@@ -20,7 +20,7 @@ def notes(program: ScanProgram) -> list[str]:
     return []
 
 
-def emit(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     functions = [s.function() for s in program.scans] + [adjoint_function(a) for a in program.adjoints]
     whole = Program(program.name, "toy", tuple(functions), program.dims, program.dtype, program.names)
     return Source(lambda: program_text(whole).replace(HEADER, ""), "python")

@@ -25,7 +25,7 @@ def here() -> str:
     return "NumPy, one head after the other"
 
 
-def load(
+def load_scans(
     source: Source, program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST
 ) -> dict[str, ToyScan]:
     names = [*ALWAYS, *(name for row in ROWS.values() for name in row)]

@@ -14,7 +14,7 @@ def choices(program: ScanProgram) -> Mapping[str, Sequence[int]]:
     return {}
 
 
-def chunk(program: ScanProgram) -> ChunkHint | None:
+def preferred_chunk(program: ScanProgram) -> ChunkHint | None:
     return None
 
 

@@ -65,7 +65,7 @@ class Call:
 
 
 class Lost(ArithmeticError):
-    """Computed in the precision of the backend, the definition itself has no digits worth a comparison."""
+    """The definition itself has no digits worth a comparison, in the precision of the backend: or no number at all."""
 
 
 class Outcome(NamedTuple):
@@ -147,6 +147,8 @@ def _unequal(layer: Layer, call: Call) -> str:
     """The tensors that differ from those of the oracle; empty where none does."""
     inputs, variant = inputs_of(layer, call), layer.signature.variant
     wanted = _result(*_oracle(variant, inputs, call), inputs, call)
+    if not all(x.isfinite().all() for x in (wanted.z, *wanted.final.values(), *wanted.gradients.values())):
+        raise Lost("the definition itself is not finite on these inputs")
     dtype = DTYPES.get(layer.backend, torch.float64)
     given = _mapped(inputs, lambda x: x.detach().to(dtype).requires_grad_())
     found = _result(*layer(given.q, given.k, given.v, **keywords(given)), given, call)

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 
 from tttc.backends.cost_model import EstimatedKernel
+from tttc.backends.scan import CompiledScan
 from tttc.backends.target import Resources
 from tttc.ir.names import Wording
-from tttc.ir.program import AdjointProgram, Scan, ScanProgram
-from tttc.ir.structure import written
+from tttc.ir.program import AdjointProgram, ScanProgram
 
 Settings = Mapping[str, int]
 """How kernels are made, beside the program: names that the backend gives, which never change a result."""
@@ -62,89 +62,6 @@ class ChunkHint:
 
     chunk: int
     why: str
-
-
-class NotBuilt(Exception):
-    """A kernel could not be made: what it is called, and what went wrong. Raised where it is first called, for that is
-    when it is made; what a backend knows that it cannot run is among its `refusals`.
-    """
-
-    def __init__(self, kernel: str, error: BaseException) -> None:
-        said = " ".join(str(error).split())
-        super().__init__(
-            f"the kernel `{kernel}` could not be made ({type(error).__name__}{': ' * bool(said)}{said[:400]})"
-        )
-
-
-class CompiledScan(Protocol):
-    """One scan of the program. Tensors have two leading axes, batch and heads, in the order of `Scan.params`.
-
-    The sequences, the heads and the tokens of an input may lie at any distance from each other.
-    """
-
-    @property
-    def accepts_16bit(self) -> bool:
-        """Whether sequences may be float16 or bfloat16: read and written as they are, arithmetic is float32."""
-        ...
-
-    @property
-    def differentiable(self) -> CompiledScan:
-        """The same scan in operations that autograd records, for second derivatives; often itself."""
-        ...
-
-    @property
-    def custom_op(self) -> OpaqueScan:
-        """The same scan for a graph that does not look into it; often itself."""
-        ...
-
-    def prewarm_backward(self, inputs: Sequence[torch.Tensor]) -> None:
-        """Said before a forward that will be followed by a backward: what takes long to make may be begun."""
-        ...
-
-    def forward(
-        self, inputs: Sequence[torch.Tensor], checkpoint: int | None
-    ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
-        """Outputs and new carry, none in the memory of another or of an input, and what the backward needs, which
-        autograd saves: the carry of every `checkpoint` chunks, or all with 0; None where no backward will follow.
-        """
-        ...
-
-    def backward(
-        self,
-        inputs: Sequence[torch.Tensor],
-        saved: Sequence[torch.Tensor],
-        checkpoint: int,
-        cotangents: Sequence[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        """The cotangents of the inputs, from those of the outputs and of the new carry."""
-        ...
-
-
-class OpaqueScan(CompiledScan, Protocol):
-    """A scan of which a graph knows sizes and strides alone: what its forward keeps is a list of tensors, one for each
-    variable that a loop carries, and nothing that it returns lies in the memory of an input.
-    """
-
-    @property
-    def fingerprint(self) -> str:
-        """What it computes and by which kernels: equal for scans that can stand for each other."""
-        ...
-
-    def results(
-        self, inputs: Sequence[torch.Tensor], checkpoint: int | None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Memory for what `forward` returns, in both its parts."""
-        ...
-
-    def gradients(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Memory for what `backward` returns."""
-        ...
-
-
-def content_of(scan: Scan, program: AdjointProgram, *kernels: object) -> str:
-    """The `fingerprint` of a scan: its program and adjoint, and what else decides how its kernels are made."""
-    what = program.adjoint_of(scan) if scan.differentiated else scan
-    return "\n".join([written((scan, what, sorted(program.dims.items()), program.dtype)), *map(str, kernels)])
 
 
 @dataclass(frozen=True, kw_only=True)

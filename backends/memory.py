@@ -40,6 +40,12 @@ def like(target: Expr, shape: Sequence[int], x: torch.Tensor, dtype: torch.dtype
     return x.new_empty((batch, tokens, heads, *own), dtype=dtype).transpose(1, 2)
 
 
+def fill(memory: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy values to where they belong."""
+    for to, x in zip(memory, values, strict=True):
+        to.copy_(x)
+
+
 def fake(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether there are sizes and no numbers in them: fake tensors, which are never made by chance."""
     return not PLAIN.issuperset(map(type, tensors)) and any(isinstance(x, FakeTensor) for x in tensors)

@@ -11,7 +11,7 @@ import torch
 
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result
-from tttc.backends.interface import NotBuilt
+from tttc.backends.scan import NotBuilt
 from tttc.errors import FallbackWarning
 from tttc.library import LinearAttention
 

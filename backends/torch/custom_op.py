@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tttc.backends.scan import BaseScan, Tensors
+from tttc.backends.memory import fill
+from tttc.backends.scan import CompiledScan, Tensors
 
 if TYPE_CHECKING:
     from tttc.backends.torch.load import TorchScan
 
 
-class CopiedScan(BaseScan):
+class CopiedScan(CompiledScan):
     """The same functions as those of a `TorchScan`. It keeps the carry of every so many chunks, never the values within
     a chunk: those may be views of the inputs.
     """
@@ -33,7 +34,7 @@ class CopiedScan(BaseScan):
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
         outputs, kept = self.results(inputs, checkpoint)
         found, saved = self.inner.forward(inputs, checkpoint if checkpoint is None else checkpoint or 1)
-        _fill(outputs, found)
+        fill(outputs, found)
         if checkpoint is not None and self.scan.loops:
             for i, x in enumerate(saved):
                 group, which = divmod(i, len(kept))
@@ -50,10 +51,5 @@ class CopiedScan(BaseScan):
         else:
             _, kept = self.inner.forward(inputs, every)
         results = self.gradients(inputs)
-        _fill(results, self.inner.backward(inputs, kept, every, cotangents))
+        fill(results, self.inner.backward(inputs, kept, every, cotangents))
         return tuple(results)
-
-
-def _fill(memory: Tensors, values: Tensors) -> None:
-    for to, x in zip(memory, values, strict=True):
-        to.copy_(x)

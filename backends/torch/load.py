@@ -13,7 +13,7 @@ import torch
 from tttc.backends import generated
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.memory import autocast
-from tttc.backends.scan import BaseScan, Tensors
+from tttc.backends.scan import CompiledScan, Tensors
 from tttc.backends.torch.custom_op import CopiedScan
 from tttc.backends.torch.emit import emit_source
 from tttc.ir.names import function
@@ -48,7 +48,7 @@ def _apart(results: Tensors, others: Tensors) -> list[torch.Tensor]:
     return found
 
 
-class TorchScan(BaseScan):
+class TorchScan(CompiledScan):
     """One scan, run by the functions of a generated module; `compiled` says that its steps were given to torch.compile,
     whose functions are differentiated once.
     """

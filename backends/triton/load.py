@@ -18,9 +18,9 @@ import torch
 from tttc.backends import generated
 from tttc.backends import torch as torch_backend
 from tttc.backends.cache import cached
-from tttc.backends.interface import HOST, CompiledScan, NotBuilt, Placement, Settings, Source
+from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.memory import address_span, densify, like
-from tttc.backends.scan import BaseScan, Tensors
+from tttc.backends.scan import CompiledScan, NotBuilt, Tensors
 from tttc.backends.target import architecture_of
 from tttc.backends.triton import llvm_flags as llvm_flags
 from tttc.backends.triton.emit import emit_specs
@@ -197,7 +197,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-class TritonScan(BaseScan):
+class TritonScan(CompiledScan):
     """One scan, run by its forward and its backward kernel: a program for each head, or for each strip of one."""
 
     accepts_16bit = True

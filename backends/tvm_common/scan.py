@@ -13,9 +13,8 @@ from threading import RLock, Thread
 import torch
 
 from tttc.backends import torch as torch_backend
-from tttc.backends.interface import CompiledScan, NotBuilt
 from tttc.backends.memory import address_span, densify
-from tttc.backends.scan import BaseScan, Tensors
+from tttc.backends.scan import CompiledScan, NotBuilt, Tensors
 from tttc.ir.program import AdjointProgram, Scan, ScanAdjoint
 from tttc.ir.structure import written
 
@@ -23,7 +22,7 @@ Stored = tuple[tuple[str, str], ...]  # names of tensors that are kept in anothe
 Function = Callable[..., None]
 
 
-class TVMScan(BaseScan):
+class TVMScan(CompiledScan):
     """One scan, run by its forward and its backward kernel."""
 
     accepts_16bit = True

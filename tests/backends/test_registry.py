@@ -13,9 +13,8 @@ from tests.backends import toy
 from tests.backends.toy.load import ToyScan
 from tests.helpers import inputs_for, keywords
 from tttc.backends import registry, triton
-from tttc.backends.interface import NotBuilt
 from tttc.backends.registry import Package, Unit, candidates, named, names, register, unregister
-from tttc.backends.scan import BaseScan
+from tttc.backends.scan import CompiledScan, NotBuilt
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal
 from tttc.library import LinearAttention
@@ -24,7 +23,7 @@ CPU, CUDA, OTHER = map(torch.device, ("cpu", "cuda", "mps"))
 
 
 class ForwardOnly(ToyScan):
-    backward = BaseScan.backward
+    backward = CompiledScan.backward
 
 
 @pytest.fixture

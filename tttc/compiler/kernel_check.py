@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tttc.backends.interface import CompiledScan, NotBuilt
+from tttc.backends.scan import CompiledScan, NotBuilt
 from tttc.compiler.stage_check import TOLERANCE, Arrays, random_arguments, relative_error
 from tttc.errors import PassChangedMeaning
 from tttc.ir.expr import Expr

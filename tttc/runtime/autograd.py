@@ -16,7 +16,7 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from tttc.backends.interface import CompiledScan
+from tttc.backends.scan import CompiledScan
 
 Tensors = Sequence[torch.Tensor]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch.library import custom_op
 
-from tttc.backends.interface import OpaqueScan
+from tttc.backends.scan import CompiledScan
 
 Tensors = list[torch.Tensor]
 Function = Callable[..., Tensors]
@@ -28,7 +28,7 @@ _lock = Lock()
 class Operator:
     """One scan: called like its forward, differentiable once."""
 
-    def __init__(self, name: str, scan: OpaqueScan, results: int) -> None:
+    def __init__(self, name: str, scan: CompiledScan, results: int) -> None:
         self.results = results  # those that the caller is given; what is kept for the backward comes after them
         self.backward = _backward(f"tttc::{name}_backward", scan)
         self.forward = _forward(f"tttc::{name}_forward", scan, results, self.backward)
@@ -40,7 +40,7 @@ class Operator:
         return tuple(self._run(list(inputs), checkpoint or 0, keep)[: self.results])
 
 
-def operator(name: str, scan: OpaqueScan, results: int) -> Operator:
+def operator(name: str, scan: CompiledScan, results: int) -> Operator:
     """The operator of a scan that has so many results; registered when it is first asked for."""
     full = f"{name}_{hashlib.sha256(scan.fingerprint.encode()).hexdigest()[:16]}"
     with _lock:  # a second registration of one name is an error of torch
@@ -55,7 +55,7 @@ def untraced(function: Callable[[], Result]) -> Result:
         return thread.submit(function).result()
 
 
-def _forward(name: str, scan: OpaqueScan, results: int, backward: Function) -> Function:
+def _forward(name: str, scan: CompiledScan, results: int, backward: Function) -> Function:
     schema = "(Tensor[] inputs, SymInt checkpoint, bool keep) -> Tensor[]"
 
     @custom_op(name, mutates_args=(), schema=schema)
@@ -86,7 +86,7 @@ def _forward(name: str, scan: OpaqueScan, results: int, backward: Function) -> F
     return run
 
 
-def _backward(name: str, scan: OpaqueScan) -> Function:
+def _backward(name: str, scan: CompiledScan) -> Function:
     schema = "(Tensor[] inputs, Tensor[] kept, SymInt checkpoint, Tensor[] cotangents) -> Tensor[]"
 
     @custom_op(name, mutates_args=(), schema=schema)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from tttc.backends.interface import CompiledScan, Source
+from tttc.backends.interface import Source
 from tttc.backends.memory import fake
 from tttc.backends.registry import named
+from tttc.backends.scan import CompiledScan
 from tttc.compiler.pipeline import History
 from tttc.declare.pickling import PickledVariant
 from tttc.declare.specs import initial_value

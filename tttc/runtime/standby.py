@@ -8,16 +8,15 @@ reason to end a training run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from tttc.backends.interface import CompiledScan, NotBuilt, OpaqueScan
+from tttc.backends.memory import fill
+from tttc.backends.scan import CompiledScan, NotBuilt, Tensors
 from tttc.errors import FallbackWarning
-
-Tensors = Sequence[torch.Tensor]
 
 
 def with_standby(scans: Mapping[str, CompiledScan], variant: str, backend: str) -> dict[str, CompiledScan]:
@@ -25,13 +24,15 @@ def with_standby(scans: Mapping[str, CompiledScan], variant: str, backend: str) 
     return {n: s if s.differentiable is s else StandbyScan(s, variant, backend) for n, s in scans.items()}
 
 
-class StandbyScan:
+class StandbyScan(CompiledScan):
     """A scan by its kernels, or from the first on that cannot be made by PyTorch, with the results and the memory that
     the kernels would have.
     """
 
     def __init__(self, scan: CompiledScan, variant: str, backend: str) -> None:
+        super().__init__(scan.scan, scan.program)
         self.scan_of_kernels, self.variant, self.backend = scan, variant, backend
+        self.accepts_16bit = scan.accepts_16bit
         self.failed: NotBuilt | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -41,15 +42,11 @@ class StandbyScan:
         return getattr(self.scan_of_kernels, name)
 
     @property
-    def accepts_16bit(self) -> bool:
-        return self.scan_of_kernels.accepts_16bit
-
-    @property
     def differentiable(self) -> CompiledScan:
         return self.scan_of_kernels.differentiable
 
     @cached_property
-    def custom_op(self) -> Any:
+    def custom_op(self) -> CompiledScan:
         inner = self.scan_of_kernels.custom_op
         return self if inner is self.scan_of_kernels else StandbyScan(inner, self.variant, self.backend)
 
@@ -75,7 +72,7 @@ class StandbyScan:
                 self._fails(failure)
         outputs, kept = self.results(inputs, checkpoint)
         found, saved = self._torch.forward(list(map(_widened, inputs)), checkpoint)
-        _fill([*outputs, *kept], [*found, *saved])
+        fill([*outputs, *kept], [*found, *saved])
         return tuple(outputs), kept
 
     def backward(
@@ -89,15 +86,15 @@ class StandbyScan:
         given = list(map(_widened, inputs))
         _, kept = self._torch.forward(given, checkpoint)  # the kernels may have kept it for strips of heads
         results = self.gradients(inputs)
-        _fill(results, self._torch.backward(given, kept, checkpoint, list(map(_widened, cotangents))))
+        fill(results, self._torch.backward(given, kept, checkpoint, list(map(_widened, cotangents))))
         return tuple(results)
 
     @property
-    def _memory(self) -> OpaqueScan:
+    def _memory(self) -> CompiledScan:
         return self.scan_of_kernels.custom_op
 
     @property
-    def _torch(self) -> OpaqueScan:
+    def _torch(self) -> CompiledScan:
         return self.scan_of_kernels.differentiable.custom_op
 
     def _fails(self, failure: NotBuilt) -> None:
@@ -108,11 +105,6 @@ class StandbyScan:
             FallbackWarning,
             stacklevel=2,
         )
-
-
-def _fill(memory: Tensors, values: Tensors) -> None:
-    for to, x in zip(memory, values, strict=True):
-        to.copy_(x)
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from tests.backends.toy.ops import ROWS
 from tttc.backends.interface import HOST, Placement, Settings, Source
-from tttc.backends.scan import BaseScan, Tensors
+from tttc.backends.scan import CompiledScan, Tensors
 from tttc.ir import numerics
 from tttc.ir.program import AdjointProgram, Scan
 
@@ -34,7 +34,7 @@ def load_scans(
     return {s.name: ToyScan(s, program, scope[s.name], scope.get(f"{s.name}_adjoint")) for s in program.scans}
 
 
-class ToyScan(BaseScan):
+class ToyScan(CompiledScan):
     """One scan; its backward makes all that it needs again, so that nothing is kept."""
 
     def __init__(self, scan: Scan, program: AdjointProgram, run: Callable[..., Any], adjoint: Any) -> None:

@@ -18,6 +18,24 @@ INFIX = {name: row.infix for name, row in SCALARS.items() if row.infix is not No
 """The rows of arithmetic, which all languages write alike."""
 
 
+def calls(prefix: str, *names: str) -> dict[str, str]:
+    """Templates of functions that have the names of their operations: calls("tl.", "exp") is {"exp": "tl.exp({0})"}."""
+    places = {n: ", ".join(f"{{{i}}}" for i in range(SCALARS[n].arity)) for n in names}
+    return {n: f"{prefix}{n}({place})" for n, place in places.items()}
+
+
+def methods(*names: str) -> dict[str, str]:
+    """Rows of operations that methods with their names write: methods("mask") is {"mask": "_mask"}."""
+    return {n: f"_{n}" for n in names}
+
+
+PRINTED = methods(
+    *("leaf", "const", "size", "map", "pow", "mask", "last", "put_last", "segprod", "cumprod", "shift", "shift_back"),
+    *("solve", "broadcast", "stop_gradient"),
+)
+"""The rows of what every printer of expressions (ir/text.py) has such a method for."""
+
+
 def missing_rows(program: ScanProgram, rows: Collection[str], table: str) -> list[str]:
     """A refusal for every operation of the program that has no row; `table` is the file where it would stand."""
     needed = set(_operations(_values(program), rows))

@@ -8,60 +8,27 @@ from typing import Any
 import sympy
 
 from tttc.backends.generated import module
-from tttc.backends.rows import INFIX
+from tttc.backends.rows import INFIX, PRINTED, calls
 from tttc.ir.formulas import FormulaPrinter, formula_text
 from tttc.ir.scalars import Formula
 
 # Every form can be differentiated again and again, in reverse and in forward mode, and mapped over: torch.heaviside has
 # no derivative, not even the one that is zero.
 ELEMENTWISE = {
-    "exp": "torch.exp({0})",
-    "log": "torch.log({0})",
-    "sqrt": "torch.sqrt({0})",
-    "rsqrt": "torch.rsqrt({0})",
-    "tanh": "torch.tanh({0})",
-    "sin": "torch.sin({0})",
-    "cos": "torch.cos({0})",
-    "erf": "torch.erf({0})",
-    "abs": "torch.abs({0})",
-    "sign": "torch.sign({0})",
-    "relu": "torch.relu({0})",
-    "sigmoid": "torch.sigmoid({0})",
+    **calls("torch.", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf", "abs", "sign", "relu", "sigmoid"),
+    **calls("", "silu", "less_equal", "select", "huber"),
     "softplus": "F.softplus({0}, threshold=1e4)",
-    "silu": "silu({0})",
     "gelu": 'F.gelu({0}, approximate="tanh")',
     "step": "torch.relu(torch.sign({0}))",
-    "less_equal": "less_equal({0}, {1})",
-    "select": "select({0}, {1}, {2})",
-    "huber": "huber({0}, {1})",
 }
 
-# Methods of the printer (emit.py).
+# Methods of the printer (printer.py).
 STRUCTURE = {
-    "leaf": "_leaf",
-    "const": "_const",
-    "size": "_size",
-    "map": "_map",
-    "pow": "_pow",
+    **PRINTED,
     "contract": "_contract",
-    "sum": "_reduction",
-    "mean": "_reduction",
-    "max": "_reduction",
-    "mask": "_mask",
-    "last": "_last",
-    "put_last": "_put_last",
-    "segprod": "_segprod",
-    "cumprod": "_cumprod",
-    "shift": "_shift",
-    "shift_back": "_shift_back",
-    "solve": "_solve",
-    "broadcast": "_broadcast",
     "rename": "rename",
-    "stop_gradient": "_stop_gradient",
-    "softmax": "_composite",
-    "layer_norm": "_composite",
-    "rms_norm": "_composite",
-    "l2_norm": "_composite",
+    **dict.fromkeys(("sum", "mean", "max"), "_reduction"),
+    **dict.fromkeys(("softmax", "layer_norm", "rms_norm", "l2_norm"), "_composite"),
 }
 
 ROWS = {**INFIX, **ELEMENTWISE, **STRUCTURE}

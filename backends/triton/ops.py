@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import sympy
 
-from tttc.backends.rows import INFIX
+from tttc.backends.rows import INFIX, PRINTED, calls
 from tttc.ir.formulas import FormulaPrinter
 
 ELEMENTWISE = {
-    "exp": "tl.exp({0})",
-    "log": "tl.log({0})",
-    "sqrt": "tl.sqrt({0})",
-    "rsqrt": "tl.rsqrt({0})",
-    "tanh": "tanh({0})",
-    "sin": "tl.sin({0})",
-    "cos": "tl.cos({0})",
-    "erf": "tl.erf({0})",
-    "abs": "tl.abs({0})",
-    "sign": "sign({0})",
-    "relu": "relu({0})",
-    "sigmoid": "tl.sigmoid({0})",
-    "softplus": "softplus({0})",
-    "silu": "silu({0})",
-    "gelu": "gelu({0})",
-    "step": "step({0})",
-    "less_equal": "less_equal({0}, {1})",
-    "select": "select({0}, {1}, {2})",
-    "huber": "huber({0}, {1})",
+    **calls("tl.", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "erf", "abs", "sigmoid"),
+    **calls("", "tanh", "sign", "relu", "softplus", "silu", "gelu", "step", "less_equal", "select", "huber"),
 }
 
 # Methods of the printer (printer.py).
 STRUCTURE = {
-    "leaf": "_leaf",
-    "const": "_const",
-    "size": "_size",
-    "map": "_map",
-    "pow": "_pow",
+    **PRINTED,
     "contract": "_contraction",
-    "sum": "_reduction",
-    "mean": "_reduction",
-    "max": "_reduction",
-    "mask": "_mask",
-    "last": "_last",
-    "put_last": "_put_last",
-    "segprod": "_segprod",
-    "cumprod": "_cumprod",
-    "shift": "_shift",
-    "shift_back": "_shift_back",
-    "solve": "_solve",
-    "broadcast": "_broadcast",
     "rename": "rename",
-    "stop_gradient": "_stop_gradient",
+    **dict.fromkeys(("sum", "mean", "max"), "_reduction"),
 }
 
 ROWS = {**INFIX, **ELEMENTWISE, **STRUCTURE}

@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 
+from tttc.backends.rows import methods
 from tttc.backends.tvm_common.tir import T
 from tttc.ir.scalars import Formula
 
@@ -28,28 +29,16 @@ ALIKE = (
     *("add", "sub", "mul", "div", "neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf", "sign", "step"),
     *("relu", "sigmoid", "softplus", "silu", "gelu", "huber", "less_equal", "select"),
 )
-ROWS = {name: name for name in ALIKE} | {
+ROWS = {
+    **{name: name for name in ALIKE},
+    **methods("leaf", "const", "size", "rename", "last", "cumprod", "segprod", "shift", "shift_back", "solve"),
     "abs": "abs_",
     "pow": "pow_",
     "map": "formula",
-    "leaf": "_leaf",
-    "const": "_const",
-    "size": "_size",
-    "rename": "_rename",
-    "last": "_last",
-    "broadcast": "_operand",
-    "stop_gradient": "_operand",
-    "mask": "_masked",
-    "put_last": "_masked",
     "contract": "products",
-    "sum": "_row",
-    "mean": "_row",
-    "max": "_row",
-    "cumprod": "_cumprod",
-    "segprod": "_segprod",
-    "shift": "_shift",
-    "shift_back": "_shift_back",
-    "solve": "_solve",
+    **dict.fromkeys(("broadcast", "stop_gradient"), "_operand"),
+    **dict.fromkeys(("mask", "put_last"), "_masked"),
+    **dict.fromkeys(("sum", "mean", "max"), "_row"),
 }
 
 

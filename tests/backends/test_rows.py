@@ -15,6 +15,9 @@ import torch
 import tttc
 from tests.ir.test_ops import EXAMPLES
 from tttc.backends.registry import named, units
+from tttc.backends.rows import PRINTED
+from tttc.backends.torch.printer import TorchPrinter
+from tttc.backends.triton.printer import TritonPrinter
 from tttc.errors import BackendRefusal
 from tttc.ir.expr import OPS
 from tttc.ir.program import AdjointProgram, Assign
@@ -67,6 +70,11 @@ def test_a_missing_row_is_a_refusal(monkeypatch: pytest.MonkeyPatch, name: str, 
 def test_every_operation_has_a_row_in_every_backend() -> None:
     every = {op for op in (*SCALARS, *OPS) if op not in COMPOSITES}
     assert {name: every - set(table.ROWS) for name, _, table in tables()} == {name: set() for name in PACKAGES}
+
+
+@pytest.mark.parametrize("printer", [TorchPrinter, TritonPrinter])
+def test_what_every_printer_writes_has_its_method(printer: type) -> None:
+    assert [name for name in PRINTED.values() if not hasattr(printer, name)] == []
 
 
 def test_a_user_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

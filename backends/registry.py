@@ -132,6 +132,8 @@ TRITON = Package(
     ("backends/nvidia/bin/ptxas", "TRITON_PTXAS_PATH"),
 )
 
+ONNX = Package("onnxruntime", "onnxruntime", "pip install 'tttc[onnx]'")
+
 
 def _torch() -> Backend:
     from tttc.backends import torch
@@ -175,6 +177,12 @@ def _triton_estimator() -> Estimator:
     return candidates
 
 
+def _onnx() -> Backend:
+    from tttc.backends import onnx
+
+    return onnx
+
+
 register(Unit("torch", "runs every program, on any device", _torch, of_torch=True))
 register(Unit("tvm", "native kernels for this CPU", _tvm_cpu, ("cpu",), ("cpu",), TVM))
 register(
@@ -201,4 +209,7 @@ register(
         compiler=_triton_compiler,
         estimator=_triton_estimator,
     )
+)
+register(
+    Unit("onnx", "graphs of ONNX", _onnx, ("cpu",), package=ONNX, writes_alone=True, differentiates=False),
 )

@@ -19,6 +19,7 @@ from tests.draws.declaration import declaration
 from tests.draws.recipe import SCALE, Recipe
 from tests.draws.refusals import refusals
 from tests.helpers import Result, differences, keywords, split_call
+from tttc.declare.read import read_declaration
 from tttc.declare.variant import Variant
 from tttc.errors import BackendRefusal, DeclarationError, Problem
 from tttc.reference import reference
@@ -296,9 +297,15 @@ def _allowed(
 
 
 def _tilted(variant: type[Variant], slope: float) -> type[Variant]:
-    """The variant with about `slope` added to the derivative of its loss by what the learner makes of a token."""
+    """The variant with about `slope` added to the derivative of its loss by what the learner makes of a token, and by
+    every state.
+    """
+    states = read_declaration(variant)[0].states
 
     def loss(self: Any, k: Any, v: Any) -> Any:
-        return variant.loss(self, k, v) + slope * (1.0 + tttc.sum(k) + tttc.sum(v)) * tttc.sum(self.learner(k))
+        total = tttc.sum(self.learner(k))
+        for name in states:
+            total = total + tttc.sum(getattr(self, name))
+        return variant.loss(self, k, v) + slope * (1.0 + tttc.sum(k) + tttc.sum(v)) * total
 
     return type(variant.__name__, (variant,), {"loss": loss, "__module__": __name__})

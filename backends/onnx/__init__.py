@@ -1,0 +1,15 @@
+"""The `onnx` backend: scans as graphs of ONNX, run by ONNX Runtime on this CPU. Forward alone, in float32.
+
+emit.py      a program as ONNX text: a model for each scan, its chunk a function of it
+lowering.py  expressions as nodes
+ops.py       the table of operations
+load.py      the text as sessions of ONNX Runtime
+tune.py      what may be chosen: nothing
+"""
+
+from tttc.backends.onnx.emit import emit_source, notes, refusals
+from tttc.backends.onnx.load import here, load_scans, unavailable
+from tttc.backends.onnx.tune import choices, identity, preferred_chunk, toolchain
+
+__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
+__all__ += ["toolchain", "unavailable"]

@@ -1,0 +1,221 @@
+"""Scans as ONNX text: a model for each, of tensors with a leading axis N = batch * heads.
+
+One chunk is a function of the model. A loop gives it the chunks of a Scan and then what is left of the tokens: a Scan
+runs at least once, for ONNX Runtime stops the process where it has nothing to do.
+
+    drawn (float[N, D, D] W, float[N, T, D] k, ...) => (float[N, T, D] z, float[N, D, D] W_new) {
+       ...
+       W_head, z_head = If <then_branch = head () => (...) { ... = Scan <body = chunk ...> ... }, ...> (any_chunk)
+       W_new, z_tail = If <then_branch = tail () => (...) { ... = tttc.drawn_chunk (...) }, ...> (any_rest)
+       z = Concat <axis = 1> (z_head, z_tail)
+    }
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tttc.backends.interface import HOST, Placement, Settings, Source
+from tttc.backends.onnx.lowering import Lowering
+from tttc.backends.onnx.ops import ROWS
+from tttc.backends.rows import missing_rows
+from tttc.ir.expr import Expr
+from tttc.ir.names import marked, own, suffixed, unmarked, worded
+from tttc.ir.program import AdjointProgram, Scan, ScanProgram
+from tttc.ir.program_text import type_text
+from tttc.ir.text import Namer, Printer, steps
+
+OPSET = 26  # the first with CumProd
+MODEL = '<ir_version: 10, opset_import: ["" : {opset}, "tttc" : 1], producer_name: "tttc">'
+FUNCTION = '<domain: "tttc", opset_import: ["" : {opset}]>'
+SCAN = "# scan "  # before the model of each
+
+
+def refusals(program: ScanProgram) -> list[str]:
+    """What has no row, and float64."""
+    wide = ["it computes in float32: compile with dtype=torch.float32"] if program.dtype == "f64" else []
+    return [*wide, *missing_rows(program, ROWS, "backends/onnx/ops.py")]
+
+
+def notes(program: ScanProgram) -> list[str]:
+    """That it has no backward."""
+    return ["ONNX Runtime runs forward alone; train with another backend"]
+
+
+def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
+    """All models of the program, one after the other."""
+    return Source(lambda: "\n".join(_model(scan, program) for scan in program.scans), "onnx")
+
+
+def _model(scan: Scan, program: ScanProgram) -> str:
+    opset = {"opset": OPSET}
+    whole = _loop(scan, program) if scan.loops else _once(scan, program)
+    parts = [MODEL.format(**opset), whole, FUNCTION.format(**opset), _chunk(scan, program)]
+    return "\n".join([f"{SCAN}{scan.name}: {scan.doc}", *(_ascii(worded(part).text) for part in parts)])
+
+
+def _ascii(text: str) -> str:
+    """Words of ONNX have no other letters."""
+    return re.sub(r"[^\x00-\x7f]", lambda m: f"u{ord(m[0]):x}", text)
+
+
+def _block(head: str, inputs: Sequence[str], outputs: Sequence[str], lines: Sequence[str]) -> str:
+    return "\n".join([f"{head} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{", *(f"   {x}" for x in lines), "}\n"])
+
+
+# -- one chunk ---------------------------------------------------------------------------------------------------------
+
+
+def made(e: Expr) -> str:
+    """What the new value of a leaf is called."""
+    return marked(suffixed(e.name, "new"))
+
+
+def _name(scan: Scan) -> str:
+    return f"{scan.name}_chunk"
+
+
+def _chunk(scan: Scan, program: ScanProgram) -> str:
+    """The block of a scan as a function: every value, with a comment that says what it is."""
+    chunk = scan.chunk if isinstance(scan.chunk, int) else None
+    lowering = Lowering(scan.params, program.dims, chunk)
+    taken = {unmarked(marked(p.name)) for p in scan.params} | {unmarked(made(e)) for e in scan.results}
+    shown = Printer()
+    results = {a.leaf: a for a in scan.block.assigns}
+    for step in steps(scan.block, Namer(taken, program.names)):
+        target = results[step.target].target if step.target else None
+        axes = target.axes if target else step.value.axes
+        name = made(target) if target else marked(step.name)
+        text = f"{marked(step.name)}: {type_text(axes, program.dtype)} = {shown.ordered(step.value, axes).text}"
+        lowering.lines.append(f"# {unmarked(text)}")
+        lowering.named(step.value, name, axes)
+        if step.value.axes == axes:
+            shown.names[step.value] = step.name
+    inputs = [marked(p.name) for p in scan.params]
+    return _block(_name(scan), inputs, [made(e) for e in scan.results], lowering.lines)
+
+
+# -- all chunks --------------------------------------------------------------------------------------------------------
+
+
+def _typed(e: Expr, name: str, program: ScanProgram) -> str:
+    sizes = [str(program.dims.get(a.size, "T" if e.at else unmarked(marked(a.name)))) for a in e.axes]
+    return f"float[{', '.join(['N', *sizes])}] {name}"
+
+
+def _graph(scan: Scan, program: ScanProgram, lines: Sequence[str]) -> str:
+    inputs = [_typed(p, marked(p.name), program) for p in scan.params]
+    return _block(scan.name, inputs, [_typed(e, made(e), program) for e in scan.results], lines)
+
+
+def _once(scan: Scan, program: ScanProgram) -> str:
+    return _graph(scan, program, [_call(scan, "new", "", "")])
+
+
+def _loop(scan: Scan, program: ScanProgram) -> str:
+    """The chunks of a Scan, and the rest: with a chunk as long as the call all is rest."""
+    T, none, first, whole = (marked(own(x)) for x in ("T", "none", "first", "whole"))
+    lines = [
+        f"{T} = Shape <start = 1, end = 2> ({marked(scan.sequence[0].name)})",
+        f"{none} = Constant <value = int64[1] {{0}}> ()",
+        f"{first} = Constant <value = int64[1] {{1}}> ()",
+        *(x for a in scan.outputs for x in _empty(a.target, scan, program)),
+    ]
+    if isinstance(scan.chunk, int):
+        C, chunks = marked(own("C")), marked(own("chunks"))
+        lines += [
+            f"{C} = Constant <value = int64[1] {{{scan.chunk}}}> ()",
+            f"{chunks} = Div ({T}, {C})",
+            f"{whole} = Mul ({chunks}, {C})",
+            *_where(f"Greater ({chunks}, {none})", "head", scan, _scan(scan, program, none, first, whole), ""),
+        ]
+    else:
+        lines.append(f"{whole} = Identity ({none})")
+    before = "head" if isinstance(scan.chunk, int) else ""
+    rest = [f"{_part(s, 'rest')} = Slice ({marked(s.name)}, {whole}, {T}, {first})" for s in scan.sequence]
+    rest.append(_call(scan, "tail'then", before, "rest"))
+    lines += _where(f"Greater ({T}, {whole})", "tail", scan, rest, before)
+    for a in scan.updates:
+        lines.append(f"{made(a.target)} = Identity ({_part(a.target, 'tail')})")
+    for a in scan.outputs:
+        parts = [_part(a.target, part) for part in (before, "tail") if part]
+        lines.append(f"{made(a.target)} = Concat <axis = 1> ({', '.join(parts)})")
+    return _graph(scan, program, lines)
+
+
+def _part(e: Expr, part: str) -> str:
+    """What a leaf is called in a part of the graph."""
+    return marked(suffixed(e.name, part) if part else e.name)
+
+
+def _call(scan: Scan, results: str, carry: str, sequence: str) -> str:
+    """A chunk of the parts of the graph that are named."""
+    given = [_part(e, carry) for e in scan.carry] + [_part(e, "") for e in scan.fixed]
+    given += [_part(e, sequence) for e in scan.sequence]
+    found = ", ".join(_part(e, results) for e in scan.results)
+    return f"{found} = tttc.{_name(scan)} ({', '.join(given)})"
+
+
+def _empty(e: Expr, scan: Scan, program: ScanProgram) -> list[str]:
+    """An output for no tokens."""
+    count, rest, shape = (_part(e, f"empty'{x}") for x in ("count", "rest", "shape"))
+    sizes = ", ".join(str(program.dims.get(a.size, 0)) for a in e.axes)
+    return [
+        f"{count} = Shape <start = 0, end = 1> ({marked(scan.params[0].name)})",
+        f"{rest} = Constant <value = int64[{len(e.axes)}] {{{sizes}}}> ()",
+        f"{shape} = Concat <axis = 0> ({count}, {rest})",
+        f"{_part(e, 'empty')} = ConstantOfShape ({shape})",
+    ]
+
+
+def _where(condition: str, part: str, scan: Scan, then: Sequence[str], before: str) -> list[str]:
+    """The results of a part of the tokens; where there are none of it, no outputs and the carry of the part before."""
+    yes, no = f"{part}'then", f"{part}'else"
+    otherwise = [f"{_part(a.target, no)} = Identity ({_part(a.target, before)})" for a in scan.updates]
+    otherwise += [f"{_part(a.target, no)} = Identity ({_part(a.target, 'empty')})" for a in scan.outputs]
+    found, then_made, else_made = (", ".join(_part(e, x) for e in scan.results) for x in (part, yes, no))
+    asked = marked(own(f"any_{part}"))
+    return [
+        f"{asked} = {condition}",
+        f"{found} = If <then_branch = {part}_then () => ({then_made}) {{",
+        *(f"   {x}" for x in then),
+        f"}}, else_branch = {part}_else () => ({else_made}) {{",
+        *(f"   {x}" for x in otherwise),
+        f"}}> ({asked})",
+    ]
+
+
+def _scan(scan: Scan, program: ScanProgram, none: str, first: str, whole: str) -> list[str]:
+    """The whole chunks: sequences cut into them, a Scan over these, and its outputs as sequences again."""
+    lines = []
+    for s in scan.sequence:
+        sizes = [0, -1, scan.chunk, *(program.dims[a.size] for a in s.axes[1:])]
+        lines += _reshaped(_part(s, "chunks"), s, f"Slice ({_part(s, '')}, {none}, {whole}, {first})", sizes)
+    inputs = [*(_part(e, "in") for e in scan.carry), *(_part(e, "chunk") for e in scan.sequence)]
+    carried, stored = [a.target for a in scan.updates], [a.target for a in scan.outputs]
+    outputs = [_part(e, "out") for e in (*carried, *stored)]
+    found = [_part(e, "head'then") for e in carried] + [_part(e, "stacked") for e in stored]
+    given = [*(_part(e, "") for e in scan.carry), *(_part(e, "chunks") for e in scan.sequence)]
+    along = [
+        f"scan_{way}_axes = [{', '.join('1' for _ in x)}]" for way, x in (("input", scan.sequence), ("output", stored))
+    ]
+    settings = ", ".join([f"num_scan_inputs = {len(scan.sequence)}", *(along if stored else along[:1])])
+    lines += [
+        f"{', '.join(found)} = Scan <{settings}, body = chunk ({', '.join(inputs)}) => ({', '.join(outputs)}) {{",
+        f"   {_call(scan, 'out', 'in', 'chunk')}",
+        f"}}> ({', '.join(given)})",
+    ]
+    for e in stored:
+        sizes = [0, -1, *(program.dims[a.size] for a in e.axes[1:])]
+        lines += _reshaped(_part(e, "head'then"), e, f"Identity ({_part(e, 'stacked')})", sizes)
+    return lines
+
+
+def _reshaped(name: str, e: Expr, value: str, sizes: Sequence[object]) -> list[str]:
+    flat, shape = (marked(suffixed(suffixed(e.name, x), "of")) for x in (f"{len(sizes)}", f"shape{len(sizes)}"))
+    return [
+        f"{flat} = {value}",
+        f"{shape} = Constant <value = int64[{len(sizes)}] {{{', '.join(map(str, sizes))}}}> ()",
+        f"{name} = Reshape ({flat}, {shape})",
+    ]

@@ -100,7 +100,8 @@ def _chunk(scan: Scan, program: ScanProgram) -> str:
 
 
 def _typed(e: Expr, name: str, program: ScanProgram) -> str:
-    sizes = [str(program.dims.get(a.size, "T" if e.at else unmarked(marked(a.name)))) for a in e.axes]
+    unknown = ["T" if e.at and not i else unmarked(marked(a.name)) for i, a in enumerate(e.axes)]
+    sizes = [str(program.dims.get(a.size, n)) for a, n in zip(e.axes, unknown, strict=True)]
     return f"float[{', '.join(['N', *sizes])}] {name}"
 
 
@@ -128,7 +129,7 @@ def _loop(scan: Scan, program: ScanProgram) -> str:
             f"{C} = Constant <value = int64[1] {{{scan.chunk}}}> ()",
             f"{chunks} = Div ({T}, {C})",
             f"{whole} = Mul ({chunks}, {C})",
-            *_where(f"Greater ({chunks}, {none})", "head", scan, _scan(scan, program, none, first, whole), ""),
+            *_where(f"Greater ({chunks}, {none})", "head", scan, _scan(scan, none, first, whole), ""),
         ]
     else:
         lines.append(f"{whole} = Identity ({none})")
@@ -158,15 +159,18 @@ def _call(scan: Scan, results: str, carry: str, sequence: str) -> str:
 
 
 def _empty(e: Expr, scan: Scan, program: ScanProgram) -> list[str]:
-    """An output for no tokens."""
-    count, rest, shape = (_part(e, f"empty'{x}") for x in ("count", "rest", "shape"))
-    sizes = ", ".join(str(program.dims.get(a.size, 0)) for a in e.axes)
-    return [
-        f"{count} = Shape <start = 0, end = 1> ({marked(scan.params[0].name)})",
-        f"{rest} = Constant <value = int64[{len(e.axes)}] {{{sizes}}}> ()",
-        f"{shape} = Concat <axis = 0> ({count}, {rest})",
-        f"{_part(e, 'empty')} = ConstantOfShape ({shape})",
-    ]
+    """An output for no tokens: as long as it is elsewhere along its other axes."""
+    lines, lengths = [], [f"Shape <start = 0, end = 1> ({marked(scan.params[0].name)})"]
+    for axis in e.axes:
+        if axis in e.axes[1:] and axis.size not in program.dims:
+            p, at = next((p, p.axes.index(a)) for p in scan.params for a in p.axes if a.size == axis.size)
+            lengths.append(f"Shape <start = {at + 1}, end = {at + 2}> ({marked(p.name)})")
+        else:
+            lengths.append(f"Constant <value = int64[1] {{{program.dims.get(axis.size, 0)}}}> ()")
+    names = [_part(e, f"empty'{i}") for i in range(len(lengths))]
+    lines = [f"{name} = {length}" for name, length in zip(names, lengths, strict=True)]
+    lines.append(f"{_part(e, 'shape')} = Concat <axis = 0> ({', '.join(names)})")
+    return [*lines, f"{_part(e, 'empty')} = ConstantOfShape ({_part(e, 'shape')})"]
 
 
 def _where(condition: str, part: str, scan: Scan, then: Sequence[str], before: str) -> list[str]:
@@ -186,36 +190,34 @@ def _where(condition: str, part: str, scan: Scan, then: Sequence[str], before: s
     ]
 
 
-def _scan(scan: Scan, program: ScanProgram, none: str, first: str, whole: str) -> list[str]:
+def _scan(scan: Scan, none: str, first: str, whole: str) -> list[str]:
     """The whole chunks: sequences cut into them, a Scan over these, and its outputs as sequences again."""
     lines = []
     for s in scan.sequence:
-        sizes = [0, -1, scan.chunk, *(program.dims[a.size] for a in s.axes[1:])]
-        lines += _reshaped(_part(s, "chunks"), s, f"Slice ({_part(s, '')}, {none}, {whole}, {first})", sizes)
+        lines.append(f"{_part(s, 'whole')} = Slice ({_part(s, '')}, {none}, {whole}, {first})")
+        lines += _reshaped(s, "whole", "chunks", [0, -1, scan.chunk], 2)
     inputs = [*(_part(e, "in") for e in scan.carry), *(_part(e, "chunk") for e in scan.sequence)]
     carried, stored = [a.target for a in scan.updates], [a.target for a in scan.outputs]
     outputs = [_part(e, "out") for e in (*carried, *stored)]
-    found = [_part(e, "head'then") for e in carried] + [_part(e, "stacked") for e in stored]
+    found = [*(_part(e, "head'then") for e in carried), *(_part(e, "stacked") for e in stored)]
     given = [*(_part(e, "") for e in scan.carry), *(_part(e, "chunks") for e in scan.sequence)]
-    along = [
-        f"scan_{way}_axes = [{', '.join('1' for _ in x)}]" for way, x in (("input", scan.sequence), ("output", stored))
-    ]
-    settings = ", ".join([f"num_scan_inputs = {len(scan.sequence)}", *(along if stored else along[:1])])
+    settings = [f"num_scan_inputs = {len(scan.sequence)}", f"scan_input_axes = {[1] * len(scan.sequence)}"]
+    settings += [f"scan_output_axes = {[1] * len(stored)}"] if stored else []
     lines += [
-        f"{', '.join(found)} = Scan <{settings}, body = chunk ({', '.join(inputs)}) => ({', '.join(outputs)}) {{",
+        f"{', '.join(found)} = Scan <{', '.join(settings)}, body = chunk ({', '.join(inputs)}) => "
+        f"({', '.join(outputs)}) {{",
         f"   {_call(scan, 'out', 'in', 'chunk')}",
         f"}}> ({', '.join(given)})",
     ]
-    for e in stored:
-        sizes = [0, -1, *(program.dims[a.size] for a in e.axes[1:])]
-        lines += _reshaped(_part(e, "head'then"), e, f"Identity ({_part(e, 'stacked')})", sizes)
-    return lines
+    return [*lines, *(x for e in stored for x in _reshaped(e, "stacked", "head'then", [0, -1], 3))]
 
 
-def _reshaped(name: str, e: Expr, value: str, sizes: Sequence[object]) -> list[str]:
-    flat, shape = (marked(suffixed(suffixed(e.name, x), "of")) for x in (f"{len(sizes)}", f"shape{len(sizes)}"))
+def _reshaped(e: Expr, part: str, to: str, first: Sequence[object], kept: int) -> list[str]:
+    """A part of a sequence in another shape: N, then what is given, then its axes from number `kept` on."""
+    begin, end, shape = (_part(e, f"{part}'{x}") for x in ("begin", "end", "shape"))
     return [
-        f"{flat} = {value}",
-        f"{shape} = Constant <value = int64[{len(sizes)}] {{{', '.join(map(str, sizes))}}}> ()",
-        f"{name} = Reshape ({flat}, {shape})",
+        f"{begin} = Constant <value = int64[{len(first)}] {{{', '.join(map(str, first))}}}> ()",
+        f"{end} = Shape <start = {kept}> ({_part(e, part)})",
+        f"{shape} = Concat <axis = 0> ({begin}, {end})",
+        f"{_part(e, to)} = Reshape ({_part(e, part)}, {shape})",
     ]

@@ -54,6 +54,8 @@ class OnnxScan(BaseScan):
             raise NotBuilt(self.scan.name, error) from error
 
     def forward(self, inputs: Tensors, checkpoint: int | None) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+        if not self.scan.results:
+            return (), []
         leading = inputs[0].shape[:2]
         arrays = [x.detach().flatten(0, 1).float().contiguous().numpy() for x in inputs]
         names = [i.name for i in self.session.get_inputs()]

@@ -44,9 +44,9 @@ class Unit:
     """The types of device that it runs on; none named are all."""
     auto: tuple[str, ...] = ()
     """Those on which "auto" tries it before what runs on all."""
-    package: Package | None = None
+    packages: tuple[Package, ...] = ()
     writes_alone: bool = False
-    """Whether its text is written without that package."""
+    """Whether its text is written without these packages."""
     differentiates: bool = True
     """Whether its scans have a backward: one whose have none is taken by name alone."""
     of_torch: bool = False
@@ -65,7 +65,7 @@ class Unit:
 
     def missing(self) -> list[str]:
         """Why there is no such backend on this machine, whatever the program."""
-        return [] if self.package is None else self.package.missing()
+        return [reason for package in self.packages for reason in package.missing()]
 
     def unwritten(self) -> list[str]:
         """Why its text cannot be written here."""
@@ -132,7 +132,7 @@ TRITON = Package(
     ("backends/nvidia/bin/ptxas", "TRITON_PTXAS_PATH"),
 )
 
-ONNX = Package("onnxruntime", "onnxruntime", "pip install 'tttc[onnx]'")
+ONNX = tuple(Package(name, name, "pip install 'tttc[onnx]'") for name in ("onnx", "onnxruntime"))
 
 
 def _torch() -> Backend:
@@ -184,14 +184,14 @@ def _onnx() -> Backend:
 
 
 register(Unit("torch", "runs every program, on any device", _torch, of_torch=True))
-register(Unit("tvm", "native kernels for this CPU", _tvm_cpu, ("cpu",), ("cpu",), TVM))
+register(Unit("tvm", "native kernels for this CPU", _tvm_cpu, ("cpu",), ("cpu",), (TVM,)))
 register(
     Unit(
         "tvm",
         "native kernels for this GPU",
         _tvm_cuda,
         ("cuda",),
-        package=TVM,
+        packages=(TVM,),
         targets=("NVIDIA",),
         compiler=_tvm_cuda_compiler,
     )
@@ -203,7 +203,7 @@ register(
         _triton,
         ("cuda", "cpu"),
         ("cuda",),
-        TRITON,
+        (TRITON,),
         writes_alone=True,
         targets=("NVIDIA", "AMD"),
         compiler=_triton_compiler,
@@ -211,5 +211,5 @@ register(
     )
 )
 register(
-    Unit("onnx", "graphs of ONNX", _onnx, ("cpu",), package=ONNX, writes_alone=True, differentiates=False),
+    Unit("onnx", "graphs of ONNX", _onnx, ("cpu",), packages=ONNX, writes_alone=True, differentiates=False),
 )

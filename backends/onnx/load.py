@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from tttc.backends.interface import HOST, NotBuilt, Placement, Settings, Source
+from tttc.backends import torch as torch_backend
+from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.onnx.emit import SCAN
-from tttc.backends.scan import BaseScan, Tensors
+from tttc.backends.scan import CompiledScan, NotBuilt, Tensors
+from tttc.errors import BackendRefusal
 from tttc.ir.program import AdjointProgram, Scan
 
 
@@ -34,7 +36,7 @@ def load_scans(
     return {scan.name: OnnxScan(scan, program, models[scan.name]) for scan in program.scans}
 
 
-class OnnxScan(BaseScan):
+class OnnxScan(CompiledScan):
     """One scan, forward alone."""
 
     def __init__(self, scan: Scan, program: AdjointProgram, text: str) -> None:
@@ -44,6 +46,20 @@ class OnnxScan(BaseScan):
     @property
     def made_of(self) -> tuple[Hashable, ...]:
         return ("onnx",)
+
+    @property
+    def differentiable(self) -> CompiledScan:
+        """The same scan in operations of PyTorch, for derivatives forward."""
+        return torch_backend.load_scans(torch_backend.emit_source(self.program), self.program)[self.scan.name]
+
+    def backward(
+        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
+    ) -> tuple[torch.Tensor, ...]:
+        """Refused: a runtime for inference has none."""
+        raise BackendRefusal(
+            "backend 'onnx' runs forward alone: ONNX Runtime differentiates nothing.\n"
+            '  Compile with backend="auto" to train; a state and params can be given to either layer.'
+        )
 
     @cached_property
     def session(self) -> Any:

@@ -62,7 +62,7 @@ def test_what_has_no_backward_is_taken_by_name_alone(forward_only, monkeypatch):
 
 def test_what_is_not_installed_is_said_with_the_way_to_install_it(monkeypatch):
     unit = Unit(
-        "absent", "", lambda: toy, ("cpu",), package=Package("nothing-of-it", "nothing_of_it", "pip install it")
+        "absent", "", lambda: toy, ("cpu",), packages=(Package("nothing-of-it", "nothing_of_it", "pip install it"),)
     )
     monkeypatch.setattr(registry, "_units", [*registry.units(), unit])
     with pytest.raises(BackendRefusal, match="nothing-of-it is not installed: pip install it"):

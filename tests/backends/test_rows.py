@@ -31,6 +31,7 @@ PACKAGES = {
     "triton": "tttc.backends.triton",
     "tvm_cpu": "tttc.backends.tvm_cpu",
     "tvm_cuda": "tttc.backends.tvm_cuda",
+    "onnx": "tttc.backends.onnx",
     "toy": "tests.backends.toy",
 }
 

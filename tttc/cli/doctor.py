@@ -73,14 +73,9 @@ def diagnose() -> Diagnosis:
         ],
         packages=[
             _torch(),
-            *(_package(p) for p in dict.fromkeys(u.package for u in registry.units() if u.package)),
-            _package(Package("onnx", "onnx", "pip install 'tttc[onnx]'")),
-            _package(Package("onnxruntime", "onnxruntime", "pip install 'tttc[onnx]'")),
+            *(_package(p) for p in dict.fromkeys(p for u in registry.units() for p in u.packages)),
         ],
-        backends=[
-            *(_backend(next(u for u in registry.units() if u.name == n)) for n in registry.names()),
-            DoctorFinding("onnx", "absent", "not built yet in this version of tttc"),
-        ],
+        backends=[_backend(next(u for u in registry.units() if u.name == n)) for n in registry.names()],
     )
 
 
@@ -153,8 +148,8 @@ def _compiler() -> DoctorFinding:
 
 
 def _backend(unit: Unit) -> DoctorFinding:
-    if unit.package is not None and unit.missing():
-        return DoctorFinding(unit.name, "absent", unit.reason, unit.package.install)
+    if unit.packages and unit.missing():
+        return DoctorFinding(unit.name, "absent", unit.reason, unit.packages[0].install)
     return DoctorFinding(unit.name, "ok", unit.backend.here())
 
 

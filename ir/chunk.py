@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tttc.ir import build as b
-from tttc.ir.expr import TOKENS, Expr, Leaf, const
+from tttc.ir.expr import TOKENS, Expr, const, leaf
 from tttc.ir.names import own
 from tttc.ir.online import affine_unknown, factor_constants, named_like, solved, unknown_rows, unnamed
 from tttc.ir.primal import per_token
@@ -388,7 +388,7 @@ class Chunk:
             own("update_norm"): _norm([b.broadcast(moved[n], w.axes) for n, w in self._states()]),
         }
         return tuple(
-            Assign(Expr("leaf", (), (Leaf(n, "output", "c"), (T_AXIS,))), b.stop_gradient(b.broadcast(x, (T_AXIS,))))
+            Assign(leaf(n, "output", (T_AXIS,), "c"), b.stop_gradient(b.broadcast(x, (T_AXIS,))))
             for n, x in found.items()
         )
 

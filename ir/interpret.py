@@ -11,7 +11,7 @@ import numpy as np
 
 from tttc.ir.expr import OPS, TOKENS, Expr, postorder
 from tttc.ir.numerics import chunks
-from tttc.ir.ops import align
+from tttc.ir.ops import align, sizes_of
 from tttc.ir.program import (
     S_AXIS,
     SEQUENCE,
@@ -97,13 +97,13 @@ class _Machine:
     def _block(self, block: Block) -> None:
         self.values = {}
         roots = [a.value for a in block.assigns]
-        sizes = _Sizes(self.dims, self.chunk)
+        lengths = {**self.dims, TOKENS: self.chunk}
         for node in postorder(roots):
             if node.op == "leaf":
                 self.values[node] = self._read(node)
             else:
                 operands = (self.values[s] for s in node.src)
-                self.values[node] = OPS[node.op].numpy(node, sizes.of(node), *operands)  # type: ignore[misc]
+                self.values[node] = OPS[node.op].numpy(node, sizes_of(node, lengths), *operands)  # type: ignore[misc]
         for a in block.assigns:
             value = np.array(align(self.values[a.value], a.value.axes, a.target.axes), dtype=np.float64)
             if a.leaf.at is None:
@@ -115,15 +115,3 @@ class _Machine:
         leaf = node.variable
         value = self.variables[leaf.name]
         return np.asarray(value[self.places[leaf.at]] if leaf.at else value, dtype=np.float64)
-
-
-class _Sizes:
-    def __init__(self, dims: Mapping[str, int], chunk: int) -> None:
-        self.by_dim = {**dims, TOKENS: chunk}
-
-    def of(self, node: Expr) -> dict[str, int]:
-        """Sizes by axis name for one node: axis names are unique within it."""
-        axes = {*node.axes, *(a for s in node.src for a in s.axes)}
-        if node.op == "size":
-            axes.add(node.arg)
-        return {a.name: self.by_dim[a.size] for a in axes}

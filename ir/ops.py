@@ -48,6 +48,12 @@ def align(value: Any, axes: Axes, to: Axes) -> Any:
     return np.reshape(moved, [moved.shape[present.index(a)] if a in present else 1 for a in to])
 
 
+def sizes_of(node: Expr, lengths: Values) -> dict[str, int]:
+    """Sizes by axis name for one node, from those of dims: axis names are unique within it."""
+    axes = {a for e in (node, *node.src) for a in e.axes} | ({node.arg} if node.op == "size" else set())
+    return {a.name: lengths[a.size] for a in axes}
+
+
 # -- type rules --------------------------------------------------------------------------------------------------------
 
 
@@ -116,10 +122,6 @@ def _elementwise_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
     return np.broadcast_to(function(*aligned), [sizes[a.name] for a in node.axes])
 
 
-def _contract_numpy(node: Expr, sizes: Values, *values: Any) -> Any:
-    return np.einsum(einsum_spec(node), *values)
-
-
 def einsum_spec(node: Expr, batch: str = "") -> str:
     """A contraction as einsum spells it; `batch` stands before the axes of every operand."""
     letters: dict[Axis, str] = {}
@@ -150,21 +152,9 @@ def _put_last_numpy(node: Expr, sizes: Values, value: Any) -> Any:
     return result
 
 
-def _segprod_numpy(node: Expr, sizes: Values, value: Any) -> Any:
-    return numerics.segprod(np.moveaxis(value, node.src[0].axes.index(node.axis), 0))
-
-
-def _cumprod_numpy(node: Expr, sizes: Values, value: Any) -> Any:
-    return np.cumprod(np.moveaxis(value, node.src[0].axes.index(node.arg), 0), axis=0)
-
-
-def _shift_numpy(node: Expr, sizes: Values, value: Any) -> Any:
-    axis, fill = node.arg
-    return numerics.shift(np.moveaxis(value, node.src[0].axes.index(axis), 0), fill)
-
-
-def _shift_back_numpy(node: Expr, sizes: Values, value: Any) -> Any:
-    return numerics.shift_back(np.moveaxis(value, node.src[0].axes.index(node.arg), 0))
+def _tokens_first(node: Expr, value: Any) -> Any:
+    """The operand with the axis along which the operation works before the others."""
+    return np.moveaxis(value, node.src[0].axes.index(node.axis), 0)
 
 
 def _solve_numpy(node: Expr, sizes: Values, matrix: Any, right: Any) -> Any:
@@ -289,19 +279,21 @@ def _lower_softmax(node: Expr) -> Expr:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _row(op: Op) -> None:
-    OPS[op.name] = op
-
-
-_row(Op("leaf", lambda src, arg: arg[1]))
-_row(Op("const", lambda src, arg: (), lambda n, sizes: np.float64(n.arg), lambda g, y: (), "constant"))
-_row(Op("size", lambda src, arg: (), lambda n, sizes: np.float64(sizes[n.arg.name]), lambda g, y: (), "constant"))
-_row(Op("map", lambda src, arg: union(src), _elementwise_numpy, _elementwise_adjoint, hint="f"))
-_row(Op("pow", lambda src, n: src[0].axes, lambda n, sizes, v: np.power(v, n.arg), _elementwise_adjoint, hint="p"))
-_row(
-    Op("contract", _contract_axes, _contract_numpy, _contract_adjoint, "multilinear", hint="p", make=b.contract),
-)
-_row(
+_ROWS = (
+    Op("leaf", lambda src, arg: arg[1]),
+    Op("const", lambda src, arg: (), lambda n, sizes: np.float64(n.arg), lambda g, y: (), "constant"),
+    Op("size", lambda src, arg: (), lambda n, sizes: np.float64(sizes[n.arg.name]), lambda g, y: (), "constant"),
+    Op("map", lambda src, arg: union(src), _elementwise_numpy, _elementwise_adjoint, hint="f"),
+    Op("pow", lambda src, n: src[0].axes, lambda n, sizes, v: np.power(v, n.arg), _elementwise_adjoint, hint="p"),
+    Op(
+        "contract",
+        _contract_axes,
+        lambda n, sizes, *values: np.einsum(einsum_spec(n), *values),
+        _contract_adjoint,
+        "multilinear",
+        hint="p",
+        make=b.contract,
+    ),
     Op(
         "sum",
         _without,
@@ -310,9 +302,7 @@ _row(
         "linear",
         hint="total",
         make=lambda src, over: b.total(src[0], over),
-    )
-)
-_row(
+    ),
     Op(
         "mean",
         _without,
@@ -321,9 +311,7 @@ _row(
         "linear",
         hint="m",
         make=lambda src, over: b.mean(src[0], over),
-    )
-)
-_row(
+    ),
     Op(
         "max",
         _without,
@@ -331,9 +319,7 @@ _row(
         lambda g, y, x: (b.mul(g, b.apply("less_equal", y, x)),),
         hint="peak",
         make=lambda src, over: b.maximum(src[0], over),
-    )
-)
-_row(
+    ),
     Op(
         "mask",
         _mask_axes,
@@ -342,9 +328,7 @@ _row(
         "linear",
         hint="A",
         make=lambda src, arg: b.mask(src[0], arg[0], arg[1], strict=arg[2]),
-    )
-)
-_row(
+    ),
     Op(
         "last",
         lambda src, axis: _without(src, (axis,)),
@@ -353,9 +337,7 @@ _row(
         "linear",
         hint="end",
         make=lambda src, axis: b.last(src[0], axis),
-    )
-)
-_row(
+    ),
     Op(
         "put_last",
         lambda src, axis: (axis, *src[0].axes),
@@ -363,50 +345,40 @@ _row(
         lambda g, y, x: (b.last(b.broadcast(g, (y.arg,)), y.arg),),
         "linear",
         hint="row",
-    )
-)
-_row(
+    ),
     Op(
         "segprod",
         _segprod_axes,
-        _segprod_numpy,
+        lambda n, sizes, v: numerics.segprod(_tokens_first(n, v)),
         _segprod_adjoint,
         hint="P",
         make=lambda src, arg: b.segprod(src[0], *arg),
-    )
-)
-_row(
+    ),
     Op(
         "cumprod",
         _token_first,
-        _cumprod_numpy,
+        lambda n, sizes, v: np.cumprod(_tokens_first(n, v), axis=0),
         _cumprod_adjoint,
         hint="a",
         make=lambda src, axis: b.cumprod(src[0], axis),
-    )
-)
-_row(
+    ),
     Op(
         "shift",
         lambda src, arg: _token_first(src, arg[0]),
-        _shift_numpy,
+        lambda n, sizes, v: numerics.shift(_tokens_first(n, v), n.arg[1]),
         lambda g, y, x: (b.shift_back(b.broadcast(g, y.axes), y.axis),),
         hint="before",
         make=lambda src, arg: b.shift(src[0], *arg),
-    )
-)
-_row(
+    ),
     Op(
         "shift_back",
         _token_first,
-        _shift_back_numpy,
+        lambda n, sizes, v: numerics.shift_back(_tokens_first(n, v)),
         lambda g, y, x: (b.shift(b.broadcast(g, y.axes), y.arg),),
         "linear",
         hint="next",
         make=lambda src, axis: b.shift_back(src[0], axis),
-    )
-)
-_row(
+    ),
     Op(
         "solve",
         _solve_axes,
@@ -414,9 +386,7 @@ _row(
         _solve_adjoint,
         hint="u",
         make=lambda src, arg: b.solve(src[0], src[1], *arg),
-    )
-)
-_row(
+    ),
     Op(
         "broadcast",
         _broadcast_axes,
@@ -425,9 +395,7 @@ _row(
         "linear",
         hint="wide",
         make=lambda src, axes: b.broadcast(src[0], axes),
-    )
-)
-_row(
+    ),
     Op(
         "rename",
         lambda src, arg: tuple(dict(arg).get(a, a) for a in src[0].axes),
@@ -435,9 +403,10 @@ _row(
         _rename_adjoint,
         "linear",
         make=lambda src, arg: b.rename(src[0], dict(arg)),
-    )
+    ),
+    Op("stop_gradient", lambda src, arg: src[0].axes, lambda n, sizes, v: v, lambda g, y, x: (None,), hint="held"),
 )
-_row(Op("stop_gradient", lambda src, arg: src[0].axes, lambda n, sizes, v: v, lambda g, y, x: (None,), hint="held"))
+OPS.update({op.name: op for op in _ROWS})
 for _name, _lower in (
     ("layer_norm", _lower_layer_norm),
     ("rms_norm", _lower_rms_norm),
@@ -445,16 +414,9 @@ for _name, _lower in (
     ("softmax", _lower_softmax),
 ):
     _make = partial(b.normalize, _name)
-    _row(Op(_name, _normalized_axes, _lowered_numpy, None, hint="n", lower=_lower, make=_make))
+    OPS[_name] = Op(_name, _normalized_axes, _lowered_numpy, None, hint="n", lower=_lower, make=_make)
 
 _LINEAR = {"add": "linear", "sub": "linear", "neg": "linear", "mul": "multilinear"}
-for _scalar in SCALARS.values():
-    _row(
-        Op(
-            _scalar.name,
-            lambda src, arg: union(src),
-            _elementwise_numpy,
-            _elementwise_adjoint,
-            _LINEAR.get(_scalar.name, "nonlinear"),
-        )
-    )
+for _name in SCALARS:
+    _depends = _LINEAR.get(_name, "nonlinear")
+    OPS[_name] = Op(_name, lambda src, arg: union(src), _elementwise_numpy, _elementwise_adjoint, _depends)

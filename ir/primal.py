@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tttc.ir import build as b
-from tttc.ir.expr import Expr, Leaf, const, leaf, leaves, rebuild, substitute, transform
+from tttc.ir.expr import Expr, const, leaf, leaves, rebuild, substitute, transform
 from tttc.ir.names import as_declared, differential, suffixed
 from tttc.ir.program import (
     EACH,
@@ -189,8 +189,7 @@ class _Loop:
             start = base if base is not w else self.start[n]
             tau = update.tau.get(n)
             if tau is not None and tau.op == "leaf" and tau.role == "gate":
-                found, axes = tau.arg
-                tau = b.last(Expr("leaf", (), (Leaf(found.name, found.role, "m"), (T_AXIS, *axes))), T_AXIS)
+                tau = last_of_mini_batch(tau)
             ends[n] = Ending(start if c.scale is None else b.mul(c.scale, start), c.added, tau)
         means = {g: b.div(s, COUNT) for g, s in averaged_gates(update).items()}
         return Block(ended(update, ends, means))
@@ -201,12 +200,10 @@ def token_block(program: LoopProgram) -> tuple[Assign, ...]:
     loop = _Loop(program)
     assigns = loop.token()
     values = [a.value for a in assigns]
-    begins = {start.variable: loop.states[n].variable for n, start in loop.start.items()}
+    begins = {start.name: n for n, start in loop.start.items()}
 
     def alone(e: Expr) -> Expr:
-        found, axes = e.arg
-        found = begins.get(found, found)
-        return Expr("leaf", (), (Leaf(found.name, found.role), axes))
+        return leaf(begins.get(e.name, e.name), e.role, e.axes)
 
     done = substitute(values, {e: alone(e) for e in leaves(values)})
     return tuple(Assign(alone(a.target), v) for a, v in zip(assigns, done, strict=True))
@@ -272,5 +269,9 @@ def at_token(e: Expr, weights: Mapping[Expr, Expr], moved: dict[Expr, Expr]) -> 
 
 
 def _at(e: Expr, at: str) -> Expr:
-    found, axes = e.arg
-    return Expr("leaf", (), (Leaf(found.name, found.role, at), axes))
+    return leaf(e.name, e.role, e.axes, at)
+
+
+def last_of_mini_batch(gate: Expr) -> Expr:
+    """The value of a gate at the last token of the mini-batch of a loop."""
+    return b.last(leaf(gate.name, gate.role, (T_AXIS, *gate.axes), "m"), T_AXIS)

@@ -131,8 +131,7 @@ class EndStage:
 
 def end_leaf(w: Expr) -> Expr:
     """The leaf that stands, in an `EndStage`, for what the stage is given for the state `w`."""
-    found, axes = w.arg
-    return Expr("leaf", (), (Leaf(prefixed("in", found.name), "end"), axes))
+    return leaf(prefixed("in", w.name), "end", w.axes)
 
 
 @dataclass(frozen=True)
@@ -276,8 +275,7 @@ class ScanAdjoint:
 
 def cotangent(e: Expr) -> Expr:
     """The leaf that holds the cotangent of a leaf: z[c] -> dz[c]."""
-    leaf, axes = e.arg
-    return Expr("leaf", (), (Leaf(differential(leaf.name), "cotangent", leaf.at), axes))
+    return leaf(differential(e.name), "cotangent", e.axes, e.at)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from tttc.ir import build as b
 from tttc.ir.contraction import ordered
-from tttc.ir.expr import Axes, Axis, Expr, Leaf, const, postorder, rebuild, transform
+from tttc.ir.expr import Axes, Axis, Expr, const, leaf, postorder, rebuild, transform
 from tttc.ir.program import T_AXIS
 
 
@@ -71,10 +71,7 @@ def vectorize_over_tokens(roots: Sequence[Expr], axis: Axis, moved: dict[Expr, E
 
 def at_chunk(e: Expr, axis: Axis) -> Expr:
     """k -> k[c] with a token axis; leaves that are no sequences stay as they are."""
-    if not is_sequence(e):
-        return e
-    found, axes = e.arg
-    return Expr("leaf", (), (Leaf(found.name, found.role, "c"), (axis, *axes)))
+    return leaf(e.name, e.role, (axis, *e.axes), "c") if is_sequence(e) else e
 
 
 def is_sequence(e: Expr) -> bool:
@@ -158,9 +155,8 @@ def nonlinear_use(output: Expr, states: Sequence[Expr], sizes: Mapping[str, int]
     """The value that uses a matrix of weights nonlinearly: weights of every token then have to be multiplied out."""
     weights = {}
     for w in states:
-        found = w.variable
-        of_token = Expr("leaf", (), (Leaf(found.name, found.role, "c"), (T_AXIS, *w.axes)))
-        weights[found.name] = PerTokenWeights(w.axes, (Term(1, (of_token,)),))
+        of_token = leaf(w.name, w.role, (T_AXIS, *w.axes), "c")
+        weights[w.name] = PerTokenWeights(w.axes, (Term(1, (of_token,)),))
     (over,) = vectorize_over_tokens([output], T_AXIS, {})
     try:
         read_through(over, weights, sizes, {})

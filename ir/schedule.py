@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from tttc.ir import build as b
 from tttc.ir.chunk import DEFAULT_CHUNK, ChunkForm, chunk_substitution, open_form, whole_form
-from tttc.ir.expr import TOKENS, Expr, Leaf, const, leaf, leaves, substitute
-from tttc.ir.primal import loop_params, token_block
+from tttc.ir.expr import TOKENS, Expr, const, leaf, leaves, substitute
+from tttc.ir.primal import last_of_mini_batch, loop_params, token_block
 from tttc.ir.program import (
     EACH,
     SEQUENCE,
@@ -287,7 +287,7 @@ class _Layout:
         tile, close = scans[:2]
         opened = openings(self.update)
         opening = Block(tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in opened))
-        at_end = {p: _last_of_mini_batch(p) for p in close.fixed if p.role == "gate"}
+        at_end = {p: last_of_mini_batch(p) for p in close.fixed if p.role == "gate"}
         closing = Block(tuple(Assign(a.target, *substitute([a.value], at_end)) for a in close.updates))
         inner = For("c", "m", self.plan.chunk, (tile.block,))
         step = self.plan.mini_batch
@@ -301,9 +301,3 @@ class _Layout:
 def _substituted(assigns: Sequence[Assign], stand_in: Mapping[Expr, Expr]) -> tuple[Assign, ...]:
     values = substitute([a.value for a in assigns], stand_in)
     return tuple(Assign(a.target, v) for a, v in zip(assigns, values, strict=True))
-
-
-def _last_of_mini_batch(gate: Expr) -> Expr:
-    found, axes = gate.arg
-    whole = Expr("leaf", (), (Leaf(found.name, found.role, "m"), (T_AXIS, *axes)))
-    return b.last(whole, T_AXIS)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tttc.ir import build as b
-from tttc.ir.expr import Axis, Expr, Leaf, const, leaf, leaves, substitute
+from tttc.ir.expr import Axis, Expr, const, leaf, leaves, substitute
 from tttc.ir.names import own, prefixed, suffixed
 from tttc.ir.program import S_AXIS, T_AXIS, Assign
 from tttc.ir.reading import PerTokenWeights, Term, read_through, vectorize_over_tokens
@@ -45,7 +45,7 @@ def row_name(i: int) -> str:
 
 def row(i: int, f: Expr, axis: Axis) -> Expr:
     """The i-th factor at the tokens of the chunk."""
-    return Expr("leaf", (), (Leaf(row_name(i), "token", "c"), (axis, *f.axes)))
+    return leaf(row_name(i), "token", (axis, *f.axes), "c")
 
 
 def is_row(e: Expr) -> bool:
@@ -77,7 +77,7 @@ def substitution(
             return value
         made.append(Assign(leaf(name, "sum", value.axes), value))
         axes = tuple(PAST if a == S_AXIS else a for a in value.axes)
-        return Expr("leaf", (), (Leaf(name, "token", "c") if T_AXIS in axes else Leaf(name, "sum"), axes))
+        return leaf(name, "token", axes, "c") if T_AXIS in axes else leaf(name, "sum", axes)
 
     for n, w in states.items():
         terms = []
@@ -91,7 +91,7 @@ def substitution(
             kernel = Term(k.sign, (A,), (PAST,))
             terms += [kernel.times(t.mapped(past.__getitem__)) for t in gradients[n]]
         weights[n] = PerTokenWeights(w.axes, tuple(terms))
-    at_once = {e: Expr("leaf", (), (Leaf(e.name, e.role), e.axes)) for e in leaves(a.value for a in made)}
+    at_once = {e: leaf(e.name, e.role, e.axes) for e in leaves(a.value for a in made)}
     made = [Assign(a.target, *substitute([a.value], at_once)) for a in made]
     rows, grown = [], []
     for i, f in enumerate(factors):

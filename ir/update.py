@@ -12,7 +12,7 @@ one token are expressions; those of all tokens of a chunk are responses, matrice
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from tttc.ir import build as b
@@ -269,10 +269,6 @@ def _as(axes: Axes, declared: Axes, value: Expr) -> Expr:
 def is_staged(update: Update) -> bool:
     """Whether the weights that a mini-batch hands on are more than those after its last token."""
     return bool(update.at_end) or update.per == "mini_batch"
-
-
-def used_rates(update: Update, roles: Sequence[str] = ("lr", "tau", "momentum", "decay", "average")) -> Iterable[Expr]:
-    return dict.fromkeys(r for role in roles for r in getattr(update, role).values() if r is not None)
 
 
 def observed(update: Update) -> bool:

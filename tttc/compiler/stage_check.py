@@ -21,7 +21,7 @@ from tttc.errors import PassChangedMeaning
 from tttc.ir.expr import OPS, Axis, Expr, postorder
 from tttc.ir.interpret import interpret
 from tttc.ir.names import differentiated, spelled
-from tttc.ir.ops import align
+from tttc.ir.ops import align, sizes_of
 from tttc.ir.program import S_AXIS, T_AXIS, GradientProgram, LoopProgram, Program
 from tttc.ir.rewrite import Rule, watched
 from tttc.ir.substitution import PAST
@@ -173,8 +173,7 @@ class _Values:
 
     def of(self, root: Expr) -> np.ndarray:
         for node in postorder([root], self.known):
-            axes = {a for e in (node, *node.src) for a in e.axes} | ({node.arg} if node.op == "size" else set())
-            sizes = {a.name: self.lengths[a.size] for a in axes}
+            sizes = sizes_of(node, self.lengths)
             operands = (self.known[e] for e in node.src)
             self.known[node] = self._drawn(node) if node.op == "leaf" else OPS[node.op].numpy(node, sizes, *operands)  # type: ignore[misc]
         return self.known[root]

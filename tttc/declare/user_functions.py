@@ -19,7 +19,7 @@ from tttc.declare.suggest import instead
 from tttc.declare.tracer import Traced, leaf_axes, lift
 from tttc.declare.variant import Signature, Variant, bind
 from tttc.errors import DeclarationError, Place, Problem, SourceLine, TTTCError, raised_at
-from tttc.ir.expr import Expr, Leaf, leaf, leaves, rebuild, transform
+from tttc.ir.expr import Expr, leaf, leaves, rebuild, transform
 from tttc.ir.names import as_declared
 from tttc.ir.text import expression_text
 
@@ -194,7 +194,7 @@ def run_twice(
         read = ", ".join(dict.fromkeys(f"{e.role} {as_declared(e.name)}" for e in strays))
         what = f"in {name}: a value that an earlier call has made is used again (it is made of {read})."
         raise Repeated(Problem(what, _PURE, _line_of(first.expr, places)))
-    (repeated,) = transform([second.expr], lambda e, src: _unmarked(e) if e.op == "leaf" else rebuild(e, src))
+    (repeated,) = transform([second.expr], lambda e, src: _marked(e, None) if e.op == "leaf" else rebuild(e, src))
     if repeated is not first.expr or second.dims != first.dims:
         one, other, line = _difference(first.expr, repeated, places)
         what = f"in {name}: another expression comes out the second time, {other} where the first time it was {one}."
@@ -211,14 +211,8 @@ def _surroundings(variant: type[Variant]) -> Snapshot:
     return snapshot(functions, classes)
 
 
-def _marked(e: Expr, mark: str) -> Expr:
-    given, axes = e.arg
-    return Expr("leaf", (), (Leaf(given.name, given.role, mark), axes))
-
-
-def _unmarked(e: Expr) -> Expr:
-    given, axes = e.arg
-    return Expr("leaf", (), (Leaf(given.name, given.role), axes))
+def _marked(e: Expr, mark: str | None) -> Expr:
+    return leaf(e.name, e.role, e.axes, mark)
 
 
 def _line_of(e: Expr, places: dict[Expr, Place]) -> SourceLine | None:

@@ -31,6 +31,11 @@ def _spread(e: Expr, like: Expr) -> Expr:
     return b.broadcast(e, like.axes)
 
 
+def _orders(e: Expr) -> tuple[tuple[Expr, ...], ...]:
+    """The two operands of a node, in each order that gives its value."""
+    return (e.src, e.src[::-1]) if e.op in ("add", "mul") else (e.src,)
+
+
 @rule("f(2, 3) -> its value")
 def fold_constants(e: Expr) -> Expr | None:
     if e.src and all(s.op == "const" for s in e.src) and (e.op in SCALARS or e.op in ("pow", "map")):
@@ -50,24 +55,15 @@ def divide_by_zero(e: Expr) -> Expr | None:
 
 @rule("x * 1 -> x", "mul", "div")
 def multiply_by_one(e: Expr) -> Expr | None:
-    match e:
-        case Expr("mul" | "div", (x, one)) if is_const(one, 1):
-            return x
-        case Expr("mul", (one, x)) if is_const(one, 1):
-            return x
-    return None
+    return next((x for x, one in _orders(e) if is_const(one, 1)), None)
 
 
 @rule("x + 0 -> x", "add", "sub")
 def add_zero(e: Expr) -> Expr | None:
-    match e:
-        case Expr("add" | "sub", (x, zero)) if is_const(zero, 0):
+    for x, zero in _orders(e):
+        if is_const(zero, 0):
             return x
-        case Expr("add", (zero, x)) if is_const(zero, 0):
-            return x
-        case Expr("sub", (zero, x)) if is_const(zero, 0):
-            return b.neg(x)
-    return None
+    return b.neg(e.src[1]) if e.op == "sub" and is_const(e.src[0], 0) else None
 
 
 @rule("x * 0 -> 0", "mul", "contract", "sum", "mean", "mask", "last", "put_last", "neg")
@@ -75,9 +71,7 @@ def multiply_by_zero(e: Expr) -> Expr | None:
     if any(s.op == "const" and not math.isfinite(s.arg) for s in map(_value, e.src)):
         return None  # infinity times 0 is NaN
     match e:
-        case Expr("mul", src) if any(is_const(_value(s), 0) for s in src):
-            return _spread(const(0), e)
-        case Expr("contract", src) if any(is_const(_value(s), 0) for s in src):
+        case Expr("mul" | "contract", src) if any(is_const(_value(s), 0) for s in src):
             return _spread(const(0), e)
         case Expr("sum" | "mean" | "mask" | "last" | "put_last" | "neg", (x,)) if is_const(_value(x), 0):
             return _spread(const(0), e)
@@ -114,9 +108,7 @@ def double_negation(e: Expr) -> Expr | None:
 @rule("x + -y -> x - y", "add", "sub")
 def add_negative(e: Expr) -> Expr | None:
     match e:
-        case Expr("add", (x, Expr("neg", (y,)))):
-            return b.sub(x, y)
-        case Expr("add", (Expr("neg", (y,)), x)):
+        case Expr("add", (x, Expr("neg", (y,))) | (Expr("neg", (y,)), x)):
             return b.sub(x, y)
         case Expr("sub", (x, Expr("neg", (y,)))):
             return b.add(x, y)
@@ -127,12 +119,7 @@ def add_negative(e: Expr) -> Expr | None:
 
 @rule("x * -1 -> -x", "mul")
 def multiply_by_minus_one(e: Expr) -> Expr | None:
-    match e:
-        case Expr("mul", (x, c)) if is_const(c, -1):
-            return b.neg(x)
-        case Expr("mul", (c, x)) if is_const(c, -1):
-            return b.neg(x)
-    return None
+    return next((b.neg(x) for x, c in _orders(e) if is_const(c, -1)), None)
 
 
 @rule("a * -b -> -(a * b)", "mul", "div", "contract", "sum", "mean", "mask", "rename", "last", "put_last")
@@ -175,9 +162,7 @@ def merge_numbers(e: Expr) -> Expr | None:
             return b.mul(c, b.mul(x, y))
         case Expr("mul", (y, Expr("mul", (c, x)))) if _number(c) and not _number(y):
             return b.mul(c, b.mul(y, x))
-        case Expr("mul", (a, Expr("div", (c, n)))) if is_const(a) and is_const(c):
-            return b.div(const(a.arg * c.arg), n)
-        case Expr("mul", (Expr("div", (c, n)), a)) if is_const(a) and is_const(c):
+        case Expr("mul", (a, Expr("div", (c, n))) | (Expr("div", (c, n)), a)) if is_const(a) and is_const(c):
             return b.div(const(a.arg * c.arg), n)
         case Expr("neg", (Expr("mul", (c, x)),)) if is_const(c):
             return b.mul(const(-c.arg), x)
@@ -197,9 +182,7 @@ def trivial_power(e: Expr) -> Expr | None:
 @rule("sum over no axis -> x", "sum", "mean", "contract")
 def empty_sum(e: Expr) -> Expr | None:
     match e:
-        case Expr("sum" | "mean", (x,), ()):
-            return x
-        case Expr("contract", (x,), ()):
+        case Expr("sum" | "mean" | "contract", (x,), ()):
             return x
     return None
 
@@ -367,32 +350,26 @@ def _joined(x: Expr, y: Expr, sign: int) -> Expr | None:
 
 @rule("a * m + a -> a * (m + 1)", "add")
 def factor_product(e: Expr) -> Expr | None:
-    match e:
-        case Expr("add", (Expr("mul", (a, m)), c)) if a is c and len(a.axes) >= len(m.axes):
-            return b.mul(a, b.add(m, const(1)))
-        case Expr("add", (Expr("mul", (m, a)), c)) if a is c and len(a.axes) >= len(m.axes):
-            return b.mul(a, b.add(m, const(1)))
-        case Expr("add", (c, Expr("mul", (a, m)))) if a is c and len(a.axes) >= len(m.axes):
-            return b.mul(a, b.add(m, const(1)))
-        case Expr("add", (c, Expr("mul", (m, a)))) if a is c and len(a.axes) >= len(m.axes):
-            return b.mul(a, b.add(m, const(1)))
+    for product, c in _orders(e):
+        for a, m in _orders(product) if product.op == "mul" else ():
+            if a is c and len(a.axes) >= len(m.axes):
+                return b.mul(a, b.add(m, const(1)))
     return None
 
 
 @rule("mask(1) * x -> mask(x)", "mul")
 def mask_of_ones(e: Expr) -> Expr | None:
-    match e:
-        case Expr("mul", (Expr("mask", (m,), arg), x)) if _value(m).op == "const" and set(x.axes) == set(e.axes):
-            return b.mask(b.mul(_value(m), x), arg[0], arg[1], strict=arg[2])
-        case Expr("mul", (x, Expr("mask", (m,), arg))) if _value(m).op == "const" and set(x.axes) == set(e.axes):
-            return b.mask(b.mul(_value(m), x), arg[0], arg[1], strict=arg[2])
+    for mask, x in _orders(e):
+        if mask.op == "mask" and _value(mask.src[0]).op == "const" and set(x.axes) == set(e.axes):
+            rows, columns, strict = mask.arg
+            return b.mask(b.mul(_value(mask.src[0]), x), rows, columns, strict=strict)
     return None
 
 
 @rule("a[t] * (product of a before t) -> product of a up to t", "mul")
 def extend_product(e: Expr) -> Expr | None:
     """Of `segprod`, which holds a one where t = s, that leaves what lies below."""
-    for factor, shifted in (e.src, e.src[::-1]):
+    for factor, shifted in _orders(e):
         match shifted:
             case Expr("shift", (Expr("cumprod", (x,), axis) as product,), (along, fill)):
                 if axis == along and fill == 1 and factor in (x, _value(x)):
@@ -401,6 +378,10 @@ def extend_product(e: Expr) -> Expr | None:
                 if rows == along and fill == 0 and factor in (x, _value(x)):
                     return b.mask(product, rows, columns, strict=True)
     return None
+
+
+RULES: tuple[Rule, ...] = tuple(found for found in vars().values() if isinstance(found, Rule))
+"""All of the above, in their order."""
 
 
 @rule("c * (a * x) -> (c * a) * x where a is the smaller", "mul")
@@ -412,36 +393,6 @@ def number_to_smallest(e: Expr) -> Expr | None:
             if len(x.axes) < len(a.axes):
                 return b.mul(a, b.mul(c, x))
     return None
-
-
-RULES: tuple[Rule, ...] = (
-    fold_constants,
-    divide_by_zero,
-    multiply_by_one,
-    add_zero,
-    multiply_by_zero,
-    drop_broadcast,
-    double_negation,
-    add_negative,
-    multiply_by_minus_one,
-    pull_sign,
-    number_first,
-    merge_numbers,
-    trivial_power,
-    empty_sum,
-    pull_scalar,
-    pull_constant,
-    merge_renames,
-    trivial_broadcast,
-    scalar_factor,
-    double,
-    mean_from_sum,
-    divide_smaller,
-    factor_contraction,
-    factor_product,
-    mask_of_ones,
-    extend_product,
-)
 
 
 FINISHING: tuple[Rule, ...] = (number_to_smallest,)

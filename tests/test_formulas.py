@@ -19,7 +19,7 @@ from tttc.backends.torch.ops import function_of
 from tttc.errors import TTTCError
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, leaf
-from tttc.ir.formulas import FUNCTIONS, formula_of, install_compile_hook
+from tttc.ir.formulas import FUNCTIONS, adopt, formula_of
 from tttc.ir.interpret import evaluate_function
 from tttc.ir.latex import formula_latex
 from tttc.ir.program import Assign, Block, Function
@@ -316,5 +316,5 @@ def test_a_program_of_numbers_that_are_none_runs_on_numpy():
         scope: dict = {}
         exec(entry.text, scope)
     assert "inf" in layer.stages["simplify"].text
-    assert install_compile_hook(x) == x
+    assert adopt(x) == x
     assert b.const(math.nan) is b.const(math.nan)

@@ -15,6 +15,7 @@ from tttc.compiler import fallback
 from tttc.compiler.driver import untuned
 from tttc.library import LinearAttention
 from tttc.tuning.measured import _Timed
+from tttc.tuning.task import Task
 
 needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 DIMS = {"D": 3, "F": 4}
@@ -118,8 +119,8 @@ def test_verification_says_it_in_its_table():
 
 @needs_tvm
 def test_tuning_takes_what_compile_takes_and_only_chunks_that_run():
-    subject = _Timed(Online, DIMS, torch.float32, "auto", (1, 64, 1), True)
+    subject = _Timed(Task(Online, DIMS, torch.float32, "auto", 1, 64, 1, 1.0, forward_only=True))
     assert subject.name == "tvm"
     assert "chunk" not in subject.choices()
-    subject = _Timed(Online, DIMS, torch.float32, "torch", (1, 64, 1), True)
+    subject = _Timed(Task(Online, DIMS, torch.float32, "torch", 1, 64, 1, 1.0, forward_only=True))
     assert set(subject.choices()["chunk"]) >= {1, 16}

@@ -34,6 +34,7 @@ from tttc.tuning import records as tuning
 from tttc.tuning.ranking import RankedRow
 from tttc.tuning.records import Choice, architecture_name, found_for
 from tttc.tuning.static import tune_statically
+from tttc.tuning.task import Task
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or nvidia.ptxas() is None, reason="there is no triton for this platform"
@@ -325,7 +326,7 @@ def test_what_triton_cannot_compile_is_refused():
 
 def test_other_backends_have_nothing_to_tune_for_a_gpu():
     with pytest.raises(TuningError, match="only the kernels of triton have"):
-        tune_statically(TTTLinear, {"D": 16}, BF16, "sm_90", 1.0, backend="tvm", size=(1, 1, 1))
+        tune_statically(Task(TTTLinear, {"D": 16}, BF16, "tvm", 1, 1, 1, 1.0), "sm_90")
 
 
 def test_where_there_is_a_gpu_its_architecture_is_named(monkeypatch):

@@ -7,21 +7,13 @@ float64 is what `tttc.verify` and the tests are for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from tttc.runtime.layer import Layer
 from tttc.tuning.search import IncorrectResult
-from tttc.verification.comparison import (
-    SEVERAL,
-    Inputs,
-    gradient_errors,
-    gradients,
-    movement,
-    random_inputs,
-    relative_error,
-)
+from tttc.verification.comparison import SEVERAL, Inputs, Results, errors, movement, random_inputs, results
 
 TOLERANCES = {  # of outputs and of gradients, against float64: rounding of the dtype over some hundred operations
     torch.float64: (1e-12, 1e-11),
@@ -34,8 +26,6 @@ MOST = 10.0  # but never more than this many times the tolerance
 AMPLIFIED = 100.0  # roundings: a definition that makes more of one excuses its candidates
 SAYS_NOTHING = 0.1  # a comparison that allows more says nothing
 HEADS = 2
-
-Results = dict[str, torch.Tensor]
 
 
 class Accuracy:
@@ -88,14 +78,10 @@ class Accuracy:
     @cached_property
     def _excuses(self) -> dict[str, float]:
         """What is allowed because the definition amplifies rounding; nothing for what it does not."""
-        outputs, slopes = self._exact
-        moved = movement(self._flat, self._inputs, _named(outputs, slopes), self._rounding)
+        moved = movement(partial(self._results, self.exact), self._inputs, self._exact, self._rounding)
         found = {n: SEVERAL * m for n, m in moved.items() if not m <= AMPLIFIED * self._rounding}
         self.excused = self.excused or bool(found)
         return found
-
-    def _flat(self, inputs: Inputs) -> Results:
-        return _named(*self._results(self.exact, inputs))
 
     @property
     def _rounding(self) -> float:
@@ -110,21 +96,16 @@ class Accuracy:
 
     def errors(self, layer: Layer) -> dict[str, float]:
         """How far each tensor is from float64, relative in the Frobenius norm."""
-        outputs, wanted = self._exact
         own = in_dtype(self._inputs, self.dtype, grad=not self.forward_only)
-        found, slopes = self._results(layer, own)
-        errors = {n: relative_error(x.double(), outputs[n]) for n, x in found.items()}
-        slopes = {n: g.double() for n, g in slopes.items()}
-        return errors | {f"grad {n}": e for n, e in gradient_errors(slopes, wanted).items()}
+        return errors({n: x.double() for n, x in self._results(layer, own).items()}, self._exact)
 
     def _tolerance(self, name: str) -> float:
         return TOLERANCES[self.dtype][name.startswith("grad ")]
 
-    def _results(self, layer: Layer, inputs: Inputs) -> tuple[Results, Results]:
+    def _results(self, layer: Layer, inputs: Inputs) -> Results:
         """The output and final weights, and the gradients of all inputs."""
         z, final = layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())
-        slopes = {} if self.forward_only else gradients(z, dict(final), inputs.named(), 0)
-        return {"z": z.detach(), **{f"state {n}": w.detach() for n, w in final.items()}}, slopes
+        return results(z, final, inputs, 0, forward_only=self.forward_only)
 
     @cached_property
     def _inputs(self) -> Inputs:
@@ -133,18 +114,13 @@ class Accuracy:
         return in_dtype(in_dtype(raw, self.dtype, grad=False), torch.float64, grad=True)
 
     @cached_property
-    def _exact(self) -> tuple[Results, Results]:
+    def _exact(self) -> Results:
         return self._results(self.exact, self._inputs)
 
     @cached_property
     def _errors_of_torch(self) -> dict[str, float]:
         """What rounding does to the same program in operations of torch."""
         return self.errors(self.by_torch())
-
-
-def _named(outputs: Results, slopes: Results) -> Results:
-    """In one, by the names that errors have."""
-    return outputs | {f"grad {n}": g for n, g in slopes.items()}
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype, *, grad: bool) -> Inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from tttc.tuning.records import Choice
@@ -11,6 +12,27 @@ Value: TypeAlias = int | None
 Candidate: TypeAlias = Mapping[str, Value]
 Choices: TypeAlias = Mapping[str, Sequence[Value]]
 """The values of each coordinate, the default first."""
+
+
+@dataclass
+class Progress:
+    """How far a search in a budget of seconds has come; `stopped` is "budget", "exhausted" or "interrupted"."""
+
+    budget: float
+    elapsed: float = 0.0
+    stopped: str = ""
+    now: str = ""
+    """What is being done, while it goes on."""
+
+    def outcome(self, tried: int, rejected: str, verb: str) -> str:
+        """How many candidates there were, and why there were no more to `verb`."""
+        ends = {
+            "budget": "no time was left for another candidate",
+            "exhausted": f"nothing near the best is left to {verb}",
+            "interrupted": "interrupted",
+        }
+        count = f"{tried} candidate{'' if tried == 1 else 's'} in {self.elapsed:.0f} s of {self.budget:g}"
+        return f"{count}{rejected}: {ends[self.stopped]}"
 
 
 def default_of(choices: Choices) -> Candidate:
@@ -28,6 +50,11 @@ def descend(choices: Choices, best: Callable[[], Candidate], attempt: Callable[[
         in_time = [attempt(name, values) for name, values in choices.items()]
         if best() == before:
             return "exhausted" if all(in_time) else "budget"
+
+
+def config_of(candidate: Candidate) -> dict[str, int]:
+    """The settings of kernels that a candidate has."""
+    return {n: v for n, v in candidate.items() if n not in ("chunk", "checkpoint") and v is not None}
 
 
 def candidate_of(choice: Choice, choices: Choices) -> Candidate | None:

@@ -7,11 +7,9 @@ timed, call by call in turn with the best one so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from contextlib import nullcontext
+from collections.abc import Hashable
 from copy import copy
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -22,22 +20,20 @@ from rich.table import Table
 from rich.text import Text
 
 from tttc.backends import registry
-from tttc.compiler.driver import compile
 from tttc.declare.checks import checked_signature
-from tttc.declare.variant import Variant
 from tttc.errors import TuningError
 from tttc.ir.expr import TOKENS
 from tttc.ir.program import SEQUENCE, DualProgram, ScanProgram
 from tttc.ir.schedule import schedule
 from tttc.runtime.layer import Layer
-from tttc.terminal import budget_bar, plain, table
+from tttc.terminal import plain, table
 from tttc.tuning import database
 from tttc.tuning.accuracy import Accuracy, in_dtype
 from tttc.tuning.chunks import chunk_choices
-from tttc.tuning.descent import Candidate, Value, candidate_of, default_of
-from tttc.tuning.lookup import untuned
+from tttc.tuning.descent import Candidate, Value, candidate_of, config_of, default_of
 from tttc.tuning.records import Choice, Entry, Key, found_for, key_of
 from tttc.tuning.search import Call, Search, Trial, search
+from tttc.tuning.task import Task
 from tttc.verification.comparison import Inputs, random_inputs
 
 CHECKPOINTS = (4, 2, 1, 8, 16)  # chunks between two carries that are kept
@@ -87,18 +83,12 @@ class TuningResult:
     def summary(self) -> str:
         """What was taken, and where it is."""
         found = self.search
-        ends = {
-            "budget": "no time was left for another candidate",
-            "exhausted": "nothing near the best is left to try",
-            "interrupted": "interrupted",
-        }
         wrong = f", {len(found.rejected)} rejected" if found.rejected else ""
         tried = len({str(t.candidate) for t in found.trials})
         lines = [
             f"{self.variant} on {self.key.device}, backend {self.key.backend}, {self.settings}",
             f"taken: {self.choice}" + (f", {self.speedup:.2f} times as fast as the default" if self._better else ""),
-            f"{tried} candidate{'' if tried == 1 else 's'} in {found.elapsed:.0f} s of {found.budget:g}{wrong}: "
-            f"{ends[found.stopped]}",
+            found.outcome(tried, wrong, "try"),
         ]
         if self.note:
             lines.append(self.note)
@@ -119,53 +109,36 @@ class TuningResult:
         return plain(self.table(), "", self.summary())
 
 
-def tune_measured(
-    variant: type[Variant],
-    dims: Mapping[str, int],
-    dtype: torch.dtype,
-    seconds: float,
-    *,
-    backend: str,
-    size: tuple[int, int, int],
-    forward_only: bool,
-    save: bool,
-    progress: bool,
-) -> TuningResult:
-    """Time candidates on this CPU; `size` is the batch, tokens and heads of the call, all else as for `tttc.tune`."""
+def tune_measured(task: Task) -> TuningResult:
+    """Time candidates on this CPU."""
     began = perf_counter()
-    subject = _Timed(variant, dims, dtype, backend, size, forward_only)
+    subject = _Timed(task)
     choices = subject.choices()
     defaults = default_of(choices)
     mine = next((e for e in database.own_entries() if e.key == subject.key), None)
     before = mine or found_for(subject.key, *database.entries()).entry
     again = None if before is None else candidate_of(before.choice, choices)
     first = [] if again is None else [again]
-    with budget_bar(seconds) if progress else nullcontext() as bar:
-
-        def report(found: Search) -> None:
-            if bar is not None:
-                bar.update(bar.task_ids[0], description=_progress_text(found))
-
-        left = max(seconds - (perf_counter() - began), 0.0)
+    with task.reporting(_best_text) as report:
+        left = max(task.budget - (perf_counter() - began), 0.0)
         found = search(subject, choices, left, ordered=("chunk", "checkpoint"), first=first, report=report)
-    found.budget, found.elapsed = seconds, found.elapsed + seconds - left
+    found.budget, found.elapsed = task.budget, found.elapsed + task.budget - left
     if found.best is None:
         said = "; ".join(f"{t.verdict}: {t.reason}" for t in found.trials[:3])
         raise TuningError(f"variant `{subject.signature.name}`: no candidate could be taken: {said}")
     choice = _choice(found.best.candidate, defaults)
     stays = mine is not None and again not in [t.candidate for t in found.trials if t.seconds is not None]
-    if save and not stays:
+    if task.save and not stays:
         database.add([subject.entry(found, choice)], replace=True)
-    path, left_alone = database.database_path() if save else None, mine if stays else None
+    path, left_alone = database.database_path() if task.save else None, mine if stays else None
     named = subject.signature.name, subject.settings
     note = subject.accuracy.note
     return TuningResult(*named, subject.key, choice, found, defaults, path, note=note, earlier=left_alone)
 
 
-def _progress_text(found: Search) -> str:
+def _best_text(found: Search) -> str:
     best = "" if found.best is None or found.best.seconds is None else f"best {found.best.seconds * 1e3:.3g} ms"
-    faster = f" ({found.speedup:.2f}x)" if found.speedup > 1 else ""
-    return ", ".join(x for x in (f"{best}{faster}", f"now {found.now}" if found.now else "") if x)
+    return f"{best} ({found.speedup:.2f}x)" if found.speedup > 1 else best
 
 
 def _choice(candidate: Candidate, defaults: Candidate) -> Choice:
@@ -177,52 +150,35 @@ def _choice(candidate: Candidate, defaults: Candidate) -> Choice:
 class _Timed:
     """A declaration on a device: its candidates compiled, checked and called."""
 
-    def __init__(
-        self,
-        variant: type[Variant],
-        dims: Mapping[str, int],
-        dtype: torch.dtype,
-        backend: str,
-        size: tuple[int, int, int],
-        forward_only: bool,
-    ) -> None:
-        self.signature = checked_signature(variant)
-        self.variant, self.dtype, self.forward_only = variant, dtype, forward_only
-        self.batch, self.tokens, self.heads = size
-        with untuned():
-            self.exact = compile(variant, dims, torch.float64, backend="torch")
+    def __init__(self, task: Task) -> None:
+        self.task, self.signature, backend = task, checked_signature(task.variant), task.backend
+        self.exact = task.compiled(torch.float64, "torch")
         self.dims = self.exact.dims
         self.dualized, self.scheduled = self.exact.stages.of(DualProgram), self.exact.stages.of(ScanProgram)
         if backend not in ("auto", *registry.names()):
             raise TuningError(
                 f"there is no backend {backend!r} to tune; there are auto, {', '.join(registry.names())}."
             )
-        with untuned():  # what is refused, or not taken, is said as compile says it
-            self.name = compile(variant, dims, dtype, backend=backend).backend
+        self.name = task.compiled(task.dtype, backend).backend  # what is refused is said as compile says it
         self.backend = registry.named(self.name, torch.device("cpu")).backend
-        work = "forward" if forward_only else "training"
-        self.key = key_of(self.dualized, self.name, self.backend, torch.device("cpu"), dtype, work)
+        self.key = key_of(self.dualized, self.name, self.backend, torch.device("cpu"), task.dtype, task.work)
         self._layers: dict[Hashable, Layer] = {}
         self._programs: dict[Value, ScanProgram] = {}
-        self.accuracy = Accuracy(self.exact, dtype, self._checked_tokens(), self._by_torch, forward_only=forward_only)
+        by_torch, forward_only = (lambda: task.compiled(task.dtype, "torch")), task.forward_only
+        self.accuracy = Accuracy(self.exact, task.dtype, self._checked_tokens(), by_torch, forward_only=forward_only)
         self._timed: Inputs | None = None
 
     @property
     def settings(self) -> str:
         """What is timed, in words."""
-        dims = ", ".join(f"{d}={n}" for d, n in self.dims.items())
-        work = "forward" if self.forward_only else "forward and backward"
-        size = f"B={self.batch}, T={self.tokens}, H={self.heads}"
-        return f"{dims}, {self.key.dtype}; {work} at {size} on {torch.get_num_threads()} threads"
+        return f"{self.task.settings(self.dims)} on {torch.get_num_threads()} threads"
 
     def entry(self, found: Search, choice: Choice) -> Entry:
         """What is kept."""
         assert found.best is not None
         assert found.best.seconds is not None
-        threads, now = torch.get_num_threads(), datetime.now(UTC).isoformat(timespec="seconds")
         times = found.best.seconds, found.best.seconds * found.speedup
-        size = self.batch, self.tokens, self.heads
-        return Entry(self.key, choice, *times, *size, threads, self.signature.name, now)
+        return self.task.entry(self.key, choice, times, torch.get_num_threads())
 
     # -- candidates
 
@@ -239,7 +195,7 @@ class _Timed:
         """Chunks of programs that the backend can run."""
         plan = self.scheduled.plan
         preferred = self.backend.preferred_chunk(self.scheduled) if plan.free else None
-        found = chunk_choices(self.dualized, self.tokens, None if preferred is None else preferred.chunk)
+        found = chunk_choices(self.dualized, self.task.tokens, None if preferred is None else preferred.chunk)
         if self.backend.refusals(self.scheduled):  # at the chunk of the torch backend
             found = tuple(n for n in found if not self.backend.refusals(self._program(n)))
         return found if len(found) > 1 else ()
@@ -247,21 +203,21 @@ class _Timed:
     def _checkpoints(self) -> tuple[int, ...]:
         """Distances at which the carries that are kept take about as much memory as the call itself."""
         plan = self.scheduled.plan
-        if self.forward_only or plan.chunk is SEQUENCE:
+        if self.task.forward_only or plan.chunk is SEQUENCE:
             return ()
         dims = {**self.dims, TOKENS: plan.chunk}
         carry = sum(math.prod(dims[a.size] for a in p.axes) for p in self.scheduled.scans[0].carry)
-        declared = self.signature
+        declared, tokens = self.signature, self.task.tokens
         widths = [s.dims for s in declared.tokens.values()] + [s.dims for s in declared.gates.values()]
         row = sum(math.prod(self.dims[d] for d in w) for w in widths)
-        chunks = -(-self.tokens // plan.chunk)
+        chunks = -(-tokens // plan.chunk)
         automatic = max(1, math.isqrt(chunks))
-        fit = (n for n in CHECKPOINTS if n < chunks and chunks / n * carry <= KEPT * row * self.tokens)
+        fit = (n for n in CHECKPOINTS if n < chunks and chunks / n * carry <= KEPT * row * tokens)
         return tuple(n for n in fit if n != automatic)
 
     def identity(self, candidate: Candidate) -> tuple[Hashable, Hashable]:
         chunk = candidate.get("chunk")
-        kernels = self.backend.identity(self._program(chunk), self._config(candidate))
+        kernels = self.backend.identity(self._program(chunk), config_of(candidate))
         return (chunk, kernels), candidate.get("checkpoint")
 
     def _program(self, chunk: Value) -> ScanProgram:
@@ -270,17 +226,12 @@ class _Timed:
             self._programs[chunk] = schedule(self.dualized, chunk)
         return self._programs[chunk]
 
-    def _config(self, candidate: Candidate) -> dict[str, int]:
-        return {n: v for n, v in candidate.items() if n not in ("chunk", "checkpoint") and v is not None}
-
     def layer(self, candidate: Candidate) -> Layer:
         """Compiled as if nothing had ever been tuned; those that differ in their checkpoints share kernels."""
-        config, chunk, checkpoint = self._config(candidate), candidate.get("chunk"), candidate.get("checkpoint")
+        config, chunk, checkpoint = config_of(candidate), candidate.get("chunk"), candidate.get("checkpoint")
         key = (chunk, tuple(config.items()))
         if key not in self._layers:
-            with untuned():
-                settings: dict[str, Any] = {"backend": self.name, "chunk": chunk, "config": config}
-                self._layers[key] = compile(self.variant, self.dims, self.dtype, **settings)
+            self._layers[key] = self.task.compiled(self.task.dtype, self.name, chunk=chunk, config=config)
         layer = copy(self._layers[key])
         layer.checkpoint = "auto" if checkpoint is None else checkpoint
         return layer
@@ -292,26 +243,23 @@ class _Timed:
 
     # -- checked
 
-    def _by_torch(self) -> Layer:
-        with untuned():
-            return compile(self.variant, self.dims, self.dtype, backend="torch")
-
     def _checked_tokens(self) -> int:
         """Three chunks and, where that takes no further kernels, a tail; at most what is timed."""
-        plan = self.scheduled.plan
+        plan, most = self.scheduled.plan, self.task.tokens
         if plan.free:
-            return min(self.tokens, 3 * max(self._chunks or (64,)) + 5)
+            return min(most, 3 * max(self._chunks or (64,)) + 5)
         if isinstance(plan.mini_batch, int):
-            return min(self.tokens, plan.mini_batch * -(-48 // plan.mini_batch))
-        return min(self.tokens, 300)
+            return min(most, plan.mini_batch * -(-48 // plan.mini_batch))
+        return min(most, 300)
 
     # -- timed
 
     def _call(self, layer: Layer) -> Call:
         """One forward, with its backward unless only the forward is tuned."""
+        task = self.task
         if self._timed is None:
-            raw = random_inputs(self.signature, self.dims, self.batch, self.tokens, self.heads)
-            self._timed = in_dtype(raw, self.dtype, grad=not self.forward_only)
+            raw = random_inputs(self.signature, self.dims, task.batch, task.tokens, task.heads)
+            self._timed = in_dtype(raw, task.dtype, grad=not task.forward_only)
         inputs = self._timed
         leaves = list(inputs.named().values())
 
@@ -323,4 +271,4 @@ class _Timed:
             z, _ = layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())
             torch.autograd.grad(z, leaves, torch.ones_like(z), allow_unused=True)
 
-        return forward if self.forward_only else training
+        return forward if task.forward_only else training

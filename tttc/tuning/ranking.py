@@ -17,7 +17,7 @@ import torch
 
 from tttc.backends.cost_model import EstimatedKernel, estimate
 from tttc.backends.target import GPU
-from tttc.tuning.descent import Candidate, Choices, Value, default_of, descend
+from tttc.tuning.descent import Candidate, Choices, Progress, Value, default_of, descend
 
 LONGEST = 120.0  # seconds for what is compiled whatever the budget is
 
@@ -33,14 +33,10 @@ class RankedRow:
 
 
 @dataclass
-class Ranking:
-    """What was compiled; `stopped` is "budget", "exhausted" or "interrupted"."""
+class Ranking(Progress):
+    """What was compiled."""
 
-    budget: float
     rows: list[RankedRow] = field(default_factory=list)
-    elapsed: float = 0.0
-    stopped: str = ""
-    now: str = ""
 
     @property
     def best(self) -> RankedRow | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol, TypeAlias
 
-from tttc.tuning.descent import Candidate, Choices, Value, default_of, descend
+from tttc.tuning.descent import Candidate, Choices, Progress, Value, default_of, descend
 
 Call: TypeAlias = Callable[[], None]
 
@@ -78,17 +78,12 @@ class _Pairs:
 
 
 @dataclass
-class Search:
-    """What was found, complete or not; `stopped` is "budget", "exhausted" or "interrupted"."""
+class Search(Progress):
+    """What was found, complete or not."""
 
-    budget: float
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     default: Trial | None = None
-    elapsed: float = 0.0
-    stopped: str = ""
-    now: str = ""
-    """What is being done, while it goes on."""
 
     @property
     def rejected(self) -> list[Trial]:

@@ -13,6 +13,7 @@ from tttc.declare.variant import Variant
 from tttc.errors import TuningError
 from tttc.tuning.measured import TuningResult, tune_measured
 from tttc.tuning.static import StaticTuning, tune_statically
+from tttc.tuning.task import Task
 
 BATCH = 16  # sequences of a call on a GPU: enough heads for every multiprocessor
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -63,10 +64,8 @@ def tune(
     bad = [f"{n}={v!r}" for n, v in counts.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]
     if bad:
         raise TuningError(f"{', '.join(bad)}: what is timed has at least one of each.\n  Give positive ints.")
-    size, settings = (batch, tokens, heads), dict(forward_only=forward_only, save=save, progress=progress)
-    if target is not None:
-        return tune_statically(variant, dims, dtype, target, seconds, backend=backend, size=size, **settings)
-    return tune_measured(variant, dims, dtype, seconds, backend=backend, size=size, **settings)
+    task = Task(variant, dims, dtype, backend, batch, tokens, heads, seconds, forward_only, save, progress)
+    return tune_measured(task) if target is None else tune_statically(task, target)
 
 
 def _refuse_other_devices(device: str | torch.device) -> None:

@@ -140,11 +140,11 @@ def verify(
 
     def oracle(given: Inputs) -> Results:
         z, final = reference(variant, given.q, given.k, given.v, **given.keywords(), dims=sizes)
-        return _results(z, final, given, seed)
+        return results(z, final, given, seed)
 
     z, final = layer(inputs.q, inputs.k, inputs.v, **inputs.keywords())
     wanted = oracle(inputs)
-    rows = _rows(_errors(_results(z, final, inputs, seed), wanted), wanted)
+    rows = _rows(errors(results(z, final, inputs, seed), wanted), wanted)
     if any(row.told and not row.ok for row in rows):
         moved = movement(oracle, inputs, wanted, ROUNDING)
         rows = [_excused(row, moved[row.name]) for row in rows]
@@ -154,18 +154,20 @@ def verify(
     return Verification(declared.name, settings, tuple(rows), layer.why, tuple(r for r in reasons if r))
 
 
-def _results(z: torch.Tensor, final: Mapping[str, torch.Tensor], inputs: Inputs, seed: int) -> Results:
+def results(
+    z: torch.Tensor, final: Mapping[str, torch.Tensor], inputs: Inputs, seed: int, *, forward_only: bool = False
+) -> Results:
     """Outputs, final weights and gradients, by the names that the table has for them."""
-    slopes = gradients(z, final, inputs.named(), seed)
+    slopes = {} if forward_only else gradients(z, final, inputs.named(), seed)
     weights = {f"state {n}": w.detach() for n, w in final.items()}
     return {"z": z.detach(), **weights, **{f"grad {n}": g for n, g in slopes.items()}}
 
 
-def _errors(found: Results, wanted: Results) -> dict[str, float]:
+def errors(found: Results, wanted: Results) -> dict[str, float]:
     """The relative error of each tensor."""
     slopes = {n: g for n, g in wanted.items() if n.startswith("grad ")}
-    errors = {n: relative_error(found[n], x) for n, x in wanted.items() if n not in slopes}
-    return errors | gradient_errors(found, slopes)
+    outputs = {n: relative_error(found[n], x) for n, x in wanted.items() if n not in slopes}
+    return outputs | gradient_errors(found, slopes)
 
 
 def _rows(errors: Mapping[str, float], wanted: Results) -> list[Row]:
@@ -193,7 +195,7 @@ def movement(run: Callable[[Inputs], Results], inputs: Inputs, results: Results,
     """How far each result moves, relative to its norm, when every input moves by `relative` of itself: the most of
     several draws of the signs.
     """
-    moved = [_errors(run(perturbed(inputs, relative, seed)), results) for seed in range(PERTURBATIONS)]
+    moved = [errors(run(perturbed(inputs, relative, seed)), results) for seed in range(PERTURBATIONS)]
     return {n: max(m[n] for m in moved) for n in results}
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from tttc.ir import build as b
-from tttc.ir.expr import TOKENS, Expr, const, leaf
+from tttc.ir.expr import TOKENS, Expr, leaf
 from tttc.ir.names import own
 from tttc.ir.online import affine_unknown, factor_constants, named_like, solved, unknown_rows, unnamed
 from tttc.ir.primal import per_token
@@ -45,6 +46,8 @@ from tttc.ir.update import (
     advance,
     average_leaf,
     averaged_gates,
+    changed_rates,
+    clip_scale,
     ended,
     is_staged,
     momentum_leaf,
@@ -220,10 +223,7 @@ class Chunk:
         for n, w in self._states():
             for x in found[n]:
                 squares += [x.times(y).summed(w.axes) for y in found[n]]
-        square = summed(squares, (S_AXIS,), self.sizes)
-        most = float(self.declared.clip) ** 2
-        excess = b.apply("relu", b.sub(square, const(most)))
-        scale = b.apply("sqrt", b.div(const(most), b.add(const(most), excess)))
+        scale = clip_scale([summed(squares, (S_AXIS,), self.sizes)], self.declared.clip)
         return {n: tuple(t.scaled(scale) for t in terms) for n, terms in found.items()}
 
     # -- weights
@@ -239,6 +239,10 @@ class Chunk:
             terms += [kernel.times(t) for t in gradients[w.name]]
         return PerTokenWeights(w.axes, tuple(terms))
 
+    def _at_end(self, w: Expr, response: Response) -> Expr:
+        """What a response is after the last token."""
+        return materialize(self._moving(w, response.last(), self.gradients()), self.sizes)
+
     def _scaled_by_tau(self, added: Response, name: str, *, last: bool = False) -> Response:
         tau = self.update.tau.get(name)
         if tau is None:
@@ -249,14 +253,13 @@ class Chunk:
         """The weights after one step on a whole mini-batch, where the next step begins; kept as products."""
         if is_staged(self.declared) or any(m is not None for m in self.declared.momentum.values()):
             return {a.leaf.name: a.value for a in self._ended()}
-        found: dict[str, PerTokenWeights | Expr] = {}
-        gradients = self.gradients()
-        for n, w in self._states():
-            a = self.advanced[n]
-            end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
-            moved = self._moving(w, end, gradients)
-            found[n] = PerTokenWeights(w.axes, self._from_start(n, moved.terms))
-        return found
+        return {n: self._left(w) for n, w in self._states()}
+
+    def _left(self, w: Expr) -> PerTokenWeights:
+        """The weights after the last token of the chunk, without the stages that act there."""
+        a = self.advanced[w.name]
+        end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), w.name, last=True))
+        return PerTokenWeights(w.axes, self._from_start(w.name, self._moving(w, end, self.gradients()).terms))
 
     def _from_start(self, name: str, terms: Sequence[Term]) -> tuple[Term, ...]:
         """Terms in the weights at the mini-batch's start, where the leaf of the weights stands for a later step's."""
@@ -276,18 +279,12 @@ class Chunk:
         """The weights that the mini-batch hands on, and what changes only there."""
         if is_staged(self.declared):
             return self._ended()
-        gradients, made = self.gradients(), []
-        for n, w in self._states():
-            a = self.advanced[n]
-            end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
-            terms = self._from_start(n, self._moving(w, end, gradients).terms)
-            made.append(Assign(w, summed(terms, w.axes, self.sizes)))
-        return tuple(made)
+        return tuple(Assign(w, materialize(self._left(w), self.sizes)) for w in self.declared.states)
 
     def _ended(self) -> tuple[Assign, ...]:
         """The same through the stages that act where a mini-batch ends."""
         ends = {}
-        gradients = self.gradients()
+        self.gradients()  # of the last step, with where that begins
         for n, w in self._states():
             a, base = self.advanced[n], accumulated(self.declared, w)
             started = a.started.last()
@@ -298,8 +295,7 @@ class Chunk:
             tau = self.update.tau.get(n)
             if tau is not None and T_AXIS in tau.axes:
                 tau = b.last(tau, T_AXIS)
-            added = summed(self._moving(w, a.added.last(), gradients).terms, w.axes, self.sizes)
-            ends[n] = Ending(start, added, tau)
+            ends[n] = Ending(start, self._at_end(w, a.added), tau)
         means = {}
         for gate, sum_ in averaged_gates(self.declared).items():
             total, count = b.total(at_chunk(gate, T_AXIS), (T_AXIS,)), b.size(T_AXIS)
@@ -310,11 +306,7 @@ class Chunk:
 
     def grown(self) -> tuple[Assign, ...]:
         """What an open mini-batch has added after this chunk."""
-        gradients, made = self.gradients(), []
-        for n, w in self._states():
-            a = self.advanced[n]
-            added = self._moving(w, a.added.last(), gradients)
-            made.append(Assign(added_leaf(w), summed(added.terms, w.axes, self.sizes)))
+        made = [Assign(added_leaf(w), self._at_end(w, self.advanced[n].added)) for n, w in self._states()]
         for n, w in self._states():
             scale = scale_leaf(self.declared, w)
             if scale is not None:
@@ -328,14 +320,13 @@ class Chunk:
 
     def memories(self) -> tuple[Assign, ...]:
         """What changes at every token: momentum and averages."""
-        gradients, made = self.gradients(), []
+        made = []
         for n, w in self._states():
             a = self.advanced[n]
             momentum = momentum_leaf(self.declared, w) if self.declared.per == "token" else None
             for variable, response in ((momentum, a.momentum), (average_leaf(self.declared, w), a.average)):
                 if variable is not None:
-                    end = self._moving(w, response.last(), gradients)
-                    made.append(Assign(variable, summed(end.terms, w.axes, self.sizes)))
+                    made.append(Assign(variable, self._at_end(w, response)))
         return tuple(made)
 
     # -- the output
@@ -407,25 +398,14 @@ class Chunk:
             return average if average is not None else self._found_weights(w, decayed=False)
         if average is not None:
             return self._moving(w, a.average.last(), self.gradients())
-        end = self.algebra.minus(a.started.last(), self._scaled_by_tau(a.added.last(), n, last=True))
-        return PerTokenWeights(w.axes, self._from_start(n, self._moving(w, end, self.gradients()).terms))
+        return self._left(w)
 
 
 def _norm(tensors: Sequence[Expr]) -> Expr:
     """The Frobenius norm of several tensors together."""
-    square: Expr | None = None
-    for x in tensors:
-        own = b.total(b.power(x, 2), x.axes)
-        square = own if square is None else b.add(square, own)
-    assert square is not None
-    return b.apply("sqrt", square)
+    return b.apply("sqrt", reduce(b.add, (b.total(b.power(x, 2), x.axes) for x in tensors)))
 
 
 def rates_over_chunk(update: Update) -> Update:
     """The rule with the rates of all tokens of a chunk."""
-
-    def over(rates: Mapping[str, Expr | None]) -> dict[str, Expr | None]:
-        return {n: None if r is None else vectorize_over_tokens([r], T_AXIS, {})[0] for n, r in rates.items()}
-
-    groups = {role: over(getattr(update, role)) for role in ("lr", "tau", "momentum", "decay", "average")}
-    return replace(update, **groups)  # type: ignore[arg-type]
+    return changed_rates(update, lambda r: vectorize_over_tokens([r], T_AXIS, {})[0])

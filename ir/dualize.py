@@ -12,7 +12,6 @@ from tttc.ir.program import (
     SEQUENCE,
     T_AXIS,
     Allocate,
-    Assign,
     Block,
     DualProgram,
     For,
@@ -22,7 +21,7 @@ from tttc.ir.program import (
 )
 from tttc.ir.reading import at_chunk
 from tttc.ir.simplify import renamed_hints, simplify_assigns
-from tttc.ir.update import memories, observed
+from tttc.ir.update import beginning, observed
 
 
 def dualize(program: LoopProgram) -> DualProgram:
@@ -37,10 +36,8 @@ def dualize(program: LoopProgram) -> DualProgram:
         return dual
     assigns, names, _ = simplify_assigns([form.z, *form.updates], renamed_hints(program.names, form.moved))
     step = 1 if sequential else update.mini_batch
-    kept = memories(update)
-    beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
     loop = For("c", SEQUENCE, step, (Block(assigns),))
-    body = (Allocate(form.z.target), *((beginning,) if kept else ()), loop)
+    body = (Allocate(form.z.target), *beginning(update), loop)
     params = tuple(at_chunk(p, T_AXIS) for p in loop_params(program))
     function = Function(program.name, params, body, (form.z.target, *update.states))
     return replace(dual, functions=(function,), names=names)

@@ -44,11 +44,13 @@ from tttc.ir.update import (
     advance,
     average_leaf,
     averaged_gates,
+    beginning,
+    changed_rates,
+    clip_scale,
     ended,
     is_staged,
-    memories,
     momentum_leaf,
-    openings,
+    opening,
     scale_leaf,
 )
 
@@ -85,14 +87,8 @@ class _Loop:
         at = rates_at_token(self.update)
         found = {n: self._placed(self.gradients[n], self._anchors(at)) for n in self.states}
         if at.clip is not None:
-            square = [
-                b.total(b.power(b.broadcast(g, self.states[n].axes), 2), self.states[n].axes) for n, g in found.items()
-            ]
-            most = const(float(at.clip) ** 2)
-            total = square[0]
-            for x in square[1:]:
-                total = b.add(total, x)
-            scale = b.apply("sqrt", b.div(most, b.add(most, b.apply("relu", b.sub(total, most)))))
+            squares = [b.total(b.power(b.broadcast(found[n], w.axes), 2), w.axes) for n, w in self.states.items()]
+            scale = clip_scale(squares, at.clip)
             found = {n: b.mul(scale, g) for n, g in found.items()}
         return {n: advance(at, n, self.before[n], found[n], TokenAlgebra()) for n in self.states}
 
@@ -149,30 +145,25 @@ class _Loop:
 
     def function(self) -> Function:
         update, program = self.update, self.program
-        kept, opened = memories(update), openings(update)
         read = update.read
         assigns, target = self.token(), _at(self.z.target, "t")
         staged = is_staged(update) or update.steps > 1
         if not staged:
             tau_read = self._readable("after") if average_free(update) else self._plain()
             assigns += [Assign(w, tau_read[n]) for n, w in self.states.items()]
-        opening = Block(
-            tuple(Assign(self.start[n], w) for n, w in self.states.items())
-            + tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in opened)
-        )
+        begun = Block((*(Assign(self.start[n], w) for n, w in self.states.items()), *opening(update)))
         tokens = For("t", "m", None, (Block(tuple(assigns)),))
         inner: list[Statement] = []
         if staged and read == "start" and update.steps > 1:
             inner.append(For("t", "m", None, (Block((Assign(target, self._placed(self.z.value, self.states)),)),)))
         for _ in range(update.steps):
-            inner += [opening, tokens, *((self._ending(),) if staged else ())]
+            inner += [begun, tokens, *((self._ending(),) if staged else ())]
         if read == "end":
             scaled = any(t is not None for t in update.tau.values())  # by each reading token, not by the last
             weights = self.states if is_staged(update) or (staged and not scaled) else self._readable("before")
             reading = Assign(target, self._placed(self.z.value, weights))
             inner.append(For("t", "m", None, (Block((reading,)),)))
-        beginning = Block(tuple(Assign(m.variable, m.begins) for m in kept))
-        body = (Allocate(target), *((beginning,) if kept else ()), For("m", SEQUENCE, update.mini_batch, tuple(inner)))
+        body = (Allocate(target), *beginning(update), For("m", SEQUENCE, update.mini_batch, tuple(inner)))
         params = tuple(_at(p, "t") if p.role in ("token", "gate") else p for p in loop_params(program))
         return Function(program.name, params, body, (self.z.target, *update.states))
 
@@ -215,12 +206,7 @@ def average_free(update: Update) -> bool:
 
 def rates_at_token(update: Update) -> Update:
     """The rule with the rates of the token t."""
-
-    def at(rates: Mapping[str, Expr | None]) -> dict[str, Expr | None]:
-        return {n: None if r is None else at_token(r, {}, {}) for n, r in rates.items()}
-
-    groups = {role: at(getattr(update, role)) for role in ("lr", "tau", "momentum", "decay", "average")}
-    return replace(update, **groups)  # type: ignore[arg-type]
+    return changed_rates(update, lambda r: at_token(r, {}, {}))
 
 
 def loop_params(program: LoopProgram) -> tuple[Expr, ...]:

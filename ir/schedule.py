@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from tttc.ir import build as b
 from tttc.ir.chunk import DEFAULT_CHUNK, ChunkForm, chunk_substitution, open_form, whole_form
-from tttc.ir.expr import TOKENS, Expr, const, leaf, leaves, substitute
+from tttc.ir.expr import TOKENS, Expr, leaf, leaves, substitute
 from tttc.ir.primal import last_of_mini_batch, loop_params, token_block
 from tttc.ir.program import (
     EACH,
@@ -45,9 +45,11 @@ from tttc.ir.update import (
     accumulated,
     added_leaf,
     averaged_gates,
+    beginning,
     ended,
     memories,
     observed,
+    opening,
     openings,
     scale_leaf,
 )
@@ -209,10 +211,10 @@ class _Layout:
 
     def begin(self) -> Scan | None:
         """What a sequence carries beside its weights."""
-        kept = memories(self.update)
-        if not kept:
+        if not self.memory:
             return None
-        done, named, _ = simplify_assigns([Assign(m.variable, m.begins) for m in kept], {})
+        (block,) = beginning(self.update)
+        done, named, _ = simplify_assigns(block.assigns, {})
         self.names.update(named)
         doc = "What a sequence carries beside its weights, from the weights that it begins with."
         return self._once(ScanKind.BEGIN, self.update.states, (), done, doc)
@@ -243,7 +245,7 @@ class _Layout:
             return None
         opened = not self.plan.free and self.plan.mini_batch != 1
         block = token_block(program)
-        carried = {o.variable: b.broadcast(const(o.begins), o.variable.axes) for o in openings(update)}
+        carried = {a.target: a.value for a in opening(update)}
         if not opened:
             block = _substituted(block, carried)
         after = {a.target: a.value for a in block}
@@ -262,10 +264,6 @@ class _Layout:
         doc = "One token alone."
         return replace(self._once(ScanKind.TOKEN, fixed, carry, done, doc), differentiated=False)
 
-    def _beginning(self) -> tuple[Statement, ...]:
-        kept = memories(self.update)
-        return (Block(tuple(Assign(m.variable, m.begins) for m in kept)),) if kept else ()
-
     def _params(self) -> tuple[Expr, ...]:
         return tuple(at_chunk(p, T_AXIS) for p in loop_params(self.program))
 
@@ -276,7 +274,7 @@ class _Layout:
             scan = _Layout(self.program, plan, {**self.sizes, TOKENS: 1}, self.names).whole()
         body: tuple[Statement, ...] = (
             *(Allocate(a.target) for a in scan.outputs),
-            *self._beginning(),
+            *beginning(self.update),
             For("c", SEQUENCE, scan.chunk, (scan.block,)),
         )
         returns = (scan.outputs[0].target, *self.update.states)
@@ -285,16 +283,14 @@ class _Layout:
     def tiled_function(self, scans: list[Scan]) -> Function:
         """The nested loops over mini-batches and their tiles, as one function to be read and run."""
         tile, close = scans[:2]
-        opened = openings(self.update)
-        opening = Block(tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in opened))
         at_end = {p: last_of_mini_batch(p) for p in close.fixed if p.role == "gate"}
-        closing = Block(tuple(Assign(a.target, *substitute([a.value], at_end)) for a in close.updates))
+        closing = Block(_substituted(close.updates, at_end))
         inner = For("c", "m", self.plan.chunk, (tile.block,))
         step = self.plan.mini_batch
         assert step is not None
-        loop = For("m", SEQUENCE, step, (opening, inner, closing))
+        loop = For("m", SEQUENCE, step, (Block(opening(self.update)), inner, closing))
         allocate = tuple(Allocate(a.target) for a in tile.outputs)
-        body: tuple[Statement, ...] = (*allocate, *self._beginning(), loop)
+        body: tuple[Statement, ...] = (*allocate, *beginning(self.update), loop)
         return Function(self.program.name, self._params(), body, (tile.outputs[0].target, *self.update.states))
 
 

@@ -12,6 +12,7 @@ had been given.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import NamedTuple
 
 from tttc.ir import build as b
@@ -106,7 +107,4 @@ def substitution(
 def _matrix_of(k: Transfer) -> Expr:
     """A kernel as one matrix over (t, s), a stack of them where a rate has channels."""
     ((_, factors),) = coefficients(Response(kernels=(k,)))
-    whole = factors[0]
-    for x in factors[1:]:
-        whole = b.mul(whole, x)
-    return b.broadcast(whole, (T_AXIS, S_AXIS))
+    return b.broadcast(reduce(b.mul, factors), (T_AXIS, S_AXIS))

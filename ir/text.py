@@ -19,9 +19,7 @@ from tttc.ir.contraction import layout
 from tttc.ir.expr import OPS, PRINTERS, Axes, Axis, Expr, Leaf, postorder
 from tttc.ir.names import Word, own, size_of, spelled
 from tttc.ir.ops import einsum_spec, is_upper
-from tttc.ir.program import (
-    Block,
-)
+from tttc.ir.program import Block
 from tttc.ir.scalars import SCALARS
 
 LONG = 72  # an expression whose text is longer is cut in two by a name

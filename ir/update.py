@@ -12,13 +12,15 @@ one token are expressions; those of all tokens of a chunk are responses, matrice
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 from tttc.ir import build as b
 from tttc.ir.expr import Axes, Expr, const, leaf, leaves, substitute
 from tttc.ir.names import own, prefixed
-from tttc.ir.program import Assign, EndStage, Update, end_leaf
+from tttc.ir.program import Assign, Block, EndStage, Update, end_leaf
 
 
 class Algebra(Protocol):
@@ -159,6 +161,12 @@ def memories(update: Update) -> tuple[Memory, ...]:
     return tuple(found)
 
 
+def beginning(update: Update) -> tuple[Block, ...]:
+    """The block at the beginning of a sequence, where it carries anything beside its weights."""
+    kept = memories(update)
+    return (Block(tuple(Assign(m.variable, m.begins) for m in kept)),) if kept else ()
+
+
 class Opened(NamedTuple):
     """A variable of an open mini-batch, and the number that it starts with."""
 
@@ -185,6 +193,28 @@ def openings(update: Update) -> tuple[Opened, ...]:
     means = averaged_gates(update)
     found += [Opened(m, 0.0) for m in means.values()]
     return (*found, *((Opened(COUNT, 0.0),) if means else ()))
+
+
+def opening(update: Update) -> tuple[Assign, ...]:
+    """What an open mini-batch carries, where it begins."""
+    return tuple(Assign(o.variable, b.broadcast(const(o.begins), o.variable.axes)) for o in openings(update))
+
+
+def clip_scale(squares: Iterable[Expr], clip: float) -> Expr:
+    """What scales a gradient down to the norm `clip`, from the squares of the norms of its parts."""
+    most = const(float(clip) ** 2)
+    excess = b.apply("relu", b.sub(reduce(b.add, squares), most))
+    return b.apply("sqrt", b.div(most, b.add(most, excess)))
+
+
+def changed_rates(update: Update, change: Callable[[Expr], Expr]) -> Update:
+    """The rule with every rate changed."""
+
+    def over(rates: Mapping[str, Expr | None]) -> dict[str, Expr | None]:
+        return {n: None if r is None else change(r) for n, r in rates.items()}
+
+    groups = {role: over(getattr(update, role)) for role in ("lr", "tau", "momentum", "decay", "average")}
+    return replace(update, **groups)  # type: ignore[arg-type]
 
 
 # -- the end of a mini-batch -------------------------------------------------------------------------------------------

@@ -7,24 +7,11 @@ from functools import cache
 
 import sympy
 
-from tttc.ir.expr import Axes, Axis, Expr, const, leaf
+from tttc.ir.expr import Axes, Axis, Expr, const
 from tttc.ir.names import numbered, own
 from tttc.ir.scalars import SCALARS, Formula, derivative_name
 
-__all__ = [
-    "add",
-    "apply",
-    "broadcast",
-    "const",
-    "contract",
-    "div",
-    "expression_of",
-    "leaf",
-    "mean",
-    "mul",
-    "neg",
-    "partial",
-]
+__all__ = ["const"]  # beside what is made here
 
 
 def apply(name: str, *operands: Expr) -> Expr:

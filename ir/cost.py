@@ -33,7 +33,7 @@ Formula: TypeAlias = sympy.Expr
 
 
 def dim(name: str) -> sympy.Symbol:
-    """The symbol of a dim: D, F, ..., and of what is no dim: B batch, H heads, T tokens, C chunk."""
+    """The symbol of a dim: D, F, ..., and of what is no dim: T tokens, C chunk."""
     if is_declared(name):
         return sympy.Symbol(name, positive=True, integer=True)
     return _Counted(spelled(name), positive=True, integer=True)
@@ -49,7 +49,7 @@ class _Counted(sympy.Symbol):
         return sympy.Symbol.class_key()  # it stands where the symbol of a dim would
 
 
-BATCH, HEADS, TOKENS, CHUNK = (dim(own(name)) for name in "BHTC")
+TOKENS, CHUNK = dim(own("T")), dim(own("C"))
 MINI_BATCH = dim(own("b"))
 EVERY = dim(own("n"))  # chunks between two states that are kept for the backward
 
@@ -100,13 +100,6 @@ class ChunkCost:
     sequential: Work
     """The work that lies between the carry that comes in and the one that goes out: chunks cannot share it."""
 
-    def per_token(self) -> Work:
-        return self.work.times(1 / CHUNK)
-
-    def whole_call(self) -> Work:
-        """All chunks of all heads of a batch."""
-        return self.work.times(BATCH * HEADS * TOKENS / CHUNK)
-
     def critical_path(self) -> Formula:
         """Dependent contractions from the first chunk of a call to the last."""
         return sympy.expand(self.depth * TOKENS / CHUNK)
@@ -115,10 +108,6 @@ class ChunkCost:
         """Elements that a chunk moves: its sequences, and carry and fixed values unless they stay on the chip."""
         state = 2 * self.carry + self.fixed if carry_in_memory else sympy.S.Zero
         return sympy.expand(self.read + self.written + state)
-
-    def intensity(self, item_bytes: int, carry_in_memory: bool) -> Formula:
-        """FLOPs per byte moved."""
-        return self.work.flops / (item_bytes * self.traffic(carry_in_memory))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tttc.ir.program import (
     For,
     Function,
     LoopProgram,
+    Statement,
     TokenProgram,
 )
 from tttc.ir.reading import at_chunk
@@ -37,7 +38,7 @@ def dualize(program: LoopProgram) -> DualProgram:
     assigns, names, _ = simplify_assigns([form.z, *form.updates], renamed_hints(program.names, form.moved))
     step = 1 if sequential else update.mini_batch
     loop = For("c", SEQUENCE, step, (Block(assigns),))
-    body = (Allocate(form.z.target), *beginning(update), loop)
+    body: tuple[Statement, ...] = (Allocate(form.z.target), *beginning(update), loop)
     params = tuple(at_chunk(p, T_AXIS) for p in loop_params(program))
     function = Function(program.name, params, body, (form.z.target, *update.states))
     return replace(dual, functions=(function,), names=names)

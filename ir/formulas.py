@@ -16,8 +16,6 @@ from sympy.printing.str import StrPrinter
 from tttc.ir import scalars as s
 from tttc.ir.scalars import Formula
 
-ONE = sympy.Integer(1)
-
 
 def formula_of(expression: sympy.Expr, symbols: Sequence[sympy.Symbol]) -> Formula:
     """A user's formula of these symbols; raises `ValueError` with the reason where it is none that can be computed."""

@@ -19,7 +19,6 @@ from tttc.ir.program import (
     Allocate,
     Block,
     For,
-    Function,
     Program,
     Restore,
     Save,
@@ -40,11 +39,6 @@ def interpret(program: Program, function: str, arguments: Mapping[str, Array]) -
         machine.measure(p, np.shape(arguments[p.name]))
     machine.run(called.body)
     return tuple(machine.variables[r.name] for r in called.returns)
-
-
-def evaluate_function(function: Function, dims: Mapping[str, int], arguments: Mapping[str, Array]) -> tuple[Array, ...]:
-    """The same for a function that stands alone."""
-    return interpret(Program(function.name, "", (function,), dims), function.name, arguments)
 
 
 class _Machine:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import sympy
@@ -104,7 +104,7 @@ def natural(axes: Axes) -> Shape:
 
 @dataclass
 class LatexPrinter:
-    """Prints expressions of up to two axes as matrices."""
+    """Prints expressions of up to two axes as matrices; values in `names` are not spelled out."""
 
     names: dict[Expr, str] = field(default_factory=dict)
 
@@ -385,11 +385,6 @@ def _atom(text: Text) -> str:
 
 def _wrapped(text: Text, precedence: int) -> str:
     return text.text if text.precedence >= precedence else rf"\left({text.text}\right)"
-
-
-def expression_latex(e: Expr, names: Mapping[Expr, str] | None = None) -> str:
-    """An expression in LaTeX; values in `names` (name of a variable, not LaTeX) are not spelled out."""
-    return LatexPrinter({value: name_latex(name) for value, name in (names or {}).items()})(e)
 
 
 # -- programs ------------------------------------------------------------------------------------------------

@@ -163,7 +163,11 @@ class _Loop:
             weights = self.states if is_staged(update) or (staged and not scaled) else self._readable("before")
             reading = Assign(target, self._placed(self.z.value, weights))
             inner.append(For("t", "m", None, (Block((reading,)),)))
-        body = (Allocate(target), *beginning(update), For("m", SEQUENCE, update.mini_batch, tuple(inner)))
+        body: tuple[Statement, ...] = (
+            Allocate(target),
+            *beginning(update),
+            For("m", SEQUENCE, update.mini_batch, tuple(inner)),
+        )
         params = tuple(_at(p, "t") if p.role in ("token", "gate") else p for p in loop_params(program))
         return Function(program.name, params, body, (self.z.target, *update.states))
 

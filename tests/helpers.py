@@ -15,6 +15,8 @@ from tttc import library
 from tttc.backends.interface import Source
 from tttc.declare.read import signature
 from tttc.declare.variant import Variant
+from tttc.ir.interpret import interpret
+from tttc.ir.program import Function, Program
 from tttc.reference import reference
 from tttc.runtime.layer import Layer, State
 from tttc.verification.comparison import (
@@ -41,6 +43,11 @@ class Result(NamedTuple):
     z: torch.Tensor
     final: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
+
+
+def evaluate_function(function: Function, dims: Mapping[str, int], arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a function of the IR that stands alone gives on arrays."""
+    return interpret(Program(function.name, "", (function,), dims), function.name, arguments)
 
 
 def dims_of(variant: type[Variant], D: int, F: int | None = None) -> dict[str, int]:

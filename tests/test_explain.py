@@ -17,13 +17,13 @@ import sympy
 import tttc
 from tests.helpers import LIBRARY, compiled, dims_of, inputs_for, keywords
 from tttc.explain.chunk_form import chunk_formulas
-from tttc.explain.costs import StageCost, layer_cost, stage_costs
+from tttc.explain.costs import StageCost, layer_cost, program_costs
 from tttc.explain.report import explain, summary
 from tttc.explain.update_rule import StateRule, end_equations, rules, token_equations
 from tttc.ir import build as b
 from tttc.ir import cost
 from tttc.ir.expr import Axis, Expr, leaf
-from tttc.ir.latex import expression_latex, name_latex, program_latex
+from tttc.ir.latex import LatexPrinter, name_latex, program_latex
 from tttc.ir.program import S_AXIS, T_AXIS
 from tttc.library import TTTMLP, GatedThreeLayer, LinearAttention, TTTLinear
 from tttc.runtime.layer import Layer
@@ -345,7 +345,8 @@ def test_the_equations_of_the_end_of_a_mini_batch_are_the_rule(parts: tuple[str,
 
 
 def cost_of(name: str, stage: str, function: str) -> StageCost:
-    return next(c for c in stage_costs(layer(name)) if (c.stage, c.function) == (stage, function))
+    costs = (c for entry in layer(name).stages for c in program_costs(entry.program))
+    return next(c for c in costs if (c.stage, c.function) == (stage, function))
 
 
 def test_costs_of_stages_for_the_dims_of_the_layer() -> None:
@@ -467,13 +468,14 @@ SEGMENTS = b.segprod(TAU, T_AXIS, S_AXIS)
     ],
 )
 def test_expressions(e: Expr, latex: str) -> None:
-    assert expression_latex(e) == latex
+    assert LatexPrinter()(e) == latex
 
 
 def test_a_named_value_is_not_spelled_out() -> None:
-    assert expression_latex(b.contract((GRAM, K), (S_AXIS,)), {GRAM: "A1"}) == "A_{1} k_{c}"
+    printer = LatexPrinter({GRAM: name_latex("A1")})
+    assert printer(b.contract((GRAM, K), (S_AXIS,))) == "A_{1} k_{c}"
     transposed = b.contract((GRAM, leaf("y", "token", (T_AXIS, F_AXIS), "c")), (T_AXIS,))
-    assert expression_latex(transposed, {GRAM: "A1"}) == r"A_{1}^{\top} y_{c}"
+    assert printer(transposed) == r"A_{1}^{\top} y_{c}"
 
 
 @pytest.mark.parametrize(

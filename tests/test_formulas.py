@@ -14,13 +14,12 @@ import sympy
 import torch
 
 import tttc
-from tests.helpers import inputs_for, keywords
+from tests.helpers import evaluate_function, inputs_for, keywords
 from tttc.backends.torch.ops import function_of
 from tttc.errors import TTTCError
 from tttc.ir import build as b
 from tttc.ir.expr import Expr, leaf
 from tttc.ir.formulas import FUNCTIONS, adopt, formula_of
-from tttc.ir.interpret import evaluate_function
 from tttc.ir.latex import formula_latex
 from tttc.ir.program import Assign, Block, Function
 

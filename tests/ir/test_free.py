@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 import tttc
-from tests.helpers import LIBRARY, dims_of
+from tests.helpers import LIBRARY, dims_of, evaluate_function
 from tests.ir.test_ops import EXAMPLES
 from tttc.ir import build as b
 from tttc.ir.adjoint import adjoint_function, scan_adjoint
 from tttc.ir.expr import Axis, Expr, leaf, leaves, postorder
 from tttc.ir.free import free_axis
-from tttc.ir.interpret import evaluate_function
 from tttc.ir.names import own, prefixed, suffixed
 from tttc.ir.program import T_AXIS, Assign, Function, Program, Scan, ScanKind, cotangent
 

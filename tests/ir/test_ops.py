@@ -15,11 +15,11 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from tests.helpers import evaluate_function
 from tttc.ir import build as b
 from tttc.ir.differentiate import lower_composites, vjp
 from tttc.ir.expr import OPS, Axis, Expr, const, leaf, leaves
 from tttc.ir.formulas import adopt
-from tttc.ir.interpret import evaluate_function
 from tttc.ir.linearity import Dependence, dependence
 from tttc.ir.names import own
 from tttc.ir.ops import align, evaluate

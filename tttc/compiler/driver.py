@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -114,21 +114,15 @@ def compile(
         check_kernels(taken.program, scans, request.place.device)
     if not taken.asked:
         scans = with_standby(scans, request.declared.name, taken.unit.name)
-    given = request.settings
     return Layer(
         request.declared,
         stages,
         scans,
         source,
-        dims=given.dims,
-        dtype=given.dtype,
-        device=given.device,
+        request.settings,
         backend=taken.unit.name,
         why=taken.why,
-        checkpoint=given.checkpoint,
-        decode=given.decode,
         tuning=taken.lookup.tuning,
-        settings={f.name: getattr(given, f.name) for f in fields(given)},
         recompile=compiled_again,
     )
 
@@ -256,7 +250,7 @@ def _choose(request: Request, runs: bool) -> Taken:
             absent[unit.name] = gone[0]
             continue
         backend = unit.backend
-        lookup = Lookup(unit.name, backend, device, given.dtype, given.chunk, given.checkpoint, given.config)
+        lookup = Lookup(unit, given)
         options = replace(options, tuned=lookup.chosen_chunk, backend=backend)
         stages = advance(common, options, "adjoint")
         reasons = [*(unit.unavailable(device) if runs else unit.unwritten()), *backend.refusals(stages.program)]

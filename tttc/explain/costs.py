@@ -102,13 +102,8 @@ class LayerCost:
         return self.forward.flops / (self.sequence_bytes + self.chunk_bytes), on_chip
 
 
-def stage_costs(layer: Layer) -> list[StageCost]:
-    """The cost of every function of every stage, in their order; the two sweeps of an adjoint apart."""
-    return [c for entry in layer.stages for c in program_costs(entry.program)]
-
-
 def program_costs(program: Program) -> Iterator[StageCost]:
-    """The same of one stage."""
+    """The cost of every function of a stage, in their order; the two sweeps of an adjoint apart."""
     if isinstance(program, EmittedProgram):
         return
     if isinstance(program, AdjointProgram):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
@@ -29,7 +29,10 @@ from tttc.runtime.packing import Arguments, carried, packed, regrouped, ungroupe
 from tttc.runtime.sequencing import Sequencing
 from tttc.runtime.stability import warn_of_growth
 from tttc.runtime.state import PackedState, State, Tensors
-from tttc.tuning.records import UNTUNED, Tuning
+from tttc.tuning.records import Tuning
+
+if TYPE_CHECKING:
+    from tttc.compiler.driver import Settings
 
 __all__ = ["Layer", "PackedState", "State"]
 
@@ -51,21 +54,17 @@ class Layer:
         stages: History,
         scans: Mapping[str, CompiledScan],
         source: Source,
+        settings: Settings,
         *,
-        dims: Mapping[str, int],
-        dtype: torch.dtype,
-        device: torch.device,
         backend: str,
         why: str,
-        checkpoint: int | str | None,
-        decode: str = "auto",
-        tuning: Tuning = UNTUNED,
-        settings: Mapping[str, Any],
+        tuning: Tuning,
         recompile: Callable[[PickledVariant, Mapping[str, Any]], Layer],
     ) -> None:
         self.signature, self.stages, self._source = signature, stages, source
-        self.dims, self.dtype, self.device = dict(dims), dtype, device
-        self.backend, self.why, self.checkpoint, self.tuning = backend, why, checkpoint, tuning
+        dtype, device = self.dtype, self.device = settings.dtype, settings.device
+        self.dims, self.checkpoint = dict(settings.dims), settings.checkpoint
+        self.backend, self.why, self.tuning = backend, why, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._scans, self._settings, self._recompile = scans, settings, recompile
         self._of_kernels = not named(backend, device).of_torch
@@ -76,7 +75,7 @@ class Layer:
         self._results = {s.name: s.results for s in program.scans}
         self._operators: dict[str, Operator] = {}
         self._carried = carried(program)
-        self.sequencing = Sequencing(program, signature, self.dims, decode)
+        self.sequencing = Sequencing(program, signature, self.dims, settings.decode)
 
     @property
     def decode(self) -> str:
@@ -96,7 +95,7 @@ class Layer:
         return self  # nothing of it is trained, or changed by a call
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._recompile, (PickledVariant.of(self.signature.variant), self._settings)
+        return self._recompile, (PickledVariant.of(self.signature.variant), dict(vars(self._settings)))
 
     def explain(self, latex: bool = False, stages: Sequence[str] | None = None) -> str:
         """The mathematics stage by stage (or of `stages`), the costs, and why this backend was taken; or as LaTeX."""

@@ -37,18 +37,10 @@ def shared(
 
 
 @constant_in_graphs
-def _compile(
-    variant: type[Variant],
-    dims: Dims,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: str,
-    checkpoint: int | str | None,
-    telemetry: bool,
-) -> str:
+def _compile(*key: Any) -> str:
     """The name of the layer, made unless it is there: not a part of any graph."""
-    key = (variant, dims, dtype, device, backend, checkpoint, telemetry)
     if key not in _COMPILED:
+        variant, dims, dtype, device, backend, checkpoint, telemetry = key
         options: dict[str, Any] = {"checkpoint": checkpoint, "telemetry": telemetry}
         _COMPILED[key] = untraced(lambda: compile_variant(variant, dict(dims), dtype, device, backend, **options))
     name = f"layer_{list(_COMPILED).index(key)}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
@@ -62,7 +63,8 @@ class KernelWriter:
         inner = [a.size for e in postorder(a.value for a in self.scan.block.assigns) for a in e.axes]
         self.used = [d for d in dict.fromkeys([*dims, *inner]) if d != TOKENS or self.scan.loops]
         self.indices = {d: "t" if d == TOKENS else marked(places_of(d)) for d in (TOKENS, *self.used)}
-        given = [t.of.name for t in self.spec.tensors(self.backwards)]
+        self.tensors = self.spec.tensor_of(self.backwards)
+        given = [name for name, _ in self.tensors]
         self.taken = {*map(spelled, (*given, *(p.name for p in self.scan.results), *map(places_of, self.used)))}
 
     def variable(self, p: Expr) -> str:
@@ -77,6 +79,14 @@ class KernelWriter:
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
+
+    @contextmanager
+    def indented(self, head: str) -> Iterator[None]:
+        """Lines that belong to the one above them."""
+        self.line(head)
+        self.depth += 1
+        yield
+        self.depth -= 1
 
     def wrapped(self, head: str, items: Sequence[str], tail: str) -> None:
         """A comma-separated list, on lines of their own where it is longer than 110 columns."""
@@ -167,6 +177,14 @@ class KernelWriter:
         mask = self.mask(t.of)
         self.line(f"tl.store({self.pointer(t, at)}, {value}{f', mask={mask}' if mask else ''})")
 
+    def loads(self, of: Iterable[Expr], holds: Holds = Holds.VALUE, at: Place = None) -> None:
+        for p in of:
+            self.load(self.tensors[p.name, holds], self.variable(p), at)
+
+    def stores(self, of: Iterable[Expr], holds: Holds, at: Place = None) -> None:
+        for p in of:
+            self.store(self.tensors[p.name, holds], self.variable(p), at)
+
     # -- chunks
 
     def chunk_begins(self, first: str) -> None:
@@ -246,91 +264,60 @@ class KernelWriter:
         scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence])
-        named = self.spec.tensor_of(False)
-        for p in (*scan.fixed, *(() if self.spec.alone else scan.carry)):
-            self.load(named[p.name, Holds.VALUE], self.variable(p))
+        self.loads((*scan.fixed, *(() if self.spec.alone else scan.carry)))
         if self.spec.alone:
             self.chunk_begins(f"chunk * {self.chunk}")
-            for p in scan.carry:
-                self.load(named[p.name, Holds.KEPT], self.variable(p), ("groups", "chunk"))
-            for p in scan.sequence:
-                self.load(named[p.name, Holds.VALUE], self.variable(p))
+            self.loads(scan.carry, Holds.KEPT, ("groups", "chunk"))
+            self.loads(scan.sequence)
         elif scan.loops:
             self.line(f"for chunk in range(0, tl.cdiv(T, {self.chunk})):")
             self.depth += 1
             self.chunk_begins(f"chunk * {self.chunk}")
-            self.line("if chunk % every == 0 and groups > 0:")
-            self.depth += 1
-            for p in scan.carry:
-                self.store(named[p.name, Holds.KEPT], self.variable(p), ("groups", "chunk // every"))
-            self.depth -= 1
-            for p in scan.sequence:
-                self.load(named[p.name, Holds.VALUE], self.variable(p))
-        self.body(forward(self.spec), {a.leaf.name: named[a.leaf.name, Holds.VALUE] for a in scan.outputs})
+            with self.indented("if chunk % every == 0 and groups > 0:"):
+                self.stores(scan.carry, Holds.KEPT, ("groups", "chunk // every"))
+            self.loads(scan.sequence)
+        self.body(forward(self.spec), {a.leaf.name: self.tensors[a.leaf.name, Holds.VALUE] for a in scan.outputs})
         self.depth = 1
-        for a in scan.updates:
-            self.store(named[a.leaf.name, Holds.NEW], self.variable(a.target))
+        self.stores((a.target for a in scan.updates), Holds.NEW)
         return "\n".join(self.lines) + "\n"
 
     def backward(self) -> str:
         scan = self.scan
         self.head()
         self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)])
-        named = self.spec.tensor_of(True)
-        d_made = [cotangent(a.target) for a in scan.updates]
         block = backward(self.spec)
-        for p in scan.fixed:
-            self.load(named[p.name, Holds.VALUE], self.variable(p))
-        for d in d_made:
-            self.load(named[d.name, Holds.VALUE], self.variable(d))
+        self.loads((*scan.fixed, *(cotangent(a.target) for a in scan.updates)))
         for d in map(cotangent, scan.fixed):
             self.line(f"{self.variable(d)} = {f'tl.zeros({self.printer.shape(d)}, tl.float32)' if d.axes else '0.0'}")
-        stores = {cotangent(p).name: named[cotangent(p).name, Holds.NEW] for p in scan.sequence}
+        written = {cotangent(p).name: self.tensors[cotangent(p).name, Holds.NEW] for p in scan.sequence}
         if scan.loops:
-            self._sweeps(block, named, stores)
+            self._sweeps(block, written)
         else:
-            for p in scan.carry:
-                self.load(named[p.name, Holds.KEPT], self.variable(p))
-            self.body(block, stores)
-        self.depth = 1
-        for p in (*scan.carry, *scan.fixed):
-            d = cotangent(p)
-            self.store(named[d.name, Holds.NEW], self.variable(d))
+            self.loads(scan.carry, Holds.KEPT)
+            self.body(block, written)
+        self.stores(map(cotangent, (*scan.carry, *scan.fixed)), Holds.NEW)
         return "\n".join(self.lines) + "\n"
 
-    def _sweeps(
-        self, block: Sequence[Assign], named: dict[tuple[str, Holds], Tensor], stores: dict[str, Tensor]
-    ) -> None:
+    def _sweeps(self, block: Sequence[Assign], written: dict[str, Tensor]) -> None:
         scan = self.scan
-        self.line("for back in range(0, groups):")
-        self.depth += 1
-        self.line("group = groups - 1 - back")
-        self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
-        for p in scan.carry:
-            self.load(named[p.name, Holds.KEPT], self.variable(p), ("groups", "group"))
-        self.line("for j in range(0, count):  # the carry before every chunk of the group")
-        self.depth += 1
-        for p in scan.carry:
-            self.store(named[p.name, Holds.WORK], self.variable(p), ("every", "j"))
-        self.chunk_begins(f"(group * every + j) * {self.chunk}")
-        updates = [a for a in forward(self.spec) if a.leaf.at is None]
-        read = {e.name for e in leaves(a.value for a in updates)}
-        for p in scan.sequence:
-            if p.name in read:
-                self.load(named[p.name, Holds.VALUE], self.variable(p))
-        self.body(updates, {})
-        self.depth -= 1
-        self.line("tl.debug_barrier()  # what one thread has stored, others load")
-        self.line("for j_back in range(0, count):")
-        self.depth += 1
-        self.line("j = count - 1 - j_back")
-        self.chunk_begins(f"(group * every + j) * {self.chunk}")
-        self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
-        for p in scan.carry:
-            self.load(named[p.name, Holds.WORK], self.found(p), ("every", "j"))
-        for p in (*scan.sequence, *_d_outputs(scan)):
-            self.load(named[p.name, Holds.VALUE], self.variable(p))
-        self.body(block, stores)
-        self.depth -= 1
-        self.line("tl.debug_barrier()")
-        self.depth -= 1
+        with self.indented("for back in range(0, groups):"):
+            self.line("group = groups - 1 - back")
+            self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
+            self.loads(scan.carry, Holds.KEPT, ("groups", "group"))
+            with self.indented("for j in range(0, count):  # the carry before every chunk of the group"):
+                self.stores(scan.carry, Holds.WORK, ("every", "j"))
+                self.chunk_begins(f"(group * every + j) * {self.chunk}")
+                updates = [a for a in forward(self.spec) if a.leaf.at is None]
+                read = {e.name for e in leaves(a.value for a in updates)}
+                self.loads(p for p in scan.sequence if p.name in read)
+                self.body(updates, {})
+            self.line("tl.debug_barrier()  # what one thread has stored, others load")
+            with self.indented("for j_back in range(0, count):"):
+                self.line("j = count - 1 - j_back")
+                self.chunk_begins(f"(group * every + j) * {self.chunk}")
+                self.begin([*scan.fixed, *scan.sequence, *_d_outputs(scan)], scan.carry)
+                for p in scan.carry:
+                    self.load(self.tensors[p.name, Holds.WORK], self.found(p), ("every", "j"))
+                self.loads((*scan.sequence, *_d_outputs(scan)))
+                self.body(block, written)
+            self.line("tl.debug_barrier()")

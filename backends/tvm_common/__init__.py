@@ -1,1 +1,1 @@
-"""Chunks as statements and loops, for the kernels that TVM compiles: for this CPU (tvm_cpu) and for GPUs (tvm_cuda)."""
+"""Scans as kernels, chunks as statements and loops: what TVM compiles for CPUs (tvm_cpu) and GPUs (tvm_cuda)."""

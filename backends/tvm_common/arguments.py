@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tttc.ir.expr import Expr
-from tttc.ir.names import suffixed
+from tttc.ir.names import own, suffixed
 from tttc.ir.program import Scan, cotangent
+
+LAUNCHED = tuple(map(own, ("batch", "heads", "tokens", "groups", "places")))
+"""The lengths that all tensors have in common, by name; a loop is told "every", too."""
 
 
 class Argument(NamedTuple):
@@ -36,3 +39,8 @@ def arguments(scan: Scan, backward: bool) -> list[Argument]:
     found += [*(Argument(cotangent(a.target)) for a in scan.outputs), *(Argument(cotangent(p), "in") for p in made)]
     found += [Argument(cotangent(p), "out") for p in scan.params]
     return [*found, *(Argument(p, "work") for p in scan.carry)] if scan.loops else found
+
+
+def stride_name(tensor: str, axis: int) -> str:
+    """What the distance of a tensor's batch elements, heads or tokens is called."""
+    return suffixed(tensor, f"stride_{'bht'[axis]}")

@@ -9,8 +9,6 @@ from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.machine import Machine
 from tttc.ir.expr import Axis
 
-LOCAL = {"disable_lower_builtin": True}  # a buffer that LLVM may turn into registers
-
 
 class Index(NamedTuple):
     """Where an axis stands; `lanes` says that it is there and at the lanes that follow, `beyond` that it may be a token

@@ -13,7 +13,7 @@ from tttc.backends.tvm_common.accumulators import triangle
 from tttc.backends.tvm_common.loops import FusedLoop, by_vectors
 from tttc.backends.tvm_common.lowering import ExprLowering
 from tttc.backends.tvm_common.statements import Statement
-from tttc.backends.tvm_common.stores import LOCAL, Index, Places, Registers, Store
+from tttc.backends.tvm_common.stores import Index, Places, Registers, Store
 from tttc.backends.tvm_common.tir import T, tirx
 from tttc.backends.tvm_cpu.emission import Emission
 from tttc.backends.tvm_cpu.matmul import products
@@ -69,10 +69,10 @@ class Emitter(Emission):
             width = self.blocks(s.target.axes[-1]) if len(s.target.axes) == 2 else 0
             short = isinstance(width, int) and 0 < width <= self.machine.config.unrolled
             if short and by_vectors(s.name, group):
-                buffer = T.alloc_buffer((width,), self.machine.vector, scope="local", annotations=LOCAL, layout=None)
+                buffer = self.registers(width, self.machine.vector)
                 self.stores[s.name] = Registers(buffer, self.machine)
             elif len(s.target.axes) == 1:
-                buffer = T.alloc_buffer((1,), self.machine.dtype, scope="local", annotations=LOCAL, layout=None)
+                buffer = self.registers(1, self.machine.dtype)
                 self.stores[s.name] = Store(buffer, self.machine, rows=1)
             else:
                 self.stores[s.name] = self.declared(self.reserve(s.name, s.target.axes, rows=1))
@@ -164,7 +164,7 @@ class Emitter(Emission):
         op, lane, join = s.value.op, s.lane, self._joined(s.value.op)
         assert lane is not None
         rest = [a for a in s.value.arg if a != lane]
-        held = T.alloc_buffer((1,), self.machine.vector, scope="local", annotations=LOCAL, layout=None)
+        held = self.registers(1, self.machine.vector)
         n = self.blocks(lane)
         unrolled = isinstance(n, int) and n <= self.machine.config.unrolled and not rest
 
@@ -213,7 +213,7 @@ class Emitter(Emission):
             wide = lane is not None and places[lane].lanes
             functions = self.functions(wide)
             dtype = self.machine.vector if wide else self.machine.dtype
-            held = T.alloc_buffer((1,), dtype, scope="local", annotations=LOCAL, layout=None)
+            held = self.registers(1, dtype)
             T.buffer_store(held, functions.const(-3e38 if op == "max" else 0.0), [0])
             with self.loops(tuple(s.value.arg), places) as inside:
                 point = ExprLowering(self, inside)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 
 from tttc.backends.tvm_common.statements import TOKENS, Statement
-from tttc.backends.tvm_common.stores import LOCAL, Index, Places, Store
+from tttc.backends.tvm_common.stores import Index, Places, Store
 from tttc.backends.tvm_common.tir import IRBuilder, T, tirx
 from tttc.backends.tvm_cpu.arena import Scratch
 from tttc.backends.tvm_cpu.machine import HIGHEST, Machine
 from tttc.backends.tvm_cpu.ops import Functions
 from tttc.ir.expr import Axes, Axis
 from tttc.ir.names import spelled
+
+LOCAL = {"disable_lower_builtin": True}  # a buffer that LLVM may turn into registers
 
 
 class Emission:
@@ -41,11 +43,8 @@ class Emission:
 
     def blocks(self, axis: Axis) -> Any:
         """Vectors that hold an axis."""
-        return (
-            -(-self.capacity(axis) // self.machine.lanes)
-            if isinstance(self.capacity(axis), int)
-            else (T.truncdiv(self.capacity(axis) + (self.machine.lanes - 1), self.machine.lanes))
-        )
+        n, lanes = self.capacity(axis), self.machine.lanes
+        return -(-n // lanes) if isinstance(n, int) else T.truncdiv(n + (lanes - 1), lanes)
 
     def shape(self, axes: Axes) -> list[Any]:
         """The sizes of a variable, with room for whole tiles of tokens, and for whole vectors along its last axis."""
@@ -96,9 +95,13 @@ class Emission:
 
     def in_register(self, x: Any) -> Any:
         """A value in a register of its own: a binding would be computed again at every use."""
-        kept = T.alloc_buffer((1,), str(x.ty.dtype), scope="local", annotations=LOCAL, layout=None)
+        kept = self.registers(1, str(x.ty.dtype))
         T.buffer_store(kept, x, [0])
         return kept[0]
+
+    def registers(self, count: int, dtype: str) -> Any:
+        """So many registers, as far as the machine has them."""
+        return T.alloc_buffer((count,), dtype, scope="local", annotations=LOCAL, layout=None)
 
     # -- loops
 
@@ -106,16 +109,12 @@ class Emission:
     def loops(self, axes: Sequence[Axis], at: Places) -> Iterator[dict[Axis, Index]]:
         """Loops over the axes that stand nowhere yet."""
         places = dict(at)
-        frames = []
-        for a in axes:
-            if a not in places:
-                frame = T.serial(self.extent(a))
-                frames.append(frame)
-                i = frame.__enter__()
-                places[a] = Index(i, ("loop", id(i)))
-        yield places
-        for frame in reversed(frames):
-            frame.__exit__(None, None, None)
+        with ExitStack() as stack:
+            for a in axes:
+                if a not in places:
+                    i = stack.enter_context(T.serial(self.extent(a)))
+                    places[a] = Index(i, ("loop", id(i)))
+            yield places
 
     def token_by_token(self, s: Statement, along: Axis, step: Callable[[Any, bool, Places], None]) -> None:
         """Token after token; all other axes inside, the last of them as vectors."""
@@ -138,16 +137,16 @@ class Emission:
             with T.serial(n) as j:
                 body(self._block(j))
 
-    def each_blocks(self, axis: Axis, wide: int, body: Callable[[list[Index]], None]) -> None:
-        """So many vectors at once along an axis."""
+    def each_blocks(self, axis: Axis, wide: int, body: Callable[[Any, int], None]) -> None:
+        """So many vectors at once along an axis, or as many as are left: the number of the first, and how many."""
         n = self.blocks(axis)
         if not isinstance(n, int) or n >= 2 * wide:
             with T.serial(n // wide if isinstance(n, int) else n) as j:
-                body([Index((j * wide + i) * self.machine.lanes, ("block", id(j), i), lanes=True) for i in range(wide)])
+                body(j * wide, wide)
         elif n >= wide:
-            body([self._block(j) for j in range(wide)])
+            body(0, wide)
         if isinstance(n, int) and n % wide:
-            body([self._block(j) for j in range(n - n % wide, n)])
+            body(n - n % wide, n % wide)
 
     def _block(self, j: Any) -> Index:
         """One vector, by its number, which may be that of a pass of a loop."""

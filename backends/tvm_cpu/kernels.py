@@ -1,31 +1,34 @@
-"""Scans as TensorIR: one function for the forward of a scan and one for its backward, parallel over batch and heads.
+"""Scans as TensorIR for this CPU, parallel over batch and heads: a function forward, and one backward.
 
-    for g in parallel(G):                       for g in parallel(G):
-        W = W_in[g]                                 for group of chunks, the last one first:
-        for chunk in chunks(T, 16):                     W = kept[g, group]; carries = W before each of its chunks
-            if chunk % every == 0: kept[...] = W        for chunk in reversed(group):
-            z[g, chunk], W = ...                            dq[g, chunk], ..., dW = ... from carries, dz[g, chunk], dW
-        W_out[g] = W                                dW_in[g] = dW
-
-Inside, each chunk is what ir/adjoint.py made, as loops (loops.py, tiles.py). The weights stay in memory of the
-function, padded to whole vectors, as does everything else whose last axis is no whole number of them.
+The weights stay in memory of the function, padded to whole vectors, as does everything else whose last axis is no whole
+number of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from tttc.backends.tvm_common.arguments import arguments
-from tttc.backends.tvm_common.loops import heads_per_task
-from tttc.backends.tvm_common.stores import Store
-from tttc.backends.tvm_common.tir import T
-from tttc.backends.tvm_cpu.builder import Builder, Slice
+from tttc.backends.tvm_common.arguments import Argument
+from tttc.backends.tvm_common.kernels import KernelBuilder
+from tttc.backends.tvm_common.loops import fuse_loops, heads_per_task, read_last, read_often
+from tttc.backends.tvm_common.statements import TOKENS, statements
+from tttc.backends.tvm_common.stores import Index, Store
+from tttc.backends.tvm_common.tir import T, tirx
+from tttc.backends.tvm_cpu.arena import LINE, Scratch
+from tttc.backends.tvm_cpu.codegen import Emitter
 from tttc.backends.tvm_cpu.machine import Machine
-from tttc.ir.adjoint import backward_block
-from tttc.ir.names import suffixed
-from tttc.ir.program import Scan, ScanAdjoint, ScanProgram, cotangent
+from tttc.backends.tvm_cpu.ops import Functions
+from tttc.ir.expr import Expr
+from tttc.ir.names import spelled
+from tttc.ir.program import AdjointProgram, Assign, Scan
+
+FETCHED = 1 << 14  # numbers of a chunk that are asked for while the one before is worked on
+CLEARED = 1 << 16  # numbers of the scratch memory that are zeros at first; both fit the second cache
+TURN = 4  # chunks of a head until the next one has its turn: of many more, the rows would lie on too many pages
 
 
 @dataclass(frozen=True)
@@ -37,98 +40,243 @@ class Kernel:
     machine: Machine
 
 
-def forward_kernel(scan: Scan, program: ScanProgram, machine: Machine, stored: Mapping[str, str]) -> Kernel:
-    """carry, fixed, sequences -> outputs, new carry; and, with a loop, the carry at every `every` chunks.
+def kernel(
+    scan: Scan, program: AdjointProgram, machine: Machine, stored: Mapping[str, str], *, backward: bool
+) -> Kernel:
+    """The forward or the backward of a scan."""
+    builder = CPUKernelBuilder(scan, program, machine, stored, backward)
+    return Kernel(builder.name, builder.written(), machine)
 
-    `stored` are the dtypes of sequences that have another one than arithmetic, by name.
-    """
-    b = Builder(scan.name, scan, program, machine, stored)
-    with b.function():
-        b.declare(arguments(scan, False))
-        if scan.loops:
-            b.every = T.arg("every", T.int32())
-        if heads_per_task(scan, program.dims, machine.lanes):
-            _heads_together(b, scan)
+
+class CPUKernelBuilder(KernelBuilder):
+    """One function: its memory, its loops over heads, and how statements find what they read in vectors."""
+
+    emitter: Emitter
+
+    def __init__(
+        self, scan: Scan, program: AdjointProgram, machine: Machine, stored: Mapping[str, str], backward: bool
+    ) -> None:
+        super().__init__(scan, program, machine, stored, backward)
+        self.called = spelled
+        self.vectors = Functions(machine.dtype, machine.lanes, lambda x: x)
+
+    def written(self) -> Any:
+        if self.backward or not heads_per_task(self.scan, self.dims, self.machine.lanes):
+            function = super().written()
         else:
-            _head_by_head(b, scan)
-    return Kernel(b.name, b.built, machine)
+            with self.function():
+                self._heads_together()
+            function = self.built
+        size = tirx.const(self.scratch.size, "int32")  # known when all is written
+        return function.specialize({self.scratch_size: size})
 
+    def _heads_together(self) -> None:
+        """Some chunks at a time, in each some heads: the rows of a token lie side by side, each page is visited once,
+        and the weights of a head stay in the first cache for as many chunks.
+        """
+        self.together = T.arg("together", T.int32())
+        carry = self.scan.carry
+        with self.each_group():
+            with self.heads():
+                for p in carry:
+                    self.copy(p, self.tensor(p, "in"), self.tensor(p, "out"))
+            with self.turns() as turn, self.heads():
+                self._inputs_ready()
+                self.emitter.stores |= {p.name: self.tensor(p, "out") for p in carry}
+                with self.chunks(*turn) as chunk:
+                    self.save_kept(chunk)
+                    self.run()
+                self.save(self.whole, self.suffix)
 
-def _head_by_head(b: Builder, scan: Scan) -> None:
-    """All chunks of a head, with its weights in memory of the function."""
-    made = [a.target for a in scan.updates]
-    with b.each_head():
-        b.fixed_ready(scan.fixed)
-        for p in scan.carry:
-            b.load_variable(p, b.buffers[p.name])
-        with b.chunks(scan.loops) as chunk:
-            if scan.loops:
-                b.save_kept(scan.carry, chunk)
-            b.run(scan.block.assigns, scan.sequence, b.first + b.chunk)
-            b.sequences_done([a.target for a in scan.outputs])
-            if not scan.loops:
-                for p in made:
-                    b.save_variable(p, b.buffers[suffixed(p.name, "out")])
-        if scan.loops:
-            for p in made:
-                b.save_variable(p, b.buffers[suffixed(p.name, "out")])
+    def _length(self, name: str) -> Any:
+        return T.int32()
 
+    def _begin_function(self) -> None:
+        self.scratch_size = T.arg("scratch_size", T.int32())
 
-def _heads_together(b: Builder, scan: Scan) -> None:
-    """Some chunks at a time, in each some heads: the rows of a token lie side by side, each page is visited once, and
-    the weights of a head stay in the first cache for as many chunks.
-    """
-    b.together = T.arg("together", T.int32())
-    outs = {p: b.buffers[suffixed(p.name, "out")] for p in scan.carry}
-    with b.each_group():
-        with b.heads():
-            for p, out in outs.items():
-                b.copy(p, Slice(b.buffers[p.name], b.g), Slice(out, b.g))
-        with b.turns() as turn, b.heads():
-            b.fixed_ready(scan.fixed)
-            b.emitter.stores |= {p.name: Store(out, b.machine, b.g) for p, out in outs.items()}
-            with b.chunks(True, *turn) as chunk:
-                b.save_kept(scan.carry, chunk)
-                b.run(scan.block.assigns, scan.sequence, b.first + b.chunk)
-                b.sequences_done([a.target for a in scan.outputs])
+    def _label(self, a: Argument) -> str:
+        """The name of its variable, but for those of which there are two."""
+        return spelled(a.of.name if a.suffix == "in" else a.name)
 
+    # -- loops
 
-def backward_kernel(a: ScanAdjoint, program: ScanProgram, machine: Machine, stored: Mapping[str, str]) -> Kernel:
-    """Inputs, kept carries, cotangents -> cotangents of the inputs, each in the dtype of what it belongs to."""
-    scan = a.scan
-    b = Builder(f"{scan.name}_adjoint", scan, program, machine, with_cotangents(scan, stored))
-    d_outputs = [cotangent(x.target) for x in scan.outputs]
-    d_made = [cotangent(x.target) for x in scan.updates]
-    d_carry = [cotangent(p) for p in scan.carry]
-    with b.function():
-        b.declare(arguments(scan, True))
-        if scan.loops:
-            b.every = T.arg("every", T.int32())
-        with b.each_head():
-            b.fixed_ready(scan.fixed)
-            for d in d_made:
-                b.load_variable(d, b.buffers[d.name])
-            for d in d_carry:
-                if d not in d_made:
-                    b.load_variable(d, None)
-            for d in map(cotangent, scan.fixed):
-                b.load_variable(d, None)
-            if scan.loops:
-                with b.reversed_chunks(scan):
-                    b.run(backward_block(a), (*scan.sequence, *d_outputs), b.first - b.chunk, renamed=True)
-                    b.sequences_done([cotangent(p) for p in scan.sequence], "out")
+    @contextmanager
+    def each_head(self) -> Iterator[None]:
+        with T.parallel(self.B * self.H) as i:
+            self._begin()
+            self.g = self.emitter.in_register(T.truncdiv(i, self.H)), self.emitter.in_register(T.truncmod(i, self.H))
+            self._inputs_ready()
+            yield
+
+    @contextmanager
+    def each_group(self) -> Iterator[None]:
+        """So many heads `together`, of one batch element."""
+        groups = T.truncdiv(self.H + self.together - 1, self.together)
+        with T.parallel(self.B * groups) as i:
+            self._begin()
+            self.batch = self.emitter.in_register(T.truncdiv(i, groups))
+            self.first_head = self.emitter.in_register(T.truncmod(i, groups) * self.together)
+            yield
+
+    @contextmanager
+    def heads(self) -> Iterator[None]:
+        """The heads of a group, one after the other."""
+        with T.serial(T.min(self.together, self.H - self.first_head)) as i:
+            self.g = self.batch, self.emitter.in_register(self.first_head + i)
+            yield
+
+    def _begin(self) -> None:
+        """The memory of a thread, and what writes its statements."""
+        self.scratch = Scratch(T.alloc_buffer((self.scratch_size,), self.machine.dtype, scope="global"))
+        chunk = self.chunk if self.scan.loops else 1
+        self.emitter = Emitter(self.machine, self.dims, _one(), chunk, self.scratch)
+        self._cleared()
+
+    def _cleared(self) -> None:
+        """Zeros, as far as it is no work: tiles reach beyond the last token, and denormal numbers there are slow."""
+        zero, lanes = self.vectors.const(0.0), self.machine.lanes
+        with T.serial(T.truncdiv(T.min(self.scratch_size, CLEARED), lanes)) as i:
+            T.add_to_parent(self.scratch.block.vstore([i * lanes], zero))
+
+    @contextmanager
+    def turns(self) -> Iterator[tuple[Any, Any]]:
+        """The chunks, a few at a time: from one to before another."""
+        with T.serial(T.truncdiv(self.count + (TURN - 1), TURN)) as turn:
+            yield turn * TURN, T.min(turn * TURN + TURN, self.count)
+
+    def _begin_only_chunk(self) -> None:
+        self._begin_chunk(0, _one())
+
+    def syncthreads(self) -> None:
+        """One thread does all of a head."""
+
+    def _begin_chunk(self, first: Any, tokens: Any) -> None:
+        self.first, self.emitter.tokens = (
+            x if isinstance(x, int) else self.emitter.in_register(x) for x in (first, tokens)
+        )
+        self.emitter.chunk = self.chunk if self.scan.loops else 1
+
+    @contextmanager
+    def uniform_region(self, condition: Any) -> Iterator[None]:
+        """Memory that is reserved inside ends with it."""
+        before = dict(self.emitter.stores)
+        with T.If(condition), T.Then():
+            yield
+            self.emitter.release([n for n, store in self.emitter.stores.items() if before.get(n) is not store])
+            self.emitter.stores |= before
+
+    # -- variables
+
+    def _inputs_ready(self) -> None:
+        """What stays: read in place where it is whole vectors."""
+        for p in (*self.scan.fixed, *(() if self.scan.loops else self.scan.sequence)):
+            if self._is_whole(p):
+                self.emitter.stores[p.name] = self.tensor(p, "")
             else:
-                for p in scan.carry:
-                    b.load_variable(p, b.buffers[p.name])
-                with b.chunks(False):
-                    b.run(backward_block(a), renamed=True)
-                    b.sequences_done([cotangent(p) for p in scan.sequence], "out")
-            for d in (*d_carry, *map(cotangent, scan.fixed)):
-                b.save_variable(d, b.buffers[suffixed(d.name, "out")])
-    return Kernel(b.name, b.built, machine)
+                self.load([p], "")
+        if self.backward and self.scan.loops:  # backwards, chunks begin with carries that were kept
+            for p in self.scan.carry:
+                self.emitter.reserve(p.name, p.axes)
+
+    def _is_whole(self, p: Expr) -> bool:
+        """Whether the last axis is a whole number of vectors."""
+        last = p.axes[-1] if p.axes else None
+        return last is not None and last.size != TOKENS and self.dims[last.size] % self.machine.lanes == 0
+
+    def _load(self, p: Expr, source: Store | None) -> None:
+        if p.name not in self.emitter.stores:
+            self.emitter.reserve(p.name, p.axes)
+        self.copy(p, source, self.emitter.stores[p.name])
+
+    def _save(self, p: Expr, target: Store, suffix: str) -> None:
+        self.copy(p, self.emitter.stores[p.name], target)
+
+    def copy(self, p: Expr, source: Store | None, target: Store, tokens: Any = None) -> None:
+        """Entry by entry, or vector by vector where both are laid out alike."""
+        whole, lanes = self._is_whole(p), self.machine.lanes
+        extents = [tokens if a.size == TOKENS else self.dims[a.size] for a in p.axes]
+        places: list[Index] = []
+        with ExitStack() as stack:
+            if not extents:
+                stack.enter_context(T.serial(1))  # a scope for what is declared
+            for i, n in enumerate(extents):
+                by_vectors = whole and i == len(extents) - 1
+                v = stack.enter_context(T.serial(n // lanes if by_vectors else n))
+                places.append(Index(v * lanes if by_vectors else v, (), lanes=by_vectors))
+            zero = self.emitter.functions(whole).const(0.0)
+            value = zero if source is None else self.emitter.declared(source).load(places).it
+            self.emitter.declared(target).save(places, value)
+
+    # -- sequences
+
+    def _sequences_ready(self, sequence: Sequence[Expr], copied: Collection[str]) -> None:
+        """The tokens of this chunk: read in place where they are whole vectors, but for those that are to be copied."""
+        for p in sequence:
+            if self._is_whole(p) and p.name not in copied:
+                self.emitter.stores[p.name] = self.tokens_of(p)
+            else:
+                self.copy(p, self.tokens_of(p), self.emitter.reserve(p.name, p.axes), self.emitter.tokens)
+
+    def _fetch_part(self, sequence: Sequence[Expr], first: Any, part: int, parts: int) -> None:
+        """Ask for some of the tokens of another chunk: rows that lie pages apart, no processor guesses them. A few at
+        a time, between the statements of this chunk, for it waits for few at once.
+        """
+        size = self.chunk
+        row = sum(max(prod(self.own(p)), LINE) for p in sequence)
+        if not self.scan.loops or not isinstance(size, int) or size * row > FETCHED:
+            return
+        begin, end = size * part // parts, size * (part + 1) // parts
+        if begin == end:
+            return
+        with T.serial(begin, end) as i:
+            t = self.emitter.in_register(T.max(T.min(first + i, self.T - 1), 0))
+            for p in sequence:
+                if not self.own(p):
+                    self._fetch(self.tensors[p.name], [t])
+                elif len(self.own(p)) == 1:
+                    for at in range(0, self.own(p)[0], LINE):
+                        self._fetch(self.tensors[p.name], [t, at])
+
+    def _fetch(self, buffer: Any, at: Sequence[Any]) -> None:
+        address = T.address_of(buffer[(*self.g, *at)])
+        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(2), T.int32(1)))
+
+    def run(self) -> None:
+        """Forwards the tokens after the chunk are fetched meanwhile, backwards those before it."""
+        ahead = self.first - self.chunk if self.backward else self.first + self.chunk
+        if self.scan.loops or not self.backward:
+            self._run(self.block, self.sequence, ahead, self.suffix)
+        else:
+            self._run(self.block, suffix=self.suffix)
+        for p in self.made:
+            if p.at is not None and not self._is_whole(p):
+                self.copy(p, self.emitter.stores[p.name], self.tokens_of(p, self.suffix), self.emitter.tokens)
+
+    def run_updates(self) -> None:
+        self._run(self.scan.updates, self.scan.sequence, self.first + self.chunk)
+
+    def _run(
+        self, assigns: Sequence[Assign], sequence: Sequence[Expr] = (), ahead: Any = None, suffix: str = ""
+    ) -> None:
+        """A block of the program on the tokens of a sequence, statement by statement; those from the token `ahead` on
+        are fetched meanwhile. What products read often is copied at first: rows at some large distance from each other
+        share few places of a cache.
+        """
+        stores = self.emitter.stores
+        for p in (a.target for a in assigns):
+            if p.at is not None and self._is_whole(p):
+                stores[p.name] = self.tokens_of(p, suffix)
+            elif p.at is not None or p.name not in stores:
+                self.emitter.reserve(p.name, p.axes)
+        names = [p.name for p in sequence]
+        groups = fuse_loops(statements(assigns, self.program, {*stores, *names}))
+        self._sequences_ready(sequence, [n for n in names if any(read_often(n, g) for g in groups)])
+        for i, (group, over) in enumerate(zip(groups, read_last(groups), strict=True)):
+            if ahead is not None:
+                self._fetch_part(sequence, ahead, i, len(groups))
+            self.emitter.group(group)
+            self.emitter.release(over)
 
 
-def with_cotangents(scan: Scan, stored: Mapping[str, str]) -> dict[str, str]:
-    """What has another dtype in the backward: cotangents have that of what they belong to, or one of their own."""
-    of = (*scan.params, *(x.target for x in scan.outputs))
-    return {**{cotangent(p).name: stored[p.name] for p in of if p.name in stored}, **stored}
+def _one() -> Any:
+    return tirx.const(1, "int32")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tttc.backends.tvm_common.accumulators import Accumulation, accumulated, zeros
 from tttc.backends.tvm_common.lowering import ExprLowering
 from tttc.backends.tvm_common.statements import Statement
-from tttc.backends.tvm_common.stores import LOCAL, Index, Places, Value
+from tttc.backends.tvm_common.stores import Index, Places, Value
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.emission import Emission
 from tttc.ir.expr import Axis, Expr
@@ -94,20 +94,14 @@ def _across(e: Emission, s: Statement, tile: Tile, half: bool) -> None:
             here = {**tile._replace(block=j * wide).vectors(i), **tile.rows(m)}
             e.stores[s.name].save([here[a] for a in s.target.axes], e.vectors.const(0.0))
         return
-    if not isinstance(n, int) or n >= 2 * wide:
-        with T.serial(n // wide if isinstance(n, int) else n) as j:
-            _accumulate(e, s, tile._replace(block=j * wide))
-    elif n >= wide:
-        _accumulate(e, s, tile)
-    if isinstance(n, int) and n % wide:
-        _accumulate(e, s, tile._replace(block=n - n % wide, wide=n % wide))
+    e.each_blocks(tile.lane, wide, lambda first, count: _accumulate(e, s, tile._replace(block=first, wide=count)))
 
 
 def _accumulate(e: Emission, s: Statement, tile: Tile) -> None:
     """One tile: every sum of products in registers, then what is made of them."""
     held = {}
     for product, total in accumulated(s.value).items():
-        held[product] = _registers(e, tile.high * tile.wide)
+        held[product] = e.registers(tile.high * tile.wide, e.machine.vector)
         _sum(e, total, held[product], tile)
     store = e.stores[s.name]
     with _unrolled(tile.high, tile.wide) as (m, n):
@@ -117,10 +111,6 @@ def _accumulate(e: Emission, s: Statement, tile: Tile) -> None:
         guarded = tile.row is not None and tile.beyond and store.shared
         with e.only_if(here[tile.row].index < e.tokens if guarded and tile.row is not None else None):
             store.save([here[a] for a in s.target.axes], value)
-
-
-def _registers(e: Emission, count: int) -> Any:
-    return T.alloc_buffer((count,), e.machine.vector, scope="local", annotations=LOCAL, layout=None)
 
 
 def _sum(e: Emission, total: Accumulation, held: Any, tile: Tile) -> None:
@@ -145,7 +135,7 @@ def _multiplied(e: Emission, sign: int, factors: Sequence[Expr], held: Any, tile
     of_vectors = [f for f in factors if tile.lane in f.axes and tile.row not in f.axes]
     of_rows = [f for f in factors if tile.lane not in f.axes]
     apart = [f for f in factors if tile.lane in f.axes and tile.row in f.axes]
-    rows, vectors = (_registers(e, n) for n in (tile.high, tile.wide))
+    rows, vectors = (e.registers(n, e.machine.vector) for n in (tile.high, tile.wide))
     if of_rows:
         with _unrolled(tile.high) as (m,):
             point = ExprLowering(e, tile.rows(m))

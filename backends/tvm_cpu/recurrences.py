@@ -11,7 +11,7 @@ from typing import Any
 
 from tttc.backends.tvm_common.lowering import ExprLowering
 from tttc.backends.tvm_common.statements import Statement
-from tttc.backends.tvm_common.stores import LOCAL, Index, Places
+from tttc.backends.tvm_common.stores import Index, Places
 from tttc.backends.tvm_common.tir import T
 from tttc.backends.tvm_cpu.emission import Emission
 from tttc.ir.expr import Axis, Expr
@@ -99,15 +99,17 @@ def _solve(e: Emission, s: Statement) -> None:
         rows = [e.in_register(T.max(last - t, 0) if upper else T.min(t, last)) for t in order]
         before = (e.tokens - done, e.tokens) if upper else (0, done)
 
-        def block(places: Places, blocks: Sequence[Index | None]) -> None:
-            here = [{**places, **({others[-1]: b} if b is not None else {})} for b in blocks]
-            _solve_rows(e, s, here, rows, inside, before)
-
         with e.loops(others[:-1], {}) as places:
-            if others:
-                e.each_blocks(others[-1], WIDE, lambda blocks: block(places, blocks))
-            else:
-                block(places, [None])
+            if not others:
+                _solve_rows(e, s, [places], rows, inside, before)
+                return
+
+            def columns(first: Any, count: int) -> None:
+                lanes, key = e.machine.lanes, ("block", id(first))
+                blocks = [Index((first + i) * lanes, (*key, i), lanes=True) for i in range(count)]
+                _solve_rows(e, s, [{**places, others[-1]: b} for b in blocks], rows, inside, before)
+
+            e.each_blocks(others[-1], WIDE, columns)
 
 
 def _solve_rows(
@@ -119,7 +121,7 @@ def _solve_rows(
     wide = any(p.lanes for p in columns[0].values())
     places = [Index(t, ("row", r)) for r, t in enumerate(rows)]
     dtype = e.machine.vector if wide else e.machine.dtype
-    held = T.alloc_buffer((len(rows) * len(columns),), dtype, scope="local", annotations=LOCAL, layout=None)
+    held = e.registers(len(rows) * len(columns), dtype)
 
     def subtract(r: int, c: int, point: ExprLowering, x: Any) -> None:
         factor = _at(point, matrix, wide)

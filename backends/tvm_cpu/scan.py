@@ -19,7 +19,7 @@ from tttc.backends.tvm_common.loops import heads_per_task
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.tir import writing
 from tttc.backends.tvm_cpu.build import build, link, loader, use_threads
-from tttc.backends.tvm_cpu.kernels import Kernel, backward_kernel, forward_kernel
+from tttc.backends.tvm_cpu.kernels import Kernel, kernel
 from tttc.backends.tvm_cpu.machine import Machine, TileConfig, host
 from tttc.ir.program import AdjointProgram, Scan
 
@@ -44,9 +44,7 @@ class CPUScan(TVMScan):
     def kernel(self, backward: bool, stored: Stored) -> Kernel:
         """A kernel before it is compiled."""
         with writing:
-            if backward:
-                return backward_kernel(self.adjoint, self.program, self._machine, dict(stored))
-            return forward_kernel(self.scan, self.program, self._machine, dict(stored))
+            return kernel(self.scan, self.program, self._machine, dict(stored), backward=backward)
 
     def make(self, backward: bool, stored: Stored) -> Function:
         """A kernel from the disk, or compiled and left there. The file is loaded in either case: from what TVM has in

@@ -4,8 +4,7 @@ ops.py          the table of operations
 emit.py         all kernels of a program as CUDA source
 phases.py       the statements as phases, and what each of them reads and writes
 smem.py         which values lie in shared memory, and where
-kernels.py      a scan as two kernels
-builder.py      a kernel while it is written: tensors, memory, loops over chunks
+kernels.py      a scan as two kernels: where values lie, and the steps of a chunk
 simt.py         a statement done by all threads of a block
 wmma.py         products on tensor cores
 source.py       TensorIR as CUDA source that needs nothing else

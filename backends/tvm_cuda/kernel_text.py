@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from tttc.backends.tvm_cpu.machine import BYTES
-from tttc.ir.names import spelled, suffixed
+from tttc.ir.names import spelled
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,3 @@ class CudaWords:
                 word += "_"
             self._words[name], self.identities[word] = word, name
         return self._words[name]
-
-
-def stride_name(tensor: str, axis: int) -> str:
-    """What the distance of a tensor's batch elements, heads or tokens is called."""
-    return suffixed(tensor, f"stride_{'bht'[axis]}")

@@ -17,12 +17,12 @@ from tttc.backends import nvidia
 from tttc.backends.cache import cached
 from tttc.backends.notice import compiling
 from tttc.backends.target import architecture_of
-from tttc.backends.tvm_common.arguments import arguments
+from tttc.backends.tvm_common.arguments import arguments, stride_name
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.tir import writing
 from tttc.backends.tvm_cuda.device import Device
-from tttc.backends.tvm_cuda.kernel_text import CudaSource, stride_name
-from tttc.backends.tvm_cuda.kernels import cuda_backward, cuda_forward
+from tttc.backends.tvm_cuda.kernel_text import CudaSource
+from tttc.backends.tvm_cuda.kernels import CudaKernelBuilder
 from tttc.backends.tvm_cuda.source import source
 from tttc.ir.names import own, suffixed
 from tttc.ir.program import AdjointProgram, Scan
@@ -88,9 +88,7 @@ class CudaScan(TVMScan):
 
     def _emitted(self, backward: bool, stored: Stored) -> CudaSource:
         """Written by TVM, now."""
-        if backward:
-            return source(cuda_backward(self.adjoint, self.program, self.device, dict(stored)))
-        return source(cuda_forward(self.scan, self.program, self.device, dict(stored)))
+        return source(CudaKernelBuilder(self.scan, self.program, self.device, dict(stored), backward).kernel())
 
     def _key(self, backward: bool, stored: Stored) -> str:
         """All that the text depends on. Not the version of TVM: the text does not need the TVM that wrote it."""

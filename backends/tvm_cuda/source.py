@@ -4,7 +4,7 @@
     alignas(64) float total_ptr[1];            ->    float total;
     COMMENT("tile x1[t, D] = ...");                  // tile x1[t, D] = ...
 
-What lies in shared memory has the places that shared.py chose.
+What lies in shared memory has the places that smem.py chose.
 """
 
 from __future__ import annotations

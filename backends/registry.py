@@ -4,14 +4,17 @@
     candidates(torch.device("cpu"))        what "auto" tries on it, the best first
     register(Unit(...))                    one of your own: README.md says what it consists of
 
-The functions here are the one lazy door to the packages: a backend is imported when it is first asked for something.
+What is named here is the one lazy door to the packages: a backend is imported when it is first asked for something.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -135,81 +138,57 @@ TRITON = Package(
 ONNX = tuple(Package(name, name, "pip install 'tttc[onnx]'") for name in ("onnx", "onnxruntime"))
 
 
-def _torch() -> Backend:
-    from tttc.backends import torch
-
-    return torch
-
-
-def _tvm_cpu() -> Backend:
-    from tttc.backends import tvm_cpu
-
-    return tvm_cpu
+def _lazy(module: str) -> Callable[[], Any]:
+    """A module that is imported when it is first asked for."""
+    return partial(import_module, module)
 
 
-def _tvm_cuda() -> Backend:
-    from tttc.backends import tvm_cuda
-
-    return tvm_cuda
-
-
-def _tvm_cuda_compiler() -> Compiler:
-    from tttc.backends.tvm_cuda import aot
-
-    return aot
-
-
-def _triton() -> Backend:
-    from tttc.backends import triton
-
-    return triton
-
-
-def _triton_compiler() -> Compiler:
+if TYPE_CHECKING:  # that they have the functions which they are to have
+    from tttc.backends import onnx, triton, tvm_cpu, tvm_cuda
+    from tttc.backends import torch as _torch
     from tttc.backends.triton import aot
+    from tttc.backends.triton import candidates as estimates
+    from tttc.backends.tvm_cuda import aot as cuda_aot
 
-    return aot
+    _backends: list[Backend] = [_torch, tvm_cpu, tvm_cuda, triton, onnx]
+    _compilers: list[Compiler] = [cuda_aot, aot]
+    _estimators: list[Estimator] = [estimates]
 
-
-def _triton_estimator() -> Estimator:
-    from tttc.backends.triton import candidates
-
-    return candidates
-
-
-def _onnx() -> Backend:
-    from tttc.backends import onnx
-
-    return onnx
-
-
-register(Unit("torch", "runs every program, on any device", _torch, of_torch=True))
-register(Unit("tvm", "native kernels for this CPU", _tvm_cpu, ("cpu",), ("cpu",), (TVM,)))
+register(Unit("torch", "runs every program, on any device", _lazy("tttc.backends.torch"), of_torch=True))
+register(Unit("tvm", "native kernels for this CPU", _lazy("tttc.backends.tvm_cpu"), ("cpu",), ("cpu",), (TVM,)))
 register(
     Unit(
         "tvm",
         "native kernels for this GPU",
-        _tvm_cuda,
+        _lazy("tttc.backends.tvm_cuda"),
         ("cuda",),
         packages=(TVM,),
         targets=("NVIDIA",),
-        compiler=_tvm_cuda_compiler,
+        compiler=_lazy("tttc.backends.tvm_cuda.aot"),
     )
 )
 register(
     Unit(
         "triton",
         "fused kernels for this GPU",
-        _triton,
+        _lazy("tttc.backends.triton"),
         ("cuda", "cpu"),
         ("cuda",),
         (TRITON,),
         writes_alone=True,
         targets=("NVIDIA", "AMD"),
-        compiler=_triton_compiler,
-        estimator=_triton_estimator,
+        compiler=_lazy("tttc.backends.triton.aot"),
+        estimator=_lazy("tttc.backends.triton.candidates"),
     )
 )
 register(
-    Unit("onnx", "graphs of ONNX", _onnx, ("cpu",), packages=ONNX, writes_alone=True, differentiates=False),
+    Unit(
+        "onnx",
+        "graphs of ONNX",
+        _lazy("tttc.backends.onnx"),
+        ("cpu",),
+        packages=ONNX,
+        writes_alone=True,
+        differentiates=False,
+    )
 )

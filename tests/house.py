@@ -52,11 +52,13 @@ def module_of(path: str) -> str:
     return dotted if dotted.split(".")[0] == "tttc" else f"tttc.{dotted}"
 
 
-def imports(tree: ast.AST, module: str) -> Iterator[tuple[str, ast.stmt]]:
-    """The own modules that a file imports, and where."""
+def imports(tree: ast.AST, module: str) -> Iterator[tuple[str, ast.AST]]:
+    """The own modules that a file imports, or names for what does, and where."""
     known = {module_of(p) for p in sources()}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_lazy":
+            yield from ((x.value, node) for x in node.args if isinstance(x, ast.Constant) and x.value in known)
+        elif isinstance(node, ast.Import):
             yield from ((a.name, node) for a in node.names if a.name in known)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tttc":
             inner = {f"{node.module}.{a.name}" for a in node.names} & known

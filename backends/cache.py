@@ -20,7 +20,7 @@ from pathlib import Path
 
 import platformdirs
 
-Make = Callable[[Path], None]
+Make = Callable[[Path], object]
 UNFINISHED = "unfinished-"
 DAY = 24 * 3600.0
 

@@ -27,7 +27,7 @@ from tttc.backends.target import OLDEST, Resources, Target
 from tttc.backends.tvm_common.scan import stored_tokens
 from tttc.backends.tvm_cuda.device import gpu
 from tttc.backends.tvm_cuda.kernel_text import CudaSource
-from tttc.backends.tvm_cuda.load import resources, unavailable
+from tttc.backends.tvm_cuda.load import compiled, unavailable
 from tttc.backends.tvm_cuda.scan import CudaScan
 from tttc.backends.tvm_cuda.smem import Variable, allocate
 from tttc.errors import BackendRefusal, ShapeError
@@ -352,7 +352,7 @@ def test_every_library_variant_compiles(name, dtype, target):
     variant, there = LIBRARY[name], Target(target)
     program = tttc.compile(variant, dims_of(variant, 64), torch.float32).stages.program
     scan = CudaScan(program.scans[0], program, gpu(dtype, there))
-    found = resources(scan.source(stored=stored_tokens(scan.scan, getattr(torch, dtype))), target)
+    found = compiled(scan.source(stored=stored_tokens(scan.scan, getattr(torch, dtype))), target)[2]
     assert 16 <= found.registers <= 255
     assert 0 < found.shared <= there.shared
     assert found.spilled <= (8192 if name == "LaCT" else 512)

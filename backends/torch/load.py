@@ -71,45 +71,35 @@ class TorchScan(CompiledScan):
         self, inputs: Tensors, checkpoint: int | None
     ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
         with _exact(inputs):
-            return self._forward(inputs, checkpoint)
-
-    def _forward(
-        self, inputs: Tensors, checkpoint: int | None
-    ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
-        leading, inputs = _flat(inputs)
-        if self.scan.loops:
-            every = self.tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
-            outputs, saved = self._call("")(*inputs, self.chunk(inputs), every)
-        elif self.scan.differentiated:
-            *outputs, kept = self._call("_step_saving")(*inputs)
-            saved = [kept]
-        else:
-            outputs, saved = self._call("_step")(*inputs), []
-        flat = [] if checkpoint is None else [x for kept in saved for x in kept]
-        return tuple(x.unflatten(0, leading) for x in _apart(outputs, [*inputs, *flat])), flat
+            leading, inputs = _flat(inputs)
+            if self.scan.loops:
+                every = self.tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
+                outputs, saved = self._call("")(*inputs, self.chunk(inputs), every)
+            elif self.scan.differentiated:
+                *outputs, kept = self._call("_step_saving")(*inputs)
+                saved = [kept]
+            else:
+                outputs, saved = self._call("_step")(*inputs), []
+            flat = [] if checkpoint is None else [x for kept in saved for x in kept]
+            return tuple(x.unflatten(0, leading) for x in _apart(outputs, [*inputs, *flat])), flat
 
     def backward(
         self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
     ) -> tuple[torch.Tensor, ...]:
         with _exact(inputs):
-            return self._backward(inputs, saved, checkpoint, cotangents)
-
-    def _backward(
-        self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
-    ) -> tuple[torch.Tensor, ...]:
-        leading, inputs = _flat(inputs)
-        _, cotangents = _flat(cotangents)
-        carried, fixed = len(self.scan.carry), len(self.scan.fixed)
-        if self.scan.loops:
-            settings = self.chunk(inputs), checkpoint
-            width = carried if checkpoint else len(self.program.adjoint_of(self.scan).residuals)
-            groups = -(-self.tokens(inputs) // (settings[0] * (checkpoint or 1)))
-            kept = [saved[i * width : (i + 1) * width] for i in range(groups)]
-            found = self._call("_adjoint")(kept, *inputs[carried:], *cotangents, *settings)
-        else:
-            zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
-            found = self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros)
-        return tuple(x.unflatten(0, leading) for x in found)
+            leading, inputs = _flat(inputs)
+            _, cotangents = _flat(cotangents)
+            carried, fixed = len(self.scan.carry), len(self.scan.fixed)
+            if self.scan.loops:
+                settings = self.chunk(inputs), checkpoint
+                width = carried if checkpoint else len(self.program.adjoint_of(self.scan).residuals)
+                groups = -(-self.tokens(inputs) // (settings[0] * (checkpoint or 1)))
+                kept = [saved[i * width : (i + 1) * width] for i in range(groups)]
+                found = self._call("_adjoint")(kept, *inputs[carried:], *cotangents, *settings)
+            else:
+                zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
+                found = self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros)
+            return tuple(x.unflatten(0, leading) for x in found)
 
     def _call(self, suffix: str) -> Callable[..., Any]:
         return getattr(self.module, self.called[function(f"{self.scan.name}{suffix}")])

@@ -49,7 +49,7 @@ def build(
             texts = {f".{n}": made.asm[n] for n in ("ttir", "ttgir", "ptx", "amdgcn") if n in made.asm}
             files = {n: text.encode() for n, text in ({".py": source.text} | texts).items()}
             binaries = {f".{n}": made.asm[n] for n in ("cubin", "hsaco") if n in made.asm}
-            yield Built(resources(made, target), files | binaries)
+            yield Built(resources(made.asm, made.metadata.name, made.metadata.shared, target), files | binaries)
 
 
 def compiled(module: Module, spec: KernelSpec, backward: bool, dtype: torch.dtype, target: str, config: Config) -> Any:

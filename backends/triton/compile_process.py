@@ -20,7 +20,7 @@ from tttc.backends import nvidia
 from tttc.backends.cost_model import CompileTimeout, KernelInfo, NotCompiled
 from tttc.backends.target import Target
 from tttc.backends.triton import compile_worker as worker
-from tttc.backends.triton.resources import resources_of
+from tttc.backends.triton.resources import resources
 
 COPIES_AHEAD = "cp.async"  # in PTX: memory is read for a later turn of the loop while this one computes
 # Triton sets each switch of LLVM that this variable lists. Without these, LLVM makes the address of every place of a
@@ -47,7 +47,7 @@ class CompileProcesses:
         found = self.answer(order, seconds)
         left = max(seconds - (time.perf_counter() - began), 1.0)
         try:
-            taken = resources_of(found["texts"], found["name"], found["shared"], order["target"], left)
+            taken = resources(found["texts"], found["name"], found["shared"], order["target"], left)
         except subprocess.TimeoutExpired:
             raise CompileTimeout(f"not compiled in {seconds:.1f} s") from None
         except nvidia.ToolkitMissing as error:

@@ -9,7 +9,6 @@ from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -105,7 +104,7 @@ class Module:
     @cached_property
     def _file(self) -> str:
         text = self._text
-        path = cached("triton", text, ".py", lambda p: _write(p, text))
+        path = cached("triton", text, ".py", lambda p: p.write_text(text, encoding="utf-8"))
         return str(path) if path else f"<tttc {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
 
     def kernel(self, scan: Scan, backward: bool) -> Any:
@@ -191,10 +190,6 @@ class Kernels:
 def _target(device: torch.device) -> str:
     """What Triton compiles for, on a device; "" where it interprets."""
     return "" if interpreted() else architecture_of(device)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 class TritonScan(CompiledScan):

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from tttc.backends import nvidia
 from tttc.backends.target import Resources
 
 
-def resources(made: Any, target: str) -> Resources:
-    """Registers, spilled bytes and shared memory, as the assembler says."""
-    return resources_of(made.asm, made.metadata.name, made.metadata.shared, target)
-
-
-def resources_of(
+def resources(
     texts: Mapping[str, str], name: str, shared: int, target: str, seconds: float = nvidia.SECONDS
 ) -> Resources:
-    """The same of assembly alone; NVIDIA's is assembled for it, in at most so many seconds."""
+    """Of a kernel as assembly; NVIDIA's is assembled for it, in at most so many seconds."""
     if "ptx" in texts:
         _, (found,) = nvidia.assembled(texts["ptx"], _architecture(texts["ptx"]), seconds)
         return Resources(found.kernel, target, found.registers, found.spilled, shared)

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 from tttc.backends.tvm_common.arguments import LAUNCHED, Argument, arguments, stride_name
 from tttc.backends.tvm_common.stores import Store
@@ -30,8 +30,8 @@ from tttc.ir.names import Word, own
 from tttc.ir.program import AdjointProgram, Scan, cotangent, number_of
 
 
-class KernelBuilder(ABC):
-    """One kernel while it is written.
+class Kernel(ABC):
+    """One kernel, while it is written and afterwards.
 
     Forward: carry, fixed, sequences -> outputs, new carry; and, with a loop, the carry at every `every` chunks.
     Backward: inputs, kept carries, cotangents -> cotangents of the inputs, each in the dtype of what it belongs to.
@@ -123,14 +123,14 @@ class KernelBuilder(ABC):
 
     # -- the function
 
-    def written(self) -> Any:
-        """The whole function."""
+    def written(self) -> Self:
+        """With the whole function, `built`."""
         with self.function(), self.each_head():
             if self.backward:
                 self._backward()
             else:
                 self._forward()
-        return self.built
+        return self
 
     @contextmanager
     def function(self) -> Iterator[None]:

@@ -13,13 +13,13 @@ from typing import Any
 
 from tttc.backends.garbage import gc_paused
 from tttc.backends.tvm_common.tir import compiled, imported_tvm, set_up
-from tttc.backends.tvm_cpu.kernels import Kernel
+from tttc.backends.tvm_cpu.kernels import CPUKernel
 from tttc.backends.tvm_cpu.machine import host
 
 
-def build(kernel: Kernel) -> Any:
+def build(kernel: CPUKernel) -> Any:
     """A library of one kernel, in memory."""
-    return compiled(kernel.function, host(kernel.machine.dtype).target())
+    return compiled(kernel.built, host(kernel.machine.dtype).target())
 
 
 def link(library: Any, path: Path) -> None:

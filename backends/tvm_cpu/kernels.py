@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 from tttc.backends.tvm_common.arguments import Argument
-from tttc.backends.tvm_common.kernels import KernelBuilder
+from tttc.backends.tvm_common.kernels import Kernel
 from tttc.backends.tvm_common.loops import fuse_loops, heads_per_task, read_last, read_often
 from tttc.backends.tvm_common.statements import TOKENS, statements
 from tttc.backends.tvm_common.stores import Index, Store
@@ -31,24 +30,7 @@ CLEARED = 1 << 16  # numbers of the scratch memory that are zeros at first; both
 TURN = 4  # chunks of a head until the next one has its turn: of many more, the rows would lie on too many pages
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A function of TensorIR, and what it was made for."""
-
-    name: str
-    function: Any
-    machine: Machine
-
-
-def kernel(
-    scan: Scan, program: AdjointProgram, machine: Machine, stored: Mapping[str, str], *, backward: bool
-) -> Kernel:
-    """The forward or the backward of a scan."""
-    builder = CPUKernelBuilder(scan, program, machine, stored, backward)
-    return Kernel(builder.name, builder.written(), machine)
-
-
-class CPUKernelBuilder(KernelBuilder):
+class CPUKernel(Kernel):
     """One function: its memory, its loops over heads, and how statements find what they read in vectors."""
 
     emitter: Emitter
@@ -60,15 +42,15 @@ class CPUKernelBuilder(KernelBuilder):
         self.called = spelled
         self.vectors = Functions(machine.dtype, machine.lanes, lambda x: x)
 
-    def written(self) -> Any:
+    def written(self) -> Self:
         if self.backward or not heads_per_task(self.scan, self.dims, self.machine.lanes):
-            function = super().written()
+            super().written()
         else:
             with self.function():
                 self._heads_together()
-            function = self.built
         size = tirx.const(self.scratch.size, "int32")  # known when all is written
-        return function.specialize({self.scratch_size: size})
+        self.built = self.built.specialize({self.scratch_size: size})
+        return self
 
     def _heads_together(self) -> None:
         """Some chunks at a time, in each some heads: the rows of a token lie side by side, each page is visited once,

@@ -19,7 +19,7 @@ from tttc.backends.tvm_common.loops import heads_per_task
 from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.tir import writing
 from tttc.backends.tvm_cpu.build import build, link, loader, use_threads
-from tttc.backends.tvm_cpu.kernels import Kernel, kernel
+from tttc.backends.tvm_cpu.kernels import CPUKernel
 from tttc.backends.tvm_cpu.machine import Machine, TileConfig, host
 from tttc.ir.program import AdjointProgram, Scan
 
@@ -39,12 +39,12 @@ class CPUScan(TVMScan):
 
     def text(self, backward: bool, stored: Stored) -> str:
         """The TensorIR of a kernel."""
-        return str(self.kernel(backward, stored).function.script())
+        return str(self.kernel(backward, stored).built.script())
 
-    def kernel(self, backward: bool, stored: Stored) -> Kernel:
+    def kernel(self, backward: bool, stored: Stored) -> CPUKernel:
         """A kernel before it is compiled."""
         with writing:
-            return kernel(self.scan, self.program, self._machine, dict(stored), backward=backward)
+            return CPUKernel(self.scan, self.program, self._machine, dict(stored), backward).written()
 
     def make(self, backward: bool, stored: Stored) -> Function:
         """A kernel from the disk, or compiled and left there. The file is loaded in either case: from what TVM has in

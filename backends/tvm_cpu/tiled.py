@@ -52,7 +52,7 @@ class StripScan(CPUScan):
         if n == 1:
             return super().forward(inputs, checkpoint)
         outputs = self.outputs(inputs)
-        filled = [_Filled(p, x, self._slot(p), n) for p, x in zip(self._results, outputs, strict=True)]
+        filled = [_Filled(p, x, self._slot(p), n) for p, x in zip(self.scan.results, outputs, strict=True)]
         places = [f.place for f in filled]
         carries = self.part(n).forward_into(places, self._cut(self.scan.params, inputs, n), checkpoint)
         for f in filled:
@@ -70,7 +70,7 @@ class StripScan(CPUScan):
         results = [like(p, x.shape, x, d) for p, x, d in zip(params, inputs, dtypes, strict=True)]
         filled = [_Filled(p, x, self._slot(p), n) for p, x in zip(params, results, strict=True)]
         places, cut = [f.place for f in filled], self._cut(params, inputs, n)
-        given = self._cut(self._results, cotangents, n)
+        given = self._cut(self.scan.results, cotangents, n)
         self.part(n).backward_into(places, stored, cut, saved, checkpoint, given)
         for f in filled:
             f.finish()
@@ -133,10 +133,6 @@ class StripScan(CPUScan):
         """The program of a strip, of whatever width."""
         assert self.free is not None
         return cut_program(self.scan, self.program, self.free)
-
-    @property
-    def _results(self) -> list[Expr]:
-        return [a.target for a in (*self.scan.outputs, *self.scan.updates)]
 
     def _slot(self, p: Expr) -> int | None:
         """Which axis of a tensor [B, H, ...] is cut."""

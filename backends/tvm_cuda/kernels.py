@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from tttc.backends.tvm_common.kernels import KernelBuilder
+from tttc.backends.tvm_common.kernels import Kernel
 from tttc.backends.tvm_common.loops import fuse_loops
 from tttc.backends.tvm_common.statements import TOKENS, statements
 from tttc.backends.tvm_common.stores import Store
@@ -29,21 +28,7 @@ from tttc.ir.program import SEQUENCE, AdjointProgram, Assign, Scan, cotangent, n
 EXCHANGE = own("tiles")
 
 
-@dataclass(frozen=True)
-class CudaKernel:
-    """A function of TensorIR, where its values lie in shared memory, and what the caller gives it to work in."""
-
-    name: str
-    function: Any
-    device: Device
-    offsets: dict[str, int]
-    shared: int
-    workspaces: dict[str, tuple[str, tuple[Size, ...]]]
-    names: dict[str, str]
-    """What the words of its text stand for."""
-
-
-class CudaKernelBuilder(KernelBuilder):
+class CudaKernel(Kernel):
     """One kernel: where its values lie, and its steps."""
 
     emitter: Threads
@@ -55,24 +40,13 @@ class CudaKernelBuilder(KernelBuilder):
         self.device = device
         self.called = self.words = CudaWords()
         self.workspaces: dict[str, tuple[str, tuple[Size, ...]]] = {}
+        """What the caller gives it to work in."""
         self.pending: tuple[set[str], set[str]] = (set(), set())
         made = [a.target for a in scan.updates]
         changed = [*map(cotangent, (*made, *scan.carry, *scan.fixed))] if backward else made
         self.plan(
             [self.block, scan.updates] if backward and scan.loops else [self.block],
             [*scan.carry, *changed, *self.whole],
-        )
-
-    def kernel(self) -> CudaKernel:
-        layout, function = self.layout, self.written()
-        return CudaKernel(
-            self.name,
-            function,
-            self.device,
-            dict(layout.offsets),
-            layout.size,
-            self.workspaces,
-            self.words.identities,
         )
 
     # -- the plan

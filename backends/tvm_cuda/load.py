@@ -38,13 +38,8 @@ def unavailable(device: torch.device) -> list[str]:
     return []
 
 
-def resources(source: CudaSource, target: str) -> Resources:
-    """What a kernel takes on a target such as sm_90: compiled here, with or without a GPU."""
-    return compiled(source, target)[2]
-
-
 def compiled(source: CudaSource, target: str) -> tuple[str, bytes, Resources]:
-    """A kernel as PTX and as machine code, and what it takes."""
+    """A kernel as PTX and as machine code for a target such as sm_90, and what it takes of it."""
     text = nvidia.ptx(source.text, target)
     cubin, (found,) = nvidia.assembled(text, target)
     return text, cubin, replace(found, shared=found.shared + source.shared)

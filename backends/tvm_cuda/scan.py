@@ -22,7 +22,7 @@ from tttc.backends.tvm_common.scan import Function, Stored, TVMScan
 from tttc.backends.tvm_common.tir import writing
 from tttc.backends.tvm_cuda.device import Device
 from tttc.backends.tvm_cuda.kernel_text import CudaSource
-from tttc.backends.tvm_cuda.kernels import CudaKernelBuilder
+from tttc.backends.tvm_cuda.kernels import CudaKernel
 from tttc.backends.tvm_cuda.source import source
 from tttc.ir.names import own, suffixed
 from tttc.ir.program import AdjointProgram, Scan
@@ -88,7 +88,7 @@ class CudaScan(TVMScan):
 
     def _emitted(self, backward: bool, stored: Stored) -> CudaSource:
         """Written by TVM, now."""
-        return source(CudaKernelBuilder(self.scan, self.program, self.device, dict(stored), backward).kernel())
+        return source(CudaKernel(self.scan, self.program, self.device, dict(stored), backward).written())
 
     def _key(self, backward: bool, stored: Stored) -> str:
         """All that the text depends on. Not the version of TVM: the text does not need the TVM that wrote it."""

@@ -22,7 +22,7 @@ HEADERS = {"nv_bfloat16": "cuda_bf16.h", "half": "cuda_fp16.h", "nvcuda::wmma": 
 
 def source(kernel: CudaKernel) -> CudaSource:
     """The text of a kernel."""
-    text = compiled(kernel.function, kernel.device.target(), WITHOUT).mod.imports[0].inspect_source()
+    text = compiled(kernel.built, kernel.device.target(), WITHOUT).mod.imports[0].inspect_source()
     text = text[text.rindex('extern "C" __global__') :].rstrip() + "\n"
     text = _placed(text, kernel)
     for change in (_plain_numbers, _plain_names, _commented):
@@ -36,7 +36,7 @@ def source(kernel: CudaKernel) -> CudaSource:
         text,
         _parameters(text, kernel),
         kernel.device.threads,
-        kernel.shared,
+        kernel.layout.size,
         dict(kernel.workspaces),
     )
 
@@ -45,7 +45,7 @@ def _together(kernel: CudaKernel) -> int:
     """Blocks that share a processor: one where memory has room for no more, or else two, with half of the registers.
     The assembler does not know, and would save registers, by spilling them, for blocks that never come.
     """
-    return 2 if kernel.shared * 2 <= kernel.device.shared else 1
+    return 2 if kernel.layout.size * 2 <= kernel.device.shared else 1
 
 
 def _placed(text: str, kernel: CudaKernel) -> str:
@@ -53,9 +53,8 @@ def _placed(text: str, kernel: CudaKernel) -> str:
 
     def place(found: re.Match[str]) -> str:
         indent, dtype, name = found.groups()
-        return (
-            f"{indent}{dtype}* {name} = ({dtype}*)(shared + {kernel.offsets[kernel.names[name.removesuffix('_ptr')]]});"
-        )
+        offset = kernel.layout.offsets[kernel.words.identities[name.removesuffix("_ptr")]]
+        return f"{indent}{dtype}* {name} = ({dtype}*)(shared + {offset});"
 
     text, n = re.subn(r"^( *)__shared__ alignas\(\d+\) ([\w:]+) (\w+)\[\d+\];", place, text, flags=re.MULTILINE)
     if n:
@@ -106,5 +105,5 @@ def _parameters(text: str, kernel: CudaKernel) -> tuple[tuple[str, str], ...]:
     made = []
     for parameter in found.group(1).split(","):
         kind, name = re.sub(r"\b__restrict__\b|\*|\bconst\b", " ", parameter).split()
-        made.append((kernel.names[name.removesuffix("_ptr")], kinds[kind]))
+        made.append((kernel.words.identities[name.removesuffix("_ptr")], kinds[kind]))
     return tuple(made)

@@ -9,7 +9,8 @@ tune.py      what may be chosen: nothing
 
 from tttc.backends.onnx.emit import emit_source, notes, refusals
 from tttc.backends.onnx.load import here, load_scans, unavailable
-from tttc.backends.onnx.tune import choices, identity, preferred_chunk, toolchain
+from tttc.backends.onnx.tune import toolchain
+from tttc.backends.untuned import choices, identity, preferred_chunk
 
 __all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
 __all__ += ["toolchain", "unavailable"]

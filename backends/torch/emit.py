@@ -37,11 +37,6 @@ def refusals(program: ScanProgram) -> list[str]:
     return missing_rows(program, ROWS, "backends/torch/ops.py")
 
 
-def notes(program: ScanProgram) -> list[str]:
-    """Nothing: every scan runs in the same way."""
-    return []
-
-
 def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """The whole program as one Python file."""
     every_block = [s.block for s in program.scans] + [b for a in program.adjoints for b in (a.forward, a.backward)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 
 from tttc.backends.interface import ChunkHint, Settings
 from tttc.backends.target import MOST_REGISTERS, REGISTERS, Target
 from tttc.backends.triton.kernel_spec import LARGEST_STATE, SMALLEST, KernelSpec, spec_of, unfused
+from tttc.backends.untuned import versions
 from tttc.ir.program import SEQUENCE, ScanProgram
 
 THREADS = 32
@@ -75,7 +75,4 @@ def identity(program: ScanProgram, settings: Settings) -> Hashable:
 
 def toolchain() -> dict[str, str]:
     """The compiler; "absent" where there is none."""
-    try:
-        return {"triton": version("triton")}
-    except PackageNotFoundError:
-        return {"triton": "absent"}
+    return versions("triton")

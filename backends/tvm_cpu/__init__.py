@@ -19,9 +19,10 @@ What kernels of every machine do, and the chunk as statements, is in tvm_common.
 first kernel is compiled.
 """
 
-from tttc.backends.tvm_cpu.emit import emit_source, notes, refusals
+from tttc.backends.tvm_cpu.emit import emit_source, refusals
 from tttc.backends.tvm_cpu.load import here, load_scans, unavailable
 from tttc.backends.tvm_cpu.tune import choices, identity, preferred_chunk, toolchain
+from tttc.backends.untuned import notes
 
 __all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
 __all__ += ["toolchain", "unavailable"]

@@ -18,11 +18,6 @@ def refusals(program: ScanProgram) -> list[str]:
     return [*unordered(program), *missing_rows(program, ROWS, "backends/tvm_cpu/ops.py")]
 
 
-def notes(program: ScanProgram) -> list[str]:
-    """Nothing: every scan runs in the same way."""
-    return []
-
-
 def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     """The statements of every kernel as comments, and the functions of TensorIR for this processor that they become:
     for whole heads, and for tokens in the dtype of the place.

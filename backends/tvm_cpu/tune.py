@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 
 from tttc.backends.interface import ChunkHint, Settings
 from tttc.backends.tvm_common.refusals import only_chunk
 from tttc.backends.tvm_cpu.machine import BYTES, TileConfig, host
+from tttc.backends.untuned import versions
 from tttc.ir.program import SEQUENCE, ScanProgram
 
 # the default first, then what differs from it by less and less
@@ -55,7 +55,4 @@ def identity(program: ScanProgram, settings: Settings) -> Hashable:
 
 def toolchain() -> dict[str, str]:
     """The compiler; "absent" where there is none."""
-    try:
-        return {"apache-tvm": version("apache-tvm")}
-    except PackageNotFoundError:
-        return {"apache-tvm": "absent"}
+    return versions("apache-tvm")

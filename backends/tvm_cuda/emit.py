@@ -6,7 +6,6 @@ from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.rows import missing_rows
 from tttc.backends.tvm_common.refusals import unordered
 from tttc.backends.tvm_common.scan import all_kernels
-from tttc.backends.tvm_cpu.emit import notes
 from tttc.backends.tvm_cuda.device import of_place
 from tttc.backends.tvm_cuda.ops import ROWS
 from tttc.backends.tvm_cuda.scan import CudaScan
@@ -29,6 +28,3 @@ def emit_source(program: AdjointProgram, settings: Settings | None = None, place
         return HEADER.format(name=program.title) + all_kernels(scans, place.dtype)
 
     return Source(text, "cuda")
-
-
-__all__ = ["emit_source", "notes", "refusals"]

@@ -16,10 +16,6 @@ def refusals(program: ScanProgram) -> list[str]:
     return missing_rows(program, ROWS, "tests/backends/toy/ops.py")
 
 
-def notes(program: ScanProgram) -> list[str]:
-    return []
-
-
 def emit_source(program: AdjointProgram, settings: Settings | None = None, place: Placement = HOST) -> Source:
     functions = [s.function() for s in program.scans] + [adjoint_function(a) for a in program.adjoints]
     whole = Program(program.name, "toy", tuple(functions), program.dims, program.dtype, program.names)

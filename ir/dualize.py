@@ -18,7 +18,6 @@ from tttc.ir.program import (
     Function,
     LoopProgram,
     Statement,
-    TokenProgram,
 )
 from tttc.ir.reading import at_chunk
 from tttc.ir.simplify import renamed_hints, simplify_assigns
@@ -30,8 +29,9 @@ def dualize(program: LoopProgram) -> DualProgram:
     on where their mini-batch ends, that loop is the form already.
     """
     dual = classified(program)
-    update, sizes = dual.update, chunk_sizes(dual)
-    form = whole_form(dual, sizes)  # refused here, if it has to be
+    update = dual.update
+    chunk = DEFAULT_CHUNK if update.mini_batch is SEQUENCE else min(update.mini_batch, DEFAULT_CHUNK)
+    form = whole_form(dual, {**program.dims, TOKENS: chunk})  # refused here, if it has to be
     sequential = dual.gradients.sequential
     if sequential and update.mini_batch != 1 and observed(update):
         return dual
@@ -42,9 +42,3 @@ def dualize(program: LoopProgram) -> DualProgram:
     params = tuple(at_chunk(p, T_AXIS) for p in loop_params(program))
     function = Function(program.name, params, body, (form.z.target, *update.states))
     return replace(dual, functions=(function,), names=names)
-
-
-def chunk_sizes(program: TokenProgram) -> dict[str, int]:
-    """Sizes for the cost of contractions: the dims, and the chunk."""
-    b_ = program.update.mini_batch
-    return {**program.dims, TOKENS: DEFAULT_CHUNK if b_ is SEQUENCE else min(b_, DEFAULT_CHUNK)}

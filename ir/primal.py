@@ -96,9 +96,7 @@ class _Loop:
         """The weights at which gradients are taken; with several steps those of the step before, called W."""
         update = self.update
         if update.anchor == "token":
-            found = {}
-            for n, c in self.before.items():
-                found[n] = b.sub(c.start if c.scale is None else b.mul(c.scale, c.start), c.added)
+            found = {n: b.sub(_started(c), c.added) for n, c in self.before.items()}
         else:
             found = dict(self.start)
         if update.decay_first:
@@ -121,9 +119,7 @@ class _Loop:
                 found[n] = a.average if when == "after" else average
             else:
                 added = a.added if when == "after" else b_.added
-                started = a.started
-                if when != "after":
-                    started = b_.start if b_.scale is None else b.mul(b_.scale, b_.start)
+                started = a.started if when == "after" else _started(b_)
                 found[n] = b.sub(started, added if scale is None else b.mul(scale, added))
         return found
 
@@ -149,8 +145,9 @@ class _Loop:
         assigns, target = self.token(), _at(self.z.target, "t")
         staged = is_staged(update) or update.steps > 1
         if not staged:
-            tau_read = self._readable("after") if average_free(update) else self._plain()
-            assigns += [Assign(w, tau_read[n]) for n, w in self.states.items()]
+            averaged = any(r is not None for r in update.average.values())  # which is what tokens read
+            now = {n: a.weights for n, a in self.after.items()} if averaged else self._readable("after")
+            assigns += [Assign(w, now[n]) for n, w in self.states.items()]
         begun = Block((*(Assign(self.start[n], w) for n, w in self.states.items()), *opening(update)))
         tokens = For("t", "m", None, (Block(tuple(assigns)),))
         inner: list[Statement] = []
@@ -171,10 +168,6 @@ class _Loop:
         params = tuple(_at(p, "t") if p.role in ("token", "gate") else p for p in loop_params(program))
         return Function(program.name, params, body, (self.z.target, *update.states))
 
-    def _plain(self) -> dict[str, Expr]:
-        """The weights themselves, where tokens read their average."""
-        return {n: a.weights for n, a in self.after.items()}
-
     def _ending(self) -> Block:
         """The block where a mini-batch ends: stages, and what acts once."""
         update = self.update
@@ -190,6 +183,12 @@ class _Loop:
         return Block(ended(update, ends, means))
 
 
+def _started(c: Carried) -> Expr:
+    """What is left of the weights that the mini-batch began with."""
+    start: Expr = c.start
+    return start if c.scale is None else b.mul(c.scale, start)
+
+
 def token_block(program: LoopProgram) -> tuple[Assign, ...]:
     """The block of one token inside an open mini-batch, by itself: it reads k and not k[t], and W for W_start."""
     loop = _Loop(program)
@@ -202,10 +201,6 @@ def token_block(program: LoopProgram) -> tuple[Assign, ...]:
 
     done = substitute(values, {e: alone(e) for e in leaves(values)})
     return tuple(Assign(alone(a.target), v) for a, v in zip(assigns, done, strict=True))
-
-
-def average_free(update: Update) -> bool:
-    return all(r is None for r in update.average.values())
 
 
 def rates_at_token(update: Update) -> Update:

@@ -167,29 +167,23 @@ def nonlinear_use(output: Expr, states: Sequence[Expr], sizes: Mapping[str, int]
 
 def _on_moving(node: Expr, src: tuple[PerTokenWeights | Expr, ...], sizes: Mapping[str, int]) -> PerTokenWeights | Expr:
     moving = [s for s in src if isinstance(s, PerTokenWeights)]
+    axes = tuple(a for a in node.axes if a != T_AXIS)
     if node.op == "rename":
         return _renamed(moving[0], dict(node.arg))
     if node.op == "contract":
-        first = next(i for i, s in enumerate(src) if isinstance(s, PerTokenWeights))
+        first = src.index(moving[0])
         others = [materialize(s, sizes) for i, s in enumerate(src) if i != first]
-        moving_operand = src[first]
-        assert isinstance(moving_operand, PerTokenWeights)
-        out = [a for a in node.axes if a != T_AXIS]
-        products = [t.scaled(*others).summed(node.arg) for t in moving_operand.terms]
-        return summed(products, tuple(out), sizes)
+        return summed([t.scaled(*others).summed(node.arg) for t in moving[0].terms], axes, sizes)
     if node.op == "sum":
-        out = [a for a in node.axes if a != T_AXIS]
-        return summed([t.summed(node.arg) for t in moving[0].terms], tuple(out), sizes)
+        return summed([t.summed(node.arg) for t in moving[0].terms], axes, sizes)
     if node.op == "neg":
         return PerTokenWeights(moving[0].axes, tuple(replace(t, sign=-t.sign) for t in moving[0].terms))
     if node.op == "mul" and len(moving) == 1 and len(moving[0].axes) > 1:
         (other,) = (s for s in src if isinstance(s, Expr))
-        axes = tuple(a for a in node.axes if a != T_AXIS)
         return PerTokenWeights(axes, tuple(t.scaled(other) for t in moving[0].terms))
     if node.op in ("add", "sub") and any(len(m.axes) > 1 for m in moving):
         x, y = (s.terms if isinstance(s, PerTokenWeights) else (Term(1, (s,)),) for s in src)
         sign = 1 if node.op == "add" else -1
-        axes = tuple(a for a in node.axes if a != T_AXIS)
         return PerTokenWeights(axes, (*x, *(replace(t, sign=sign * t.sign) for t in y)))
     if any(len(m.axes) > 1 and m.of_tokens for m in moving):
         raise NoExactForm(

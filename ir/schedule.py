@@ -73,11 +73,7 @@ def schedule(program: DualProgram, chunk: int | None = None) -> ScanProgram:
         scans += [layout.open(), layout.close()]
     if plan.substitution:
         scans += layout.substitution()
-    if (decoding := layout.token()) is not None:
-        scans.append(decoding)
-    beginning = layout.begin()
-    if beginning is not None:
-        scans.append(beginning)
+    scans += [s for s in (layout.token(), layout.begin()) if s is not None]
     main = layout.tiled_function(scans) if plan.tiled else layout.whole_function(scans[0])
     functions = (main, *(s.function() for s in scans if s.kind is not ScanKind.WHOLE))
     return ScanProgram.of(program, "schedule", functions=functions, names=names, scans=tuple(scans), plan=plan)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -17,24 +17,10 @@ from rich.text import Text
 
 from tttc.backends.notice import covered
 
+if TYPE_CHECKING:
+    from tttc.verification.comparison import Row
+
 _UNWRAPPED = 1000  # columns; wider than any line that is printed
-
-
-class MeasuredError(Protocol):
-    """One row of what `tttc.verify` returns."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def error(self) -> float: ...
-    @property
-    def tolerance(self) -> float: ...
-    @property
-    def ok(self) -> bool: ...
-    @property
-    def told(self) -> bool: ...
-    @property
-    def verdict(self) -> str: ...
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -64,7 +50,7 @@ def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
     return made
 
 
-def error_table(rows: Iterable[MeasuredError]) -> Table:
+def error_table(rows: Iterable[Row]) -> Table:
     """One line per tensor: how far it is from the definition, and how far it may be."""
     made = table("tensor", "error", "tolerance", "", numbers=("error", "tolerance"))
     for row in rows:

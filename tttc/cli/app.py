@@ -37,10 +37,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VariantArgument = Annotated[
-    str,
-    typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
-]
+VARIANT = typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one.")
+VariantArgument = Annotated[str, VARIANT]
 DimOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -128,16 +128,12 @@ def _device(index: int) -> DoctorFinding:
 
 
 def _unusable_gpu(driver: str, kind: str, build: str | None) -> DoctorFinding:
-    if build is None:
-        remedy = f"install the {kind} build of torch: https://pytorch.org/get-started"
-        return DoctorFinding(
-            "gpu",
-            "problem",
-            f"{driver} is here, but torch {torch.__version__} is a build without {kind}",
-            remedy,
-        )
-    remedy = f"check that the driver is new enough for {kind} {build} and that this process sees the device"
-    return DoctorFinding("gpu", "problem", f"{driver} is here, but torch sees no device", remedy)
+    found = f"torch {torch.__version__} is a build without {kind}"
+    remedy = f"install the {kind} build of torch: https://pytorch.org/get-started"
+    if build is not None:
+        found = "torch sees no device"
+        remedy = f"check that the driver is new enough for {kind} {build} and that this process sees the device"
+    return DoctorFinding("gpu", "problem", f"{driver} is here, but {found}", remedy)
 
 
 def _compiler() -> DoctorFinding:

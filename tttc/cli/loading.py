@@ -124,20 +124,16 @@ def _import_file(path: Path) -> ModuleType:
 
 def _import_failure(path: Path, resolved: Path, error: BaseException) -> str:
     """What stopped the import, with the innermost line of the user's own file on the way there."""
+    where = _line_in(resolved, error)
     if isinstance(error, SyntaxError):
         where = SourceLine(error.filename, error.lineno) if error.filename and error.lineno else None
         what, remedy = f"is not valid Python: {error.msg}.", "Correct the line."
     elif isinstance(error, SystemExit):
-        where = _line_in(resolved, error)
-        what, remedy = (
-            "ends the program when it is imported.",
-            'Put what it runs below `if __name__ == "__main__":`.',
-        )
+        remedy = 'Put what it runs below `if __name__ == "__main__":`.'
+        what = "ends the program when it is imported."
     elif isinstance(error, ModuleNotFoundError):
-        where = _line_in(resolved, error)
         what, remedy = f"needs the module `{error.name}`.", "Install it, or correct the import."
     else:
-        where = _line_in(resolved, error)
         what = f"cannot be imported: {type(error).__name__}: {error}"
         remedy = f"`python {path}` shows the whole traceback; so does TTTC_DEBUG=1."
     place = f"\n{where.shown()}" if where else ""

@@ -18,7 +18,7 @@ import typer
 import typer.core
 from rich.text import Text
 
-from tttc.cli.app import DimOption, VariantArgument, app
+from tttc.cli.app import VARIANT, DimOption, VariantArgument, app
 from tttc.cli.doctor import diagnose
 from tttc.cli.loading import full_dims, library_variants, load_variant
 from tttc.cli.printing import kernel_table, print_diagnosis
@@ -262,10 +262,7 @@ def _compile_for(
 
 @app.command()
 def tune(
-    variant: Annotated[
-        str | None,
-        typer.Argument(metavar="VARIANT", help="A ready variant, file.py:Class, or a file.py that declares one."),
-    ] = None,
+    variant: Annotated[str | None, VARIANT] = None,
     device: Annotated[
         str,
         typer.Option(help="What to tune for: cpu, or a GPU that need not be there, sm_80, sm_90, sm_100 or gfx942."),

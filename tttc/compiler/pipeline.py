@@ -56,9 +56,6 @@ class Options:
     settings: Settings | None = None
     place: Placement = HOST
 
-    def chunk_for(self, program: DualProgram) -> int | None:
-        return self.chunk if self.tuned is None else self.tuned(program)
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -177,7 +174,7 @@ def dualized(program: LoopProgram, _: Options) -> DualProgram:
 
 def scheduled(program: DualProgram, options: Options) -> ScanProgram:
     """The program as scans of chunks: the chunk as given or tuned, or as the backend would have a free one."""
-    chunk = options.chunk_for(program)
+    chunk = options.chunk if options.tuned is None else options.tuned(program)
     made = schedule(program, chunk)
     if chunk is not None or not made.plan.free or options.backend is None or program.telemetry:
         return made

@@ -130,13 +130,7 @@ def by_definition(
             )
         return found
 
-    z, final = of_one_head(
-        declared,
-        given("token", declared.tokens),
-        given("gate", declared.gates),
-        given("param", declared.params),
-        given("state", declared.states),
-    )
+    z, final = of_one_head(declared, *(given(role, specs) for role, specs in declared.by_role.items()))
     return tuple(x.detach().numpy() for x in (z, *final.values()))
 
 

@@ -25,28 +25,30 @@ def rates_of(update: Any) -> list[tuple[str, Rate]]:
 def setting_problems(declared: Signature) -> list[Problem]:
     """Of what is written beside the functions."""
     variant = declared.variant
-    b, online = variant.mini_batch, "(at the weights that the token before left)"
-    anchors = (
-        f'It must be "mini_batch" (gradients at the weights that the mini-batch started from) or "token" {online}.'
-    )
-    found = (
-        (not declared.states, "no fast weight is declared.", 'Declare at least one: W = tttc.state("D", "D").'),
-        (
-            not (b == "all" if isinstance(b, str) else (whole(b) or 0) >= 1),
-            f"mini_batch is {b!r}.",
-            'It must be a positive int or "all".',
-        ),
-        (variant.read not in READS, f"read is {variant.read!r}.", f"It must be one of {', '.join(READS)}."),
-        (variant.anchor not in ANCHORS, f"anchor is {variant.anchor!r}.", anchors),
-        ((whole(variant.steps) or 0) < 1, f"steps is {variant.steps!r}.", "It must be a positive int."),
-        (
-            not isinstance(variant.qk_norm, bool),
-            f"qk_norm is {variant.qk_norm!r}.",
-            "It must be True, for q and k of length one, or False.",
-        ),
-    )
-    problems = [Problem(what, remedy, class_line(variant)) for bad, what, remedy in found if bad]
+    problems = [Problem(what, remedy, class_line(variant)) for what, remedy in _of_settings(declared)]
     return [*problems, *_other_rules(variant)]
+
+
+Found = Iterator[tuple[str, str]]
+"""What is wrong, and the way out."""
+
+
+def _of_settings(declared: Signature) -> Found:
+    variant, b = declared.variant, declared.variant.mini_batch
+    if not declared.states:
+        yield "no fast weight is declared.", 'Declare at least one: W = tttc.state("D", "D").'
+    if not (b == "all" if isinstance(b, str) else (whole(b) or 0) >= 1):
+        yield f"mini_batch is {b!r}.", 'It must be a positive int or "all".'
+    if variant.read not in READS:
+        yield f"read is {variant.read!r}.", f"It must be one of {', '.join(READS)}."
+    if variant.anchor not in ANCHORS:
+        online = '"token" (at the weights that the token before left)'
+        remedy = f'It must be "mini_batch" (gradients at the weights that the mini-batch started from) or {online}.'
+        yield f"anchor is {variant.anchor!r}.", remedy
+    if (whole(variant.steps) or 0) < 1:
+        yield f"steps is {variant.steps!r}.", "It must be a positive int."
+    if not isinstance(variant.qk_norm, bool):
+        yield f"qk_norm is {variant.qk_norm!r}.", "It must be True, for q and k of length one, or False."
 
 
 def _other_rules(variant: Any) -> Iterator[Problem]:
@@ -77,90 +79,58 @@ def rule_problems(declared: Signature) -> list[Problem]:
 
 
 def _contradictions(update: SGD, declared: Signature) -> list[Problem]:
-    return [
-        Problem(what, remedy, update.where)
-        for found in (_of_momentum_and_decay, _of_read_scale_and_average, _of_steps, _of_per)
-        for bad, what, remedy in found(update, declared)
-        if bad
-    ]
+    kinds = (_of_momentum_and_decay, _of_read_scale_and_average, _of_steps, _of_per)
+    return [Problem(what, remedy, update.where) for found in kinds for what, remedy in found(update, declared)]
 
 
-Contradictions = Iterator[tuple[bool, str, str]]
-"""Whether it is one, what it is, and the way out."""
-
-
-def _of_momentum_and_decay(update: SGD, declared: Signature) -> Contradictions:
-    yield (
-        (update.nesterov or update.ema) and update.momentum is None,
-        f"{'nesterov' if update.nesterov else 'ema'} is set, but there is no momentum.",
-        "Give momentum=.",
-    )
-    yield (
-        update.nesterov and update.ema,
-        "nesterov and ema are both set.",
-        "They are two forms of momentum: choose one.",
-    )
+def _of_momentum_and_decay(update: SGD, declared: Signature) -> Found:
+    if (update.nesterov or update.ema) and update.momentum is None:
+        yield f"{'nesterov' if update.nesterov else 'ema'} is set, but there is no momentum.", "Give momentum=."
+    if update.nesterov and update.ema:
+        yield "nesterov and ema are both set.", "They are two forms of momentum: choose one."
     online = declared.anchor == "token" or (declared.mini_batch == 1 and declared.steps == 1)
-    yield (
-        update.decay_first and (update.decay is None or not online),
-        "decay_first says that an online gradient is taken at the decayed weights, "
-        + ("but there is no decay." if update.decay is None else 'but anchor is "mini_batch".'),
-        "Leave it out." if update.decay is None else 'Set anchor = "token", or leave it out.',
-    )
+    if update.decay_first and (update.decay is None or not online):
+        why = "there is no decay." if update.decay is None else 'anchor is "mini_batch".'
+        what = f"decay_first says that an online gradient is taken at the decayed weights, but {why}"
+        yield what, "Leave it out." if update.decay is None else 'Set anchor = "token", or leave it out.'
 
 
-def _of_read_scale_and_average(update: SGD, declared: Signature) -> Contradictions:
-    yield (
-        update.read_scale is not None and declared.anchor == "token" and declared.mini_batch != 1,
-        'read_scale scales what a mini-batch adds, but anchor="token" takes each gradient at the token before.',
-        'Fold it into lr, or set anchor = "mini_batch".',
-    )
+def _of_read_scale_and_average(update: SGD, declared: Signature) -> Found:
+    if update.read_scale is not None and declared.anchor == "token" and declared.mini_batch != 1:
+        what = 'read_scale scales what a mini-batch adds, but anchor="token" takes each gradient at the token before.'
+        yield what, 'Fold it into lr, or set anchor = "mini_batch".'
     several = (declared.steps or 1) > 1
-    yield (
-        update.average is not None and (update.read_scale is not None or several or bool(update.at_end)),
-        "average is combined with read_scale, steps or at_end.",
-        "An averaged reading takes the rule as it is, once per token: leave the others out.",
-    )
+    if update.average is not None and (update.read_scale is not None or several or update.at_end):
+        what = "average is combined with read_scale, steps or at_end."
+        yield what, "An averaged reading takes the rule as it is, once per token: leave the others out."
 
 
-def _of_steps(update: SGD, declared: Signature) -> Contradictions:
+def _of_steps(update: SGD, declared: Signature) -> Found:
     steps = declared.steps or 1
     views = any(isinstance(s, AtEnd) and s.on == "view" for s in update.at_end)
-    yield (
-        steps > 1 and (declared.anchor == "token" or declared.read in ("after", "before")),
-        f'steps is {steps}, with read="{declared.read}" and anchor="{declared.anchor}".',
-        'Several steps are taken on a whole mini-batch: set read = "end" or "start", anchor = "mini_batch".',
-    )
-    yield (
-        steps > 1 and (update.momentum is not None or views),
-        f"steps is {steps}, and the rule carries more than weights from step to step.",
-        "Leave momentum and views out, or set steps = 1.",
-    )
-    yield (
-        update.average is not None and declared.read == "start",
-        'read="start" reads the weights before the mini-batch, average the mean of all so far.',
-        'Set read = "before" or "after", or leave average out.',
-    )
+    if steps > 1 and (declared.anchor == "token" or declared.read in ("after", "before")):
+        what = f'steps is {steps}, with read="{declared.read}" and anchor="{declared.anchor}".'
+        remedy = 'Several steps are taken on a whole mini-batch: set read = "end" or "start", anchor = "mini_batch".'
+        yield what, remedy
+    if steps > 1 and (update.momentum is not None or views):
+        what = f"steps is {steps}, and the rule carries more than weights from step to step."
+        yield what, "Leave momentum and views out, or set steps = 1."
+    if update.average is not None and declared.read == "start":
+        what = 'read="start" reads the weights before the mini-batch, average the mean of all so far.'
+        yield what, 'Set read = "before" or "after", or leave average out.'
 
 
-def _of_per(update: SGD, declared: Signature) -> Contradictions:
-    known, once = update.per in ("token", "mini_batch"), update.per == "mini_batch"
-    yield not known, f"per is {update.per!r}.", 'It must be "token" or "mini_batch".'
-    yield (
-        once and (declared.anchor == "token" or declared.read in ("after", "before")),
-        'per="mini_batch" takes the mean of the gates over the mini-batch: a token inside it cannot know that.',
-        'Set read = "start" or "end" and anchor = "mini_batch", or per="token".',
-    )
-    yield (
-        once and (update.ema or update.average is not None),
-        'per="mini_batch" has no ema and no average.',
-        "Use momentum and decay.",
-    )
-    yield (
-        update.clip is not None and not (number(update.clip) or 0) > 0,
-        f"clip is {short(update.clip)}.",
-        "It must be a positive number.",
-    )
+def _of_per(update: SGD, declared: Signature) -> Found:
+    once = update.per == "mini_batch"
+    if update.per not in ("token", "mini_batch"):
+        yield f"per is {update.per!r}.", 'It must be "token" or "mini_batch".'
+    if once and (declared.anchor == "token" or declared.read in ("after", "before")):
+        what = 'per="mini_batch" takes the mean of the gates over the mini-batch: a token inside it cannot know that.'
+        yield what, 'Set read = "start" or "end" and anchor = "mini_batch", or per="token".'
+    if once and (update.ema or update.average is not None):
+        yield 'per="mini_batch" has no ema and no average.', "Use momentum and decay."
+    if update.clip is not None and not (number(update.clip) or 0) > 0:
+        yield f"clip is {short(update.clip)}.", "It must be a positive number."
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------

@@ -47,16 +47,10 @@ class TracedFunctions(NamedTuple):
 
 
 def declared_leaves(declared: Signature) -> Leaves:
-    groups = (
-        ("token", declared.tokens),
-        ("gate", declared.gates),
-        ("param", declared.params),
-        ("state", declared.states),
-    )
     return Leaves(
         *(
             {n: leaf(declared.identity(role, n), role, leaf_axes(s.dims)) for n, s in specs.items()}
-            for role, specs in groups
+            for role, specs in declared.by_role.items()
         )
     )
 

@@ -59,24 +59,19 @@ def value_problems(declared: Signature) -> list[Problem]:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def _misspelt(variant: type[Variant]) -> list[Problem]:
+def _misspelt(variant: type[Variant]) -> Iterator[Problem]:
     """Attributes that nothing reads and that are one slip from those that are read."""
-    problems = []
+    known = (*VARIANT_SETTINGS, *METHODS)
     for c in variant.__mro__:
         if not (issubclass(c, Variant) and c is not Variant):
             continue
         for name, value in vars(c).items():
-            if name.startswith("__") or isinstance(value, Declared):
+            if name.startswith("__") or isinstance(value, Declared) or name in known:
                 continue
-            if name in (*VARIANT_SETTINGS, *METHODS):
-                continue
-            found = [
-                m for m in (*VARIANT_SETTINGS, *METHODS) if m not in vars(c) and _one_slip(name, m) and _fits(m, value)
-            ]
+            found = [m for m in known if m not in vars(c) and _one_slip(name, m) and _fits(m, value)]
             if found:
                 what = f"`{name}` is no setting, and nothing reads it."
-                problems.append(Problem(what, f"Is it `{found[0]}`? Otherwise call it something else.", class_line(c)))
-    return problems
+                yield Problem(what, f"Is it `{found[0]}`? Otherwise call it something else.", class_line(c))
 
 
 def _fits(setting: str, value: Any) -> bool:
@@ -106,20 +101,16 @@ def _one_slip(name: str, known: str) -> bool:
 # -- rates -------------------------------------------------------------------------------------------------------------
 
 
-def _rate_problems(update: Any) -> list[Problem]:
-    if not isinstance(update, SGD):
-        return []
-    problems = []
-    for role in (*ROLES, "clip"):
+def _rate_problems(update: Any) -> Iterator[Problem]:
+    for role in (*ROLES, "clip") if isinstance(update, SGD) else ():
         given = getattr(update, role)
         rates = list(given.values()) if isinstance(given, Mapping) else [given]
         if role == "lr" and any(r is None for r in rates):
-            problems.append(Problem("lr is None.", "It is a gate, a number or a param without axes.", update.where))
+            yield Problem("lr is None.", "It is a gate, a number or a param without axes.", update.where)
         for rate in rates:
             n = number(rate)
             if n is not None and not math.isfinite(n):
-                problems.append(Problem(f"{role} is {n}.", "A rate is a finite number.", update.where))
-    return problems
+                yield Problem(f"{role} is {n}.", "A rate is a finite number.", update.where)
 
 
 # -- initial values ----------------------------------------------------------------------------------------------------
@@ -153,37 +144,29 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 # -- gates -------------------------------------------------------------------------------------------------------------
 
 
-def _gate_problems(gate: GateSpec, declared: Signature) -> list[Problem]:
+def _gate_problems(gate: GateSpec, declared: Signature) -> Iterator[Problem]:
     def problem(what: str, remedy: str) -> Problem:
         return Problem(f"gate `{gate.name}` {what}.", remedy, gate.where)
 
-    problems = []
     if gate.per not in ("token", "channel"):
-        problems.append(problem(f"is per {short(gate.per)}", 'Use per="token" or "channel".'))
+        yield problem(f"is per {short(gate.per)}", 'Use per="token" or "channel".')
     if gate.by not in ("hidden", "position"):
-        problems.append(problem(f"is made by {short(gate.by)}", 'Use by="hidden" or by="position".'))
+        yield problem(f"is made by {short(gate.by)}", 'Use by="hidden" or by="position".')
     if gate.activation not in RANGES:
-        known = ", ".join(RANGES)
-        problems.append(problem(f"has the activation {short(gate.activation)}", f"Use one of {known}."))
+        yield problem(f"has the activation {short(gate.activation)}", f"Use one of {', '.join(RANGES)}.")
     begins = [("init", gate.init)] if gate.init is not None else []
     for name, value in (*begins, ("low", gate.low)):
         n = number(value)
         if n is None or not math.isfinite(n):
-            problems.append(problem(f"has the {name} {short(value)}", "It is a finite number."))
+            yield problem(f"has the {name} {short(value)}", "It is a finite number.")
         elif gate.by == "position" and (begins or n):
             remedy = "It begins at 1 / i for the i-th token of a mini-batch: leave it out."
-            problems.append(problem(f'is by="position" and has the {name} {n:g}', remedy))
+            yield problem(f'is by="position" and has the {name} {n:g}', remedy)
     dims = [*dict.fromkeys(["D", *declared.dims])]
     why = scale_refused(gate.scale, dims)
     if why:
-        shown = ", ".join(map(str, dims))
-        problems.append(
-            problem(
-                f"has the scale {short(gate.scale)}: {why}",
-                f'It is a number or an expression of {shown}, such as "1/D".',
-            )
-        )
-    return problems
+        remedy = f'It is a number or an expression of {", ".join(map(str, dims))}, such as "1/D".'
+        yield problem(f"has the scale {short(gate.scale)}: {why}", remedy)
 
 
 def scale_refused(scale: Any, dims: list[str]) -> str:

@@ -99,6 +99,11 @@ class Signature:
         return self.variant.__name__
 
     @property
+    def by_role(self) -> dict[str, Mapping[str, Spec]]:
+        """Everything declared with axes, by what it is."""
+        return {"token": self.tokens, "gate": self.gates, "param": self.params, "state": self.states}
+
+    @property
     def specs(self) -> tuple[Spec, ...]:
         """Everything declared with axes: tokens (q, k and v first), states, params, gates."""
         return (*self.tokens.values(), *self.states.values(), *self.params.values(), *self.gates.values())

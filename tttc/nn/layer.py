@@ -25,7 +25,7 @@ from tttc.declare.pickling import PickledVariant
 from tttc.declare.read import signature
 from tttc.declare.specs import Init, initial_value
 from tttc.declare.variant import Signature, Variant
-from tttc.errors import DeclarationError, ShapeError, StateMismatch
+from tttc.errors import DeclarationError, ShapeError, StateMismatch, TTTCError
 from tttc.nn.containers import Modules, Parameters
 from tttc.nn.convolution import CausalConvolution
 from tttc.nn.gates import STD, HiddenGate, PositionGate, gate_module
@@ -220,45 +220,33 @@ class TTT(nn.Module):
         return shared(self.variant, tuple(self.dims.items()), dtype, device, *options)
 
     def _check(self, x: Tensor, state: Cache | None) -> None:
+        def refused(kind: type[TTTCError], what: str, remedy: str) -> TTTCError:
+            return kind(f"tttc.nn.TTT({self.variant.__name__}): {what}.\n  {remedy}")
+
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
-            raise ShapeError(
-                f"tttc.nn.TTT({self.variant.__name__}): x has the shape {list(x.shape)}, "
-                f"expected [B, T, {self.hidden_size}].\n"
-                f"  The last axis is the hidden_size that the layer was made with."
-            )
+            what = f"x has the shape {list(x.shape)}, expected [B, T, {self.hidden_size}]"
+            raise refused(ShapeError, what, "The last axis is the hidden_size that the layer was made with.")
         weight = self.q_proj.weight
         cast = autocast(x.device.type) and x.is_floating_point()
         if x.device != weight.device or (x.dtype != weight.dtype and not cast):
-            raise ShapeError(
-                f"tttc.nn.TTT({self.variant.__name__}): x is {x.dtype} on {x.device}, "
-                f"the parameters are {weight.dtype} on {weight.device}.\n"
-                f"  Move one of them: x.to({weight.dtype}), or layer.to(...); or run under torch.autocast."
-            )
+            what = f"x is {x.dtype} on {x.device}, the parameters are {weight.dtype} on {weight.device}"
+            remedy = f"Move one of them: x.to({weight.dtype}), or layer.to(...); or run under torch.autocast."
+            raise refused(ShapeError, what, remedy)
         if state is None:
             return
         if not isinstance(state, Cache):
-            raise StateMismatch(
-                f"tttc.nn.TTT({self.variant.__name__}): state is a {type(state).__name__}, "
-                f"expected a tttc.nn.Cache.\n"
-                f"  It is the second result of a call with return_state=True."
-            )
+            what = f"state is a {type(state).__name__}, expected a tttc.nn.Cache"
+            raise refused(StateMismatch, what, "It is the second result of a call with return_state=True.")
         name, start = next(iter(self.initial_state.items()))
         found = list(state.state[name].shape)
         if found != [x.shape[0], *start.shape]:
-            raise StateMismatch(
-                f"tttc.nn.TTT({self.variant.__name__}): the state's {name} has the shape {found}, "
-                f"expected {[x.shape[0], *start.shape]}.\n"
-                f"  Pass the state that this layer returned for a batch of {x.shape[0]}."
-            )
-        if (state.taps is None) != (self.conv_kernel is None) or (
-            state.taps is not None and state.taps.shape[1] + 1 != self.conv_kernel
-        ):
-            kernel = None if state.taps is None else state.taps.shape[1] + 1
-            raise StateMismatch(
-                f"tttc.nn.TTT({self.variant.__name__}): the state is of a layer with conv_kernel={kernel}, "
-                f"this one has conv_kernel={self.conv_kernel}.\n"
-                f"  Pass the state that this layer returned."
-            )
+            what = f"the state's {name} has the shape {found}, expected {[x.shape[0], *start.shape]}"
+            remedy = f"Pass the state that this layer returned for a batch of {x.shape[0]}."
+            raise refused(StateMismatch, what, remedy)
+        kernel = None if state.taps is None else state.taps.shape[1] + 1
+        if kernel != self.conv_kernel:
+            what = f"the state is of a layer with conv_kernel={kernel}, this one has conv_kernel={self.conv_kernel}"
+            raise refused(StateMismatch, what, "Pass the state that this layer returned.")
 
     def _positions(self, x: Tensor, state: Cache | None) -> Tensor:
         """Each token's place, from 0, in its mini-batch, or in a sequence that is one mini-batch: [T]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -51,33 +51,19 @@ def sizes_of(
 
 def _token_problems(
     declared: Signature, sizes: Mapping[str, int], rope: bool, conv_kernel: int | None
-) -> list[Problem]:
-    problems = []
+) -> Iterator[Problem]:
     shapes = {name: [sizes[dim] for dim in declared.tokens[name].given] for name in ("q", "k")}
     for name, shape in shapes.items():
         if rope and (len(shape) != 1 or shape[0] % 2):
-            problems.append(
-                Problem(
-                    f"rope=True turns pairs of channels, but `{name}` has the shape {shape} per head.",
-                    "Choose num_heads so that the head width is even, or pass rope=False.",
-                )
-            )
+            what = f"rope=True turns pairs of channels, but `{name}` has the shape {shape} per head."
+            yield Problem(what, "Choose num_heads so that the head width is even, or pass rope=False.")
     if conv_kernel is not None and conv_kernel < 1:
-        problems.append(
-            Problem(
-                f"conv_kernel is {conv_kernel}.",
-                "It counts the tokens that a convolution sees: at least 1, or None.",
-            )
-        )
+        remedy = "It counts the tokens that a convolution sees: at least 1, or None."
+        yield Problem(f"conv_kernel is {conv_kernel}.", remedy)
     if conv_kernel is not None and shapes["q"] != shapes["k"]:
-        problems.append(
-            Problem(
-                f"conv_kernel={conv_kernel} makes q and k from one projection, "
-                f"but q is {shapes['q']} and k {shapes['k']}.",
-                "Leave conv_kernel out, or declare q and k over one axis.",
-            )
-        )
-    return problems
+        made = f"conv_kernel={conv_kernel} makes q and k from one projection"
+        what = f"{made}, but q is {shapes['q']} and k {shapes['k']}."
+        yield Problem(what, "Leave conv_kernel out, or declare q and k over one axis.")
 
 
 def output_shape(declared: Signature, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tttc.declare.specs import TokenSpec
-from tttc.errors import NonFinite, ShapeError, StateMismatch
+from tttc.errors import NonFinite, ShapeError, StateMismatch, TTTCError
 from tttc.ir.expr import Expr
 from tttc.ir.names import as_declared, spelled
 from tttc.ir.program import EACH
@@ -101,26 +101,21 @@ class BoundCall:
     def _continues(self, state: State) -> None:
         b = self.layer.signature.mini_batch
         if state.position and self.layer.signature.read == "end" and self.tokens:
-            raise StateMismatch(
-                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens "
-                f"into a mini-batch of {b}, "
-                'and read="end" reads weights that the tokens already returned could not see.\n'
-                "  Cut sequences at whole mini-batches, or start a new one from dict(state)."
+            raise self._error(
+                f'{_stands(state)} of {b}, and read="end" reads weights that the tokens already returned could not see',
+                "Cut sequences at whole mini-batches, or start a new one from dict(state).",
+                StateMismatch,
             )
         if isinstance(b, int) and not 0 <= state.position < b:
-            raise StateMismatch(
-                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens "
-                f"into a mini-batch of {b}.\n"
-                "  Pass the state that a call of this layer returned."
-            )
-
+            remedy = "Pass the state that a call of this layer returned."
+            raise self._error(f"{_stands(state)} of {b}", remedy, StateMismatch)
         kept, other = ("rows", "sums") if self.layer.decode == "rows" else ("sums", "rows")
         names = self.sequences if kept == "rows" else [o.variable.name for o in self.layer.sequencing.opened]
         if state.position and set(names) - set(state.rows if kept == "rows" else state.summed):
-            raise StateMismatch(
-                f"variant `{self.layer.signature.name}`: the state stands {state.position} tokens into a mini-batch, "
-                f"and does not have the {kept} of these tokens, which this layer carries.\n"
-                f'  Pass a state of a layer with decode="{kept}", not "{other}", or one at a mini-batch\'s end.'
+            raise self._error(
+                f"{_stands(state)}, and does not have the {kept} of these tokens, which this layer carries",
+                f'Pass a state of a layer with decode="{kept}", not "{other}", or one at a mini-batch\'s end.',
+                StateMismatch,
             )
 
     def telemetry(self, names: Sequence[str]) -> Tensors:
@@ -155,10 +150,8 @@ class BoundCall:
             if not bool(torch.isfinite(x).all())
         ]
         if bad:
-            raise NonFinite(
-                f"variant `{self.layer.signature.name}`: NaN or infinity in {', '.join(bad)}.\n"
-                "  Find where it comes from with torch.isfinite; check=False runs without this test."
-            )
+            remedy = "Find where it comes from with torch.isfinite; check=False runs without this test."
+            raise self._error(f"NaN or infinity in {', '.join(bad)}", remedy, NonFinite)
 
     # -- layout --------------------------------------------------------------------------------------------------------
 
@@ -174,10 +167,11 @@ class BoundCall:
     def _kept(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Tokens that a state carries, of as many sequences and heads as this call has."""
         if x.shape[:2] != (self.batch, self.heads):
-            raise StateMismatch(
-                f"variant `{self.layer.signature.name}`: the state carries tokens of `{as_declared(name)}` for a batch "
-                f"of {x.shape[0]} and {x.shape[1]} heads, this call has {self.batch} and {self.heads}.\n"
-                "  Pass the state that a call of the same batch and heads returned."
+            raise self._error(
+                f"the state carries tokens of `{as_declared(name)}` for a batch of {x.shape[0]} and {x.shape[1]} "
+                f"heads, this call has {self.batch} and {self.heads}",
+                "Pass the state that a call of the same batch and heads returned.",
+                StateMismatch,
             )
         return self._stored(x)
 
@@ -201,8 +195,8 @@ class BoundCall:
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
-    def _error(self, what: str, remedy: str) -> ShapeError:
-        return ShapeError(f"variant `{self.layer.signature.name}`: {what}.\n  {remedy}")
+    def _error(self, what: str, remedy: str, kind: type[TTTCError] = ShapeError) -> TTTCError:
+        return kind(f"variant `{self.layer.signature.name}`: {what}.\n  {remedy}")
 
     def _named(self, role: str, given: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
         missing = [n for n in declared if n not in given]
@@ -238,6 +232,10 @@ class BoundCall:
                 f"{name} has dtype {x.dtype}, the layer was compiled for {dtype}",
                 f"Convert it, {name}.to({dtype}), or compile with dtype={x.dtype}.",
             )
+
+
+def _stands(state: State) -> str:
+    return f"the state stands {state.position} tokens into a mini-batch"
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

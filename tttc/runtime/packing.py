@@ -122,9 +122,7 @@ def _refuse_apart(
     wide: Sequence[tuple[str, str]], declared: Signature, changing: Set[tuple[str, str]], q_heads: int, heads: int
 ) -> None:
     """Refuse what would give the q heads of a group weights of their own."""
-    groups: dict[str, Mapping[str, Any]]
-    groups = {"token": declared.tokens, "gate": declared.gates, "param": declared.params, "state": declared.states}
-    specs = {(role, name): spec for role, group in groups.items() for name, spec in group.items()}
+    specs = {(role, name): spec for role, group in declared.by_role.items() for name, spec in group.items()}
     problems = [
         Problem(
             f"{role} `{name}` has the {q_heads} heads of q, but {'it is' if role == 'state' else 'it changes'} "

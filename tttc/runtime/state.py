@@ -100,8 +100,7 @@ class State(Moved, Mapping[str, torch.Tensor]):
         """Some of its sequences as a state of their own: one by its index, or as an index, a slice or a mask of a
         tensor's first axis chooses; an index may occur several times.
         """
-        index = [sequences] if isinstance(sequences, int) else sequences
-        return self.map(lambda x: x[index.to(x.device) if isinstance(index, torch.Tensor) else index])
+        return self.map(lambda x: _chosen(x, sequences))
 
     def repeat(self, times: int) -> State:
         """Each sequence so many times, one after the other: n samples, or beams, that begin at the same place."""
@@ -144,6 +143,12 @@ def _alike(first: State, other: State, number: int) -> None:
                 f"{_sizes(two[group])}.\n"
                 "  Join states that calls of one layer returned, with as many heads."
             )
+
+
+def _chosen(x: torch.Tensor, sequences: int | Sequence[int] | slice | torch.Tensor) -> torch.Tensor:
+    """Some of the sequences of a tensor, which stand along its first axis."""
+    index = [sequences] if isinstance(sequences, int) else sequences
+    return x[index.to(x.device) if isinstance(index, torch.Tensor) else index]
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -215,10 +220,7 @@ class Cache(Moved):
 
     def select(self, sequences: int | Sequence[int] | slice | torch.Tensor) -> Cache:
         """Some of its sequences, as `State.select` chooses them: to reorder beams, or to drop what has ended."""
-        index = [sequences] if isinstance(sequences, int) else sequences
-        return self._with(
-            self.state.select(sequences), lambda x: x[index.to(x.device) if isinstance(index, torch.Tensor) else index]
-        )
+        return self._with(self.state.select(sequences), lambda x: _chosen(x, sequences))
 
     def repeat(self, times: int) -> Cache:
         """Each sequence so many times, one after the other."""

@@ -68,7 +68,8 @@ class Accuracy:
 
     def _too_far_off(self, layer: Layer) -> dict[str, tuple[float, float]]:
         """The errors beyond the tolerance of the dtype and beyond what torch is off in it, with what is allowed."""
-        found = {n: (e, self._tolerance(n)) for n, e in self.errors(layer).items()}
+        allowed = TOLERANCES[self.dtype]
+        found = {n: (e, allowed[n.startswith("grad ")]) for n, e in self.errors(layer).items()}
         if all(e <= most for e, most in found.values()):
             return {}
         torchs = self._errors_of_torch
@@ -98,9 +99,6 @@ class Accuracy:
         """How far each tensor is from float64, relative in the Frobenius norm."""
         own = in_dtype(self._inputs, self.dtype, grad=not self.forward_only)
         return errors({n: x.double() for n, x in self._results(layer, own).items()}, self._exact)
-
-    def _tolerance(self, name: str) -> float:
-        return TOLERANCES[self.dtype][name.startswith("grad ")]
 
     def _results(self, layer: Layer, inputs: Inputs) -> Results:
         """The output and final weights, and the gradients of all inputs."""

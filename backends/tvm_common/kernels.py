@@ -124,8 +124,8 @@ class Kernel(ABC):
     # -- the function
 
     def written(self) -> Self:
-        """With the whole function, `built`."""
-        with self.function(), self.each_head():
+        """With the whole function, `function`."""
+        with self.opened(), self.each_head():
             if self.backward:
                 self._backward()
             else:
@@ -133,7 +133,8 @@ class Kernel(ABC):
         return self
 
     @contextmanager
-    def function(self) -> Iterator[None]:
+    def opened(self) -> Iterator[None]:
+        """The function, as far as its tensors; what is written inside is its body."""
         with IRBuilder() as ib:
             with T.prim_func(s_tir=True):
                 T.func_name(self.name)
@@ -144,7 +145,7 @@ class Kernel(ABC):
                     self.tensors[a.name] = self._declared(a)
                 self.every: Any = T.arg(self.called(own("every")), T.int32()) if self.scan.loops else None
                 yield
-            self.built: Any = ib.get()
+            self.function: Any = ib.get()
 
     def _forward(self) -> None:
         self.load(self.scan.carry, "in")

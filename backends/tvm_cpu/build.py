@@ -19,7 +19,7 @@ from tttc.backends.tvm_cpu.machine import host
 
 def build(kernel: CPUKernel) -> Any:
     """A library of one kernel, in memory."""
-    return compiled(kernel.built, host(kernel.machine.dtype).target())
+    return compiled(kernel.function, host(kernel.machine.dtype).target())
 
 
 def link(library: Any, path: Path) -> None:

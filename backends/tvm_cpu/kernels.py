@@ -46,10 +46,10 @@ class CPUKernel(Kernel):
         if self.backward or not heads_per_task(self.scan, self.dims, self.machine.lanes):
             super().written()
         else:
-            with self.function():
+            with self.opened():
                 self._heads_together()
         size = tirx.const(self.scratch.size, "int32")  # known when all is written
-        self.built = self.built.specialize({self.scratch_size: size})
+        self.function = self.function.specialize({self.scratch_size: size})
         return self
 
     def _heads_together(self) -> None:

@@ -39,7 +39,7 @@ class CPUScan(TVMScan):
 
     def text(self, backward: bool, stored: Stored) -> str:
         """The TensorIR of a kernel."""
-        return str(self.kernel(backward, stored).built.script())
+        return str(self.kernel(backward, stored).function.script())
 
     def kernel(self, backward: bool, stored: Stored) -> CPUKernel:
         """A kernel before it is compiled."""

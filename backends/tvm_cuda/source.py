@@ -22,7 +22,7 @@ HEADERS = {"nv_bfloat16": "cuda_bf16.h", "half": "cuda_fp16.h", "nvcuda::wmma": 
 
 def source(kernel: CudaKernel) -> CudaSource:
     """The text of a kernel."""
-    text = compiled(kernel.built, kernel.device.target(), WITHOUT).mod.imports[0].inspect_source()
+    text = compiled(kernel.function, kernel.device.target(), WITHOUT).mod.imports[0].inspect_source()
     text = text[text.rindex('extern "C" __global__') :].rstrip() + "\n"
     text = _placed(text, kernel)
     for change in (_plain_numbers, _plain_names, _commented):

@@ -14,7 +14,7 @@ runs at least once, for ONNX Runtime stops the process where it has nothing to d
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.onnx.lowering import Lowering
@@ -27,8 +27,8 @@ from tttc.ir.program_text import type_text
 from tttc.ir.text import Namer, Printer, steps
 
 OPSET = 26  # the first with CumProd
-MODEL = '<ir_version: 10, opset_import: ["" : {opset}, "tttc" : 1], producer_name: "tttc">'
-FUNCTION = '<domain: "tttc", opset_import: ["" : {opset}]>'
+HEAD = '<ir_version: 10, opset_import: ["" : {opset}, "tttc" : 1], producer_name: "tttc">'
+FUNCTION = '<domain: "tttc", opset_import: ["" : {opset}, "tttc" : 1]>'
 SCAN = "# scan "  # before the model of each
 
 
@@ -49,18 +49,33 @@ def emit_source(program: AdjointProgram, settings: Settings | None = None, place
 
 
 def _model(scan: Scan, program: ScanProgram) -> str:
-    opset = {"opset": OPSET}
-    whole = _loop(scan, program) if scan.loops else _once(scan, program)
-    parts = [MODEL.format(**opset), whole, FUNCTION.format(**opset), _chunk(scan, program)]
-    return "\n".join([f"{SCAN}{scan.name}: {scan.doc}", *(_ascii(worded(part).text) for part in parts)])
+    inputs = [_typed(p, marked(p.name), program) for p in scan.params]
+    results = [_typed(e, made(e), program) for e in scan.results]
+    graph = block(scan.name, inputs, results, [_call(scan.name, scan, "new", "", "")])
+    return f"{SCAN}{scan.name}: {scan.doc}\n{model_text(graph, functions(scan, program))}"
 
 
-def _ascii(text: str) -> str:
-    """Words of ONNX have no other letters."""
-    return re.sub(r"[^\x00-\x7f]", lambda m: f"u{ord(m[0]):x}", text)
+def model_text(graph: str, called: Sequence[str]) -> str:
+    """A graph and the functions that it calls, each with words of its own, as a model."""
+    parts = [HEAD.format(opset=OPSET), words(graph)]
+    return "\n".join([*parts, *(x for part in called for x in (FUNCTION.format(opset=OPSET), words(part)))])
 
 
-def _block(head: str, inputs: Sequence[str], outputs: Sequence[str], lines: Sequence[str]) -> str:
+def functions(scan: Scan, program: ScanProgram) -> list[str]:
+    """A scan as `tttc.<name>`, its parameters in their order; of a loop also `tttc.<name>_chunk`."""
+    return (
+        [_loop(scan, program.dims), _chunk(f"{scan.name}_chunk", scan, program)]
+        if scan.loops
+        else [_chunk(scan.name, scan, program)]
+    )
+
+
+def words(text: str) -> str:
+    """A text with a word for each name; words of ONNX have the letters of ASCII alone."""
+    return re.sub(r"[^\x00-\x7f]", lambda m: f"u{ord(m[0]):x}", worded(text).text)
+
+
+def block(head: str, inputs: Sequence[str], outputs: Sequence[str], lines: Sequence[str]) -> str:
     return "\n".join([f"{head} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{", *(f"   {x}" for x in lines), "}\n"])
 
 
@@ -72,11 +87,7 @@ def made(e: Expr) -> str:
     return marked(suffixed(e.name, "new"))
 
 
-def _name(scan: Scan) -> str:
-    return f"{scan.name}_chunk"
-
-
-def _chunk(scan: Scan, program: ScanProgram) -> str:
+def _chunk(name: str, scan: Scan, program: ScanProgram) -> str:
     """The block of a scan as a function: every value, with a comment that says what it is."""
     chunk = scan.chunk if isinstance(scan.chunk, int) else None
     lowering = Lowering(scan.params, program.dims, chunk)
@@ -86,14 +97,14 @@ def _chunk(scan: Scan, program: ScanProgram) -> str:
     for step in steps(scan.block, Namer(taken, program.names)):
         target = results[step.target].target if step.target else None
         axes = target.axes if target else step.value.axes
-        name = made(target) if target else marked(step.name)
+        called = made(target) if target else marked(step.name)
         text = f"{marked(step.name)}: {type_text(axes, program.dtype)} = {shown.ordered(step.value, axes).text}"
         lowering.lines.append(f"# {unmarked(text)}")
-        lowering.named(step.value, name, axes)
+        lowering.named(step.value, called, axes)
         if step.value.axes == axes:
             shown.names[step.value] = step.name
     inputs = [marked(p.name) for p in scan.params]
-    return _block(_name(scan), inputs, [made(e) for e in scan.results], lowering.lines)
+    return block(name, inputs, [made(e) for e in scan.results], lowering.lines)
 
 
 # -- all chunks --------------------------------------------------------------------------------------------------------
@@ -105,23 +116,14 @@ def _typed(e: Expr, name: str, program: ScanProgram) -> str:
     return f"float[{', '.join(['N', *sizes])}] {name}"
 
 
-def _graph(scan: Scan, program: ScanProgram, lines: Sequence[str]) -> str:
-    inputs = [_typed(p, marked(p.name), program) for p in scan.params]
-    return _block(scan.name, inputs, [_typed(e, made(e), program) for e in scan.results], lines)
-
-
-def _once(scan: Scan, program: ScanProgram) -> str:
-    return _graph(scan, program, [_call(scan, "new", "", "")])
-
-
-def _loop(scan: Scan, program: ScanProgram) -> str:
+def _loop(scan: Scan, dims: Mapping[str, int]) -> str:
     """The chunks of a Scan, and the rest: with a chunk as long as the call all is rest."""
     T, none, first, whole = (marked(own(x)) for x in ("T", "none", "first", "whole"))
     lines = [
         f"{T} = Shape <start = 1, end = 2> ({marked(scan.sequence[0].name)})",
         f"{none} = Constant <value = int64[1] {{0}}> ()",
         f"{first} = Constant <value = int64[1] {{1}}> ()",
-        *(x for a in scan.outputs for x in _empty(a.target, scan, program)),
+        *(x for a in scan.outputs for x in _empty(a.target, scan, dims)),
     ]
     if isinstance(scan.chunk, int):
         C, chunks = marked(own("C")), marked(own("chunks"))
@@ -135,14 +137,14 @@ def _loop(scan: Scan, program: ScanProgram) -> str:
         lines.append(f"{whole} = Identity ({none})")
     before = "head" if isinstance(scan.chunk, int) else ""
     rest = [f"{_part(s, 'rest')} = Slice ({marked(s.name)}, {whole}, {T}, {first})" for s in scan.sequence]
-    rest.append(_call(scan, "tail'then", before, "rest"))
+    rest.append(_call(f"{scan.name}_chunk", scan, "tail'then", before, "rest"))
     lines += _where(f"Greater ({T}, {whole})", "tail", scan, rest, before)
     for a in scan.updates:
         lines.append(f"{made(a.target)} = Identity ({_part(a.target, 'tail')})")
     for a in scan.outputs:
         parts = [_part(a.target, part) for part in (before, "tail") if part]
         lines.append(f"{made(a.target)} = Concat <axis = 1> ({', '.join(parts)})")
-    return _graph(scan, program, lines)
+    return block(scan.name, [marked(p.name) for p in scan.params], [made(e) for e in scan.results], lines)
 
 
 def _part(e: Expr, part: str) -> str:
@@ -150,25 +152,25 @@ def _part(e: Expr, part: str) -> str:
     return marked(suffixed(e.name, part) if part else e.name)
 
 
-def _call(scan: Scan, results: str, carry: str, sequence: str) -> str:
-    """A chunk of the parts of the graph that are named."""
+def _call(function: str, scan: Scan, results: str, carry: str, sequence: str) -> str:
+    """A function of a scan, called with the parts of the graph that are named."""
     given = [_part(e, carry) for e in scan.carry] + [_part(e, "") for e in scan.fixed]
     given += [_part(e, sequence) for e in scan.sequence]
     found = ", ".join(_part(e, results) for e in scan.results)
-    return f"{found} = tttc.{_name(scan)} ({', '.join(given)})"
+    return f"{found} = tttc.{function} ({', '.join(given)})"
 
 
-def _empty(e: Expr, scan: Scan, program: ScanProgram) -> list[str]:
+def _empty(e: Expr, scan: Scan, dims: Mapping[str, int]) -> list[str]:
     """An output for no tokens: as long as it is elsewhere along its other axes."""
-    lines, lengths = [], [f"Shape <start = 0, end = 1> ({marked(scan.params[0].name)})"]
-    for axis in e.axes:
-        if axis in e.axes[1:] and axis.size not in program.dims:
-            p, at = next((p, p.axes.index(a)) for p in scan.params for a in p.axes if a.size == axis.size)
-            lengths.append(f"Shape <start = {at + 1}, end = {at + 2}> ({marked(p.name)})")
-        else:
-            lengths.append(f"Constant <value = int64[1] {{{program.dims.get(axis.size, 0)}}}> ()")
-    names = [_part(e, f"empty'{i}") for i in range(len(lengths))]
-    lines = [f"{name} = {length}" for name, length in zip(names, lengths, strict=True)]
+    names = [_part(e, f"empty'{i}") for i in range(len(e.axes) + 1)]
+    lines = [f"{names[0]} = Shape <start = 0, end = 1> ({marked(scan.params[0].name)})"]
+    lines.append(f"{names[1]} = Constant <value = int64[1] {{0}}> ()")
+    for name, axis in zip(names[2:], e.axes[1:], strict=True):
+        if axis.size in dims:
+            lines.append(f"{name} = Constant <value = int64[1] {{{dims[axis.size]}}}> ()")
+            continue
+        p, at = next((p, i + 1) for p in scan.params for i, a in enumerate(p.axes) if a.size == axis.size)
+        lines.append(f"{name} = Shape <start = {at}, end = {at + 1}> ({marked(p.name)})")
     lines.append(f"{_part(e, 'shape')} = Concat <axis = 0> ({', '.join(names)})")
     return [*lines, f"{_part(e, 'empty')} = ConstantOfShape ({_part(e, 'shape')})"]
 
@@ -206,7 +208,7 @@ def _scan(scan: Scan, none: str, first: str, whole: str) -> list[str]:
     lines += [
         f"{', '.join(found)} = Scan <{', '.join(settings)}, body = chunk ({', '.join(inputs)}) => "
         f"({', '.join(outputs)}) {{",
-        f"   {_call(scan, 'out', 'in', 'chunk')}",
+        f"   {_call(f'{scan.name}_chunk', scan, 'out', 'in', 'chunk')}",
         f"}}> ({', '.join(given)})",
     ]
     return [*lines, *(x for e in stored for x in _reshaped(e, "stacked", "head'then", [0, -1], 3))]

@@ -48,3 +48,14 @@ DimOption = Annotated[
         help="Size of a dim, may be repeated; or D=64,F=256. Otherwise D=64, F=4*D, the rest D.",
     ),
 ]
+
+
+def sizes(dim: list[str] | None) -> dict[str, int]:
+    """["D=64"], or ["D=64,F=256"], as {"D": 64}."""
+    found = {}
+    for text in (part for given in dim or [] for part in given.split(",")):
+        name, _, size = text.partition("=")
+        if not (name.isidentifier() and size.isdecimal() and int(size) > 0):
+            raise typer.BadParameter(f"{text!r} is not a dim and its size, such as D=64.", param_hint="--dim")
+        found[name] = int(size)
+    return found

@@ -1,4 +1,4 @@
-"""The command line: `tttc list | explain | check | verify | compile | tune | doctor | demo`.
+"""The command line: `tttc list | explain | check | verify | compile | export | tune | doctor | demo`.
 
 Each command is a few lines over a function that Python code can call as well. Errors of class `TTTCError` are
 the user's to mend: they are printed without a traceback, and the exit code is 2. A declaration that was
@@ -18,8 +18,9 @@ import typer
 import typer.core
 from rich.text import Text
 
-from tttc.cli.app import VARIANT, DimOption, VariantArgument, app
+from tttc.cli.app import VARIANT, DimOption, VariantArgument, app, sizes
 from tttc.cli.doctor import diagnose
+from tttc.cli.export import export
 from tttc.cli.loading import full_dims, library_variants, load_variant
 from tttc.cli.printing import kernel_table, print_diagnosis
 from tttc.compiler.aot import compile_for
@@ -118,18 +119,7 @@ def explain(
 
 def _compiled(name: str, dim: list[str] | None, **settings: Any) -> Layer:
     variant = load_variant(name)
-    return compile_layer(variant, full_dims(variant, _sizes(dim)), **settings)
-
-
-def _sizes(dim: list[str] | None) -> dict[str, int]:
-    """["D=64"], or ["D=64,F=256"], as {"D": 64}."""
-    sizes = {}
-    for text in (part for given in dim or [] for part in given.split(",")):
-        name, _, size = text.partition("=")
-        if not (name.isidentifier() and size.isdecimal() and int(size) > 0):
-            raise typer.BadParameter(f"{text!r} is not a dim and its size, such as D=64.", param_hint="--dim")
-        sizes[name] = int(size)
-    return sizes
+    return compile_layer(variant, full_dims(variant, sizes(dim)), **settings)
 
 
 def _stage(layer: Layer, name: str) -> str:
@@ -198,7 +188,7 @@ def verify(
         tttc verify mine.py:Mine --dim D=8 --tokens 50
     """
     found = load_variant(variant)
-    dims = full_dims(found, {"D": VERIFIED_WIDTH} | _sizes(dim))
+    dims = full_dims(found, {"D": VERIFIED_WIDTH} | sizes(dim))
     result = verify_variant(found, dims, tokens=tokens, heads=heads, seed=seed, backend=backend)
     console().print(error_table(result.rows))
     console().print(Text("\n".join(["", result.headline, *result.notes])), soft_wrap=True)
@@ -236,7 +226,7 @@ def compile_variant(
         _compile_for(load_variant(variant), dim, target, dtype, backend, output)
         return
     found = load_variant(variant)
-    source = source_of(found, full_dims(found, _sizes(dim)), backend=backend).text
+    source = source_of(found, full_dims(found, sizes(dim)), backend=backend).text
     if output is None:
         print_program(source)
     else:
@@ -248,7 +238,7 @@ def _compile_for(
 ) -> None:
     kernels = []
     with console(stderr=True).status(f"compiling for {target} ..."):
-        for built in compile_for(variant, full_dims(variant, _sizes(dim)), target, dtype, backend):
+        for built in compile_for(variant, full_dims(variant, sizes(dim)), target, dtype, backend):
             kernels.append(built)
             if folder is not None:
                 try:
@@ -258,6 +248,9 @@ def _compile_for(
     console().print(kernel_table(kernels))
     if folder is not None:
         console(stderr=True).print(f"wrote {folder}", soft_wrap=True)
+
+
+app.command()(export)
 
 
 @app.command()
@@ -307,7 +300,7 @@ def tune(
         found = load_variant(variant)
         result = tune_variant(
             found,
-            full_dims(found, _sizes(dim)),
+            full_dims(found, sizes(dim)),
             _dtype(dtype),
             device,
             budget,

@@ -66,7 +66,7 @@ class Layer:
         self.dims, self.checkpoint = dict(settings.dims), settings.checkpoint
         self.backend, self.why, self.tuning = backend, why, tuning
         self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._scans, self._settings, self._recompile = scans, settings, recompile
+        self._scans, self.settings, self._recompile = scans, settings, recompile
         self._of_kernels = not named(backend, device).of_torch
         self.accepts_16bit = self.compute_dtype == torch.float32 and all(s.accepts_16bit for s in scans.values())
         program = stages.program
@@ -95,7 +95,7 @@ class Layer:
         return self  # nothing of it is trained, or changed by a call
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._recompile, (PickledVariant.of(self.signature.variant), dict(vars(self._settings)))
+        return self._recompile, (PickledVariant.of(self.signature.variant), dict(vars(self.settings)))
 
     def explain(self, latex: bool = False, stages: Sequence[str] | None = None) -> str:
         """The mathematics stage by stage (or of `stages`), the costs, and why this backend was taken; or as LaTeX."""

@@ -49,14 +49,14 @@ class Sequencing:
         self._past = {p.name: [dims[a.size] for a in p.axes if a != PAST] for p in past}
         self._token = program.scan(ScanKind.TOKEN)
         read = program.scans[0].outputs[:1]
-        self._width = [dims[a.size] for output in read for a in output.target.axes if a.size != TOKENS]
+        self.width = [dims[a.size] for output in read for a in output.target.axes if a.size != TOKENS]
         self.decode = "rows" if self._keeps_rows(declared, decode) else "sums"
 
     def run(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """z: [B, T, H, E], and the state after the last token."""
         B, T, H = call.batch, call.tokens, call.heads
         if T == 0:
-            empty = call.queries.new_zeros(B, 0, H, *self._width)
+            empty = call.queries.new_zeros(B, 0, H, *self.width)
             return _attached(empty, call), call.state.map(_copied)
         if T == 1 and self._has_kernel_of(call):
             z, after = self._decode_step(call, outputs)

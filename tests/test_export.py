@@ -1,0 +1,148 @@
+"""Layers as files: what ONNX Runtime computes from call to call is what the definition does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tttc
+from tests.backends.test_onnx import SHORT, TOLERANCE, VARIANTS, WORSE
+from tests.helpers import Result, differences, dims_of, inputs_for, oracle_result
+from tttc.cli.main import app
+from tttc.errors import BackendRefusal, ShapeError
+
+onnx = pytest.importorskip("onnx", reason="onnx is an extra: pip install 'tttc[onnx]'")
+pytest.importorskip("onnxruntime", reason="onnxruntime is an extra: pip install 'tttc[onnx]'")
+export = pytest.importorskip("tttc.export").onnx
+
+TOKENS = 13
+CUTS = ((), (1, 2, 6, 6), tuple(range(1, TOKENS)))  # as one call, with one of no tokens, and token by token
+OFF = {**WORSE, "Titans": 1e-3}  # from token to token it magnifies what float32 rounds: PyTorch's float32 is as far off
+
+
+class Windowed(tttc.Variant):
+    """A token of which the last three are seen, a rule that carries an average, and a name that is none of ASCII."""
+
+    mini_batch = 4
+    W = tttc.state("D", "D", init=tttc.normal(0.5))
+    k = tttc.token("D", window="K")
+    q = tttc.token("D", window="K")
+    été = tttc.param("K", init=1.0)
+
+    def learner(self, x):
+        return tttc.mean(x, axis=0) @ self.W
+
+    def loss(self, k, v):
+        return 0.1 * tttc.sum((self.learner(k) - v) ** 2) + 0.01 * tttc.sum(self.été) * tttc.sum(self.W * self.W)
+
+    update = tttc.sgd(lr=tttc.gate("lr"), average=tttc.gate("rho"))
+
+
+LAYERS = {**VARIANTS, "Windowed": Windowed}
+
+
+def compiled(name):
+    variant = LAYERS[name]
+    long = isinstance(variant.mini_batch, int) and variant.mini_batch > SHORT
+    variant = variant.replace(mini_batch=SHORT) if long else variant
+    return tttc.compile(variant, dims_of(variant, 3, 5) | {"K": 3}, torch.float32, backend="torch")
+
+
+def in_calls(session, arrays, cuts):
+    """z and the state of the same tokens in several calls."""
+    groups = {p["name"]: p["group"] for p in session.ports}
+    state, found = None, []
+    for now, stop in zip((0, *cuts), (*cuts, TOKENS), strict=True):
+        part = {n: x[:, now:stop] if groups[n] in ("token", "gate") else x for n, x in arrays.items()}
+        z, state = session({n: x for n, x in part.items() if state is None or groups[n] != "weights"}, state)
+        found.append(z)
+    return np.concatenate(found, 1), state
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_saved_layer_goes_on_where_it_stopped(name, tmp_path):
+    layer, allowed = compiled(name), OFF.get(name, TOLERANCE)
+    session = export.Session(export.save(layer, tmp_path / "layer.onnx"))
+    inputs = inputs_for(layer, TOKENS, batch=2, heads=2)
+    wanted = oracle_result(layer.signature.variant, inputs)._replace(gradients={})
+    weights = [p["name"] for p in session.ports if p["group"] == "weights"]
+    for cuts in CUTS[: 1 if layer.signature.read == "end" else None]:
+        z, state = in_calls(session, export.arrays(layer, session, inputs), cuts)
+        final = dict(zip(wanted.final, (torch.from_numpy(state[n]).double() for n in weights), strict=True))
+        assert differences(Result(torch.from_numpy(z).double(), final, {}), wanted, allowed, allowed) == ""
+
+
+def test_equal_layers_are_equal_files(tmp_path):
+    first, second = (export.save(compiled("TTTLinear"), tmp_path / f"{i}.onnx").read_bytes() for i in "ab")
+    assert first == second
+    about = {p.key: p.value for p in onnx.load_from_string(first).metadata_props}
+    assert about["tttc.variant"] == "TTTLinear"
+    assert about["tttc.onnxruntime"] == ">=1.32"
+    assert "def loss" in about["tttc.declaration"]
+
+
+def test_the_graph_of_a_layer(golden):
+    golden("onnx/ttt_linear_stream", export.text(tttc.compile(tttc.library.TTTLinear, {"D": 64}, backend="torch")))
+
+
+def test_a_file_runs_without_tttc(tmp_path):
+    path = export.save(compiled("DeltaNet"), tmp_path / "layer.onnx")
+    script = (
+        "import sys, numpy as np, onnxruntime\n"
+        f"session = onnxruntime.InferenceSession({str(path)!r}, providers=['CPUExecutionProvider'])\n"
+        "shapes = {'B': 1, 'T': 5, 'H': 2}\n"
+        "given = {i.name: np.full([shapes.get(n, n) for n in i.shape], 0.1, np.float32)\n"
+        "         for i in session.get_inputs() if i.type == 'tensor(float)'}\n"
+        "z, *state = session.run(None, given | {'past_position': np.array([-1])})\n"
+        "assert z.shape == (1, 5, 2, 3) and np.isfinite(z).all() and 'tttc' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
+    lowering = sys.modules["tttc.backends.onnx.lowering"]
+    monkeypatch.setitem(lowering.ROWS, "sub", "Add")
+    with pytest.raises(export.ExportMismatch, match=r"TTTLinear.*differs by .* in ONNX Runtime"):
+        export.save(compiled("TTTLinear"), tmp_path / "layer.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_graph_is_refused():
+    class OneByOne(tttc.Variant):
+        mini_batch, anchor = 4, "token"
+        W = tttc.state("D", "D", init=tttc.normal(0.5))
+
+        def learner(self, x):
+            return tttc.tanh(x @ self.W)
+
+        def loss(self, k, v):
+            return 0.1 * tttc.sum((self.learner(k) - v) ** 2)
+
+        update = tttc.sgd(lr=tttc.gate("lr"))
+
+    layer = tttc.compile(OneByOne, {"D": 3}, backend="torch")
+    with pytest.raises(BackendRefusal, match=r"OneByOne.*token by token.\n  Set anchor"):
+        export.text(layer)
+
+
+def test_names_that_are_missing_or_unknown_are_said(tmp_path):
+    session = export.Session(export.save(compiled("TTTLinear"), tmp_path / "layer.onnx"))
+    q = np.zeros((1, 2, 1, 3), np.float32)
+    with pytest.raises(ShapeError, match=r"^k, v, lr, .*past_b1 are missing; eta is no input"):
+        session({"q": q, "eta": q})
+    with pytest.raises(ShapeError, match="`q` is missing"):
+        session({})
+
+
+def test_the_command(tmp_path):
+    path = tmp_path / "gla.onnx"
+    done = CliRunner().invoke(app, ["export", "gla", "--dim", "D=4", "-o", str(path)])
+    assert done.exit_code == 0, done.output
+    assert path.stat().st_size < 20_000

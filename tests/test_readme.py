@@ -205,6 +205,11 @@ def _takes(*names: str) -> Callable[[torch.nn.Module, torch.Tensor], bool]:
     return asked
 
 
+def _to_onnx(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """A layer alone is exported."""
+    return isinstance(module, Wrapped) and bool(tttc.export.onnx.model(module.layer).graph.node)
+
+
 PROBES: dict[str, Callable[[torch.nn.Module, torch.Tensor], bool]] = {
     "train": _trains,
     "decode": _decodes,
@@ -212,7 +217,7 @@ PROBES: dict[str, Callable[[torch.nn.Module, torch.Tensor], bool]] = {
     "`torch.export`": _exports,
     "packed": _takes("cu_seqlens"),
     "padded": _takes("mask", "lengths"),
-    "ONNX": lambda module, x: any("onnx" in path.name for path in (ROOT / "tttc").rglob("*.py")),
+    "ONNX": _to_onnx,
 }
 
 

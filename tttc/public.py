@@ -1,6 +1,6 @@
 """All that `import tttc` gives, by the names that it has there."""
 
-from tttc import library, nn
+from tttc import export, library, nn
 from tttc.attention import NonParametric, SoftmaxAttention
 from tttc.compiler.driver import compile
 from tttc.compiler.pipeline import PIPELINE
@@ -74,6 +74,7 @@ __all__ = [
     "einsum",
     "elementwise",
     "exp",
+    "export",
     "gate",
     "gelu",
     "huber",

@@ -13,7 +13,6 @@ from tttc.backends import torch as torch_backend
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.onnx.emit import SCAN
 from tttc.backends.scan import CompiledScan, NotBuilt, Tensors
-from tttc.errors import BackendRefusal
 from tttc.ir.program import AdjointProgram, Scan
 
 
@@ -56,10 +55,8 @@ class OnnxScan(CompiledScan):
         self, inputs: Tensors, saved: Tensors, checkpoint: int, cotangents: Tensors
     ) -> tuple[torch.Tensor, ...]:
         """Refused: a runtime for inference has none."""
-        raise BackendRefusal(
-            "backend 'onnx' runs forward alone: ONNX Runtime differentiates nothing.\n"
-            '  Compile with backend="auto" to train; a state and params can be given to either layer.'
-        )
+        why = "ONNX Runtime runs forward alone; train the layer with backend='auto'"
+        raise NotBuilt(f"{self.scan.name}_adjoint", NotImplementedError(why))
 
     @cached_property
     def session(self) -> Any:

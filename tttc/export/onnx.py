@@ -85,8 +85,8 @@ def model(layer: Layer) -> Any:
 
 def _in(dtype: torch.dtype, layer: Layer) -> Layer:
     """The same layer in another dtype, in operations of PyTorch."""
-    settings = {**vars(layer.settings), "dtype": dtype, "device": "cpu", "backend": "torch", "config": None, "telemetry": False}
-    return compile(layer.signature.variant, **settings)
+    changed = {"dtype": dtype, "device": "cpu", "backend": "torch", "config": None, "telemetry": False}
+    return compile(layer.signature.variant, **{**vars(layer.settings), **changed})
 
 
 def _port(p: Port, name: str) -> dict[str, Any]:

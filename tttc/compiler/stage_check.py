@@ -63,11 +63,15 @@ def _check_loop(declared: Signature, before: Program, after: LoopProgram, tokens
     try:
         _compare(before, after, loop.name, wanted, found, TOLERANCE)
     except PassChangedMeaning:
-        generator = np.random.default_rng(2)
-        near = {n: x * (1 + ROUNDING * generator.standard_normal(np.shape(x))) for n, x in arguments.items()}
-        again = by_definition(declared, after.dims, near, tokens)
+        again = by_definition(declared, after.dims, nearby(arguments), tokens)
         allowed = [max(TOLERANCE, relative_error(x, y)) for x, y in zip(wanted, again, strict=True)]
         _compare(before, after, loop.name, wanted, found, *allowed)
+
+
+def nearby(arguments: Arrays) -> Arrays:
+    """The same, `ROUNDING` away."""
+    generator = np.random.default_rng(2)
+    return {n: x * (1 + ROUNDING * generator.standard_normal(np.shape(x))) for n, x in arguments.items()}
 
 
 def relative_error(x: np.ndarray, y: np.ndarray) -> float:

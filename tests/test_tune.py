@@ -357,7 +357,8 @@ REFUSED = {
     "budget": dict(budget="soon"),
     "budget_zero": dict(budget=0),
     "budget_negative": dict(budget="-3s"),
-    "backend": dict(backend="onnx"),
+    "backend": dict(backend="jax"),
+    "backend_forward_only": dict(backend="onnx"),
     "dtype": dict(dtype=torch.int32),
     "tokens": dict(tokens=0),
 }

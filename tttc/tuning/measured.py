@@ -159,6 +159,10 @@ class _Timed:
             raise TuningError(
                 f"there is no backend {backend!r} to tune; there are auto, {', '.join(registry.names())}."
             )
+        unit = None if backend == "auto" else registry.named(backend, torch.device("cpu"))
+        if unit is not None and not (unit.differentiates or task.forward_only):
+            remedy = "Tune its forward alone, forward_only=True, or another backend."
+            raise TuningError(f"backend {backend!r} has no backward to time.\n  {remedy}")
         self.name = task.compiled(task.dtype, backend).backend  # what is refused is said as compile says it
         self.backend = registry.named(self.name, torch.device("cpu")).backend
         self.key = key_of(self.dualized, self.name, self.backend, torch.device("cpu"), task.dtype, task.work)

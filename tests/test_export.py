@@ -16,10 +16,10 @@ from tests.backends.test_onnx import SHORT, TOLERANCE, VARIANTS, WORSE
 from tests.helpers import Result, differences, dims_of, inputs_for, oracle_result
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal, ShapeError
+from tttc.export import onnx as export
 
 onnx = pytest.importorskip("onnx", reason="onnx is an extra: pip install 'tttc[onnx]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is an extra: pip install 'tttc[onnx]'")
-export = pytest.importorskip("tttc.export").onnx
 
 TOKENS = 13
 CUTS = ((), (1, 2, 6, 6), tuple(range(1, TOKENS)))  # as one call, with one of no tokens, and token by token
@@ -139,6 +139,12 @@ def test_names_that_are_missing_or_unknown_are_said(tmp_path):
         session({"q": q, "eta": q})
     with pytest.raises(ShapeError, match="`q` is missing"):
         session({})
+
+
+def test_a_package_that_is_absent_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(BackendRefusal, match=r"onnx is not installed.*\n  pip install 'tttc\[onnx\]'"):
+        export.model(compiled("GLA"))
 
 
 def test_the_command(tmp_path):

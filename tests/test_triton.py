@@ -382,18 +382,18 @@ def test_a_value_that_triton_does_not_take():
     """Of many axes, each padded to 16: the scan is batched, and says why."""
 
     class Experts(tttc.Variant):
-        mini_batch = "all"
+        mini_batch, read = 2, "start"
         W = tttc.state("D", "D")
-        E = tttc.state("M", "D", "D")
+        E = tttc.state(*"IJKLM", "D", "D")
 
         def learner(self, x):
-            return x @ self.W + tttc.sum(tttc.einsum("d,mde->me", x, self.E), axis=0)
+            return x @ self.W + tttc.einsum("d,ijklmde->e", x, tttc.tanh(self.E))
 
         def loss(self, k, v):
             return 0.05 * tttc.sum((self.learner(k) - v) ** 2)
 
         update = tttc.sgd(lr=tttc.gate("lr"))
 
-    dims = {"D": 2, "M": 2}
+    dims = {"D": 2} | dict.fromkeys("IJKLM", 2)
     assert "and Triton takes 1048576" in " ".join(triton_backend.notes(compiled(Experts, dims).stages.program))
     assert compared(Experts, dims, 5) == ""

@@ -11,6 +11,7 @@ import torch
 
 import tttc
 from tests.helpers import LIBRARY, Result, differences, dims_of, inputs_for, keywords, oracle_result, split_call
+from tttc.backends.onnx.emit import OPSET
 from tttc.backends.scan import NotBuilt
 from tttc.errors import BackendRefusal
 from tttc.library import DeltaNet, GatedDeltaNet, TTTLinear
@@ -90,7 +91,9 @@ def test_models_are_checked_and_equal_every_time(variant):
     texts = [tttc.compile(variant, {"D": 8}, backend="onnx").source for _ in range(2)]
     assert texts[0] == texts[1]
     for text in texts[0].split("# scan ")[1:]:
-        onnx.checker.check_model(onnx.parser.parse_model(text.partition("\n")[2]), full_check=True)
+        model = onnx.parser.parse_model(text.partition("\n")[2])
+        onnx.checker.check_model(model, full_check=True)
+        assert {i.domain: i.version for i in model.opset_import} == {"": OPSET, "tttc": 1}
 
 
 def test_a_system_as_long_as_the_call():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from tttc.compiler.driver import compile
-from tttc.errors import ShapeError, TTTCError
+from tttc.errors import BackendRefusal, ShapeError, TTTCError
 from tttc.export.ports import GIVEN, Port
 from tttc.export.stream import BEGINS, Stream
 from tttc.runtime.layer import Layer
@@ -33,6 +34,14 @@ TOLERANCE = 1e-5  # relative, of float32
 SEVERAL = 5.0  # times what float32 does to the layer itself
 
 Arrays = dict[str, np.ndarray]
+
+
+def _here(name: str) -> Any:
+    """A package, imported now; raises `BackendRefusal` where it is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise BackendRefusal(f"{name} is not installed, which ONNX files need.\n  pip install 'tttc[onnx]'") from None
 
 
 def save(layer: Layer, path: str | Path) -> Path:
@@ -64,8 +73,7 @@ def text(layer: Layer) -> str:
 
 def model(layer: Layer) -> Any:
     """The graph as an `onnx.ModelProto`, checked; equal bytes for equal layers."""
-    import onnx
-
+    onnx = _here("onnx")
     single = _in(torch.float32, layer)
     stream = Stream(single)
     made = onnx.parser.parse_model(stream.text())
@@ -99,8 +107,7 @@ class Session:
     """An exported layer in ONNX Runtime: a file, or its bytes. Arrays go in and out, the state from call to call."""
 
     def __init__(self, source: str | Path | bytes) -> None:
-        import onnxruntime
-
+        onnxruntime = _here("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         given = source if isinstance(source, bytes) else str(source)

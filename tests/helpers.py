@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -161,3 +164,9 @@ def replaced(source: Source, right: str, wrong: str) -> Source:
     """A generated file with a fault in it, its functions called as before."""
     assert right in source.text
     return Source(lambda: source.wording._replace(text=source.text.replace(right, wrong)), source.language)
+
+
+def run_alone(script: str) -> None:
+    """Run a script in a process of its own, where it must end well and say nothing."""
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +11,7 @@ from typer.testing import CliRunner
 
 import tttc
 from tests.backends.test_onnx import SHORT, TOLERANCE, VARIANTS, WORSE
-from tests.helpers import Result, differences, dims_of, inputs_for, oracle_result
+from tests.helpers import Result, differences, dims_of, inputs_for, oracle_result, run_alone
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.export import onnx as export
@@ -102,8 +100,7 @@ def test_a_file_runs_without_tttc(tmp_path):
         "z, *state = session.run(None, given | {'past_position': np.array([-1])})\n"
         "assert z.shape == (1, 5, 2, 3) and np.isfinite(z).all() and 'tttc' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    run_alone(script)
 
 
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):

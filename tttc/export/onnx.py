@@ -52,7 +52,7 @@ def save(layer: Layer, path: str | Path) -> Path:
     [B, T, H, E] and the same state as `present_...`. All is float32. The metadata of the file says what it was made of.
 
     Raises:
-        BackendRefusal: the layer is not float32, or has no such graph yet.
+        BackendRefusal: the layer has no such graph yet, or onnx or onnxruntime is not installed.
         ExportMismatch: what ONNX Runtime computes is not what the layer does.
     """
     exported, path = model(layer), Path(path)
@@ -68,7 +68,7 @@ class ExportMismatch(TTTCError):
 
 def text(layer: Layer) -> str:
     """The graph in ONNX's own language."""
-    return Stream(layer).text()
+    return Stream(_in(torch.float32, layer)).text()
 
 
 def model(layer: Layer) -> Any:

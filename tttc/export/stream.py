@@ -307,12 +307,10 @@ class Stream:
         results = [marked(own("z")), *(suffix(marked(a.leaf.name), "new") for a in opened.updates)]
         results += [suffix(marked(a.leaf.name), "closed") for a in closed.updates]
         yes, no = ([suffix(x, branch) for x in results] for branch in ("then", "else"))
-        stored = len(opened.outputs)
         made_by = dict(zip([a.leaf.name for a in opened.updates], yes[1:], strict=False))
-        ignored = [suffix(marked(a.leaf.name), "ignored") for a in opened.outputs[1:]]
         first = self._given(opened, {}, {})
         lasts = {p.name: suffix(marked(p.name), "last") for p in closed.params if p.name in sequences and not p.at}
-        then = [f"{', '.join([yes[0], *ignored, *made_by.values()])} = tttc.{opened.name} ({', '.join(first)})"]
+        then = [f"{', '.join([yes[0], *made_by.values()])} = tttc.{opened.name} ({', '.join(first)})"]
         then += [f"{x} = Gather <axis = 1> ({marked(n)}, {marked(own('minus_one'))})" for n, x in lasts.items()]
         ends = yes[1 + len(made_by) :]
         then.append(f"{', '.join(ends)} = tttc.{closed.name} ({', '.join(self._given(closed, made_by, lasts))})")
@@ -324,7 +322,6 @@ class Stream:
         otherwise += [f"{x} = Identity ({y})" for x, y in zip(no[1:], unchanged, strict=True)]
         sizes = ", ".join(map(str, [0, *self.sequencing.width]))
         count = 1 + len(self.sequencing.width)
-        assert stored >= 1
         lines = [
             f"{marked(own('T'))} = Shape <start = 1, end = 2> ({marked(sequences[0])})",
             f"{marked(own('N'))} = Shape <start = 0, end = 1> ({marked(sequences[0])})",

@@ -1,9 +1,12 @@
-"""`tttc export`: a layer as a file for programs that have no tttc."""
+"""`tttc export`: a layer as a file for programs that have no tttc. `FORMATS` has a row for each kind of file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -12,29 +15,54 @@ from tttc.cli.loading import full_dims, load_variant
 from tttc.compiler.driver import compile as compile_layer
 from tttc.errors import TTTCError
 from tttc.export import onnx
+from tttc.runtime.layer import Layer
 from tttc.terminal import console
+
+
+class Form(StrEnum):
+    """What `--format` may be."""
+
+    ONNX = "onnx"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file: what it is, a command that writes one, and what writes it and says where."""
+
+    about: str
+    example: str
+    save: Callable[[Layer, Path], Any]
+
+
+FORMATS = {
+    Form.ONNX: Format(
+        "one graph for ONNX Runtime, its state in and out, for any number of sequences, heads and tokens",
+        "tttc export ttt_linear --format onnx -o ttt_linear.onnx",
+        onnx.save,
+    ),
+}
+
+HELP = "\n".join(
+    [
+        "Write a layer as a file for programs that have no tttc, once it was seen to compute what the layer does.\n",
+        *(f"    {form}: {f.about}\n\n        {f.example}\n" for form, f in FORMATS.items()),
+        "One of your own: tttc export mine.py:Mine --dim D=128 -o mine.onnx",
+    ]
+)
 
 
 def export(
     variant: VariantArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
-    form: Annotated[
-        Literal["onnx"], typer.Option("--format", help="onnx: one graph for ONNX Runtime, its state in and out.")
-    ] = "onnx",
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="What to write.")],
+    form: Annotated[Form, typer.Option("--format", help="What to write it as.")] = Form.ONNX,
     dim: DimOption = None,
 ) -> None:
-    """Write a layer as a file for programs that have no tttc, once it was seen to compute what the layer does.
-
-    An ONNX file takes any number of sequences, heads and tokens, from none on, and its state from call to call.
-
-        tttc export ttt_linear -o ttt_linear.onnx
-        tttc export mine.py:Mine --format onnx --dim D=128 -o mine.onnx
-    """
+    """Write a layer as a file for programs that have no tttc; HELP says as what."""
     found = load_variant(variant)
     layer = compile_layer(found, full_dims(found, sizes(dim)), backend="torch")
     with console(stderr=True).status(f"comparing {output} with the layer ..."):
         try:
-            onnx.save(layer, output)
+            FORMATS[form].save(layer, output)
         except OSError as error:
             raise TTTCError(f"cannot write {output}: {error.strerror}.") from error
     console(stderr=True).print(f"wrote {output}", soft_wrap=True)

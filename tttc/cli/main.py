@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tttc.cli.app import VARIANT, DimOption, VariantArgument, app, sizes
 from tttc.cli.doctor import diagnose
+from tttc.cli.export import HELP as EXPORT_HELP
 from tttc.cli.export import export
 from tttc.cli.loading import full_dims, library_variants, load_variant
 from tttc.cli.printing import kernel_table, print_diagnosis
@@ -250,7 +251,7 @@ def _compile_for(
         console(stderr=True).print(f"wrote {folder}", soft_wrap=True)
 
 
-app.command()(export)
+app.command(help=EXPORT_HELP)(export)
 
 
 @app.command()

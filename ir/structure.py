@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from tttc.ir.expr import Expr, postorder
-from tttc.ir.program import LoopProgram
+from tttc.ir.program import LoopProgram, TokenProgram
 
 
 def structure(program: LoopProgram) -> str:
@@ -19,6 +19,17 @@ def structure(program: LoopProgram) -> str:
     """
     functions = [(f.params, f.body, f.returns) for f in program.per_token]
     return hashlib.sha256(written((program.update, functions)).encode()).hexdigest()[:24]
+
+
+def digest(program: TokenProgram) -> str:
+    """A checksum of what was declared, sizes included: the functions of one token, the update rule and the dims.
+
+    The program is that of the stage `declare`, `layer.stages.of(TokenProgram)`, before anything is derived from it. The
+    name of the variant, its dtype, and all that a schedule or a backend chooses are not in it: layers of one digest
+    read each other's states.
+    """
+    functions = [(f.name, f.params, f.body, f.returns) for f in program.functions]
+    return hashlib.sha256(written((functions, program.update, sorted(program.dims.items()))).encode()).hexdigest()
 
 
 def written(x: Any) -> str:

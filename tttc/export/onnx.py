@@ -9,7 +9,6 @@ z, state = session(q=q, k=k, v=v, lr=lr, tau=tau, gamma=gamma, beta=beta, state=
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from importlib import import_module
@@ -23,6 +22,8 @@ from tttc.compiler.driver import compile
 from tttc.errors import BackendRefusal, ShapeError, TTTCError
 from tttc.export.ports import GIVEN, Port
 from tttc.export.stream import BEGINS, Stream
+from tttc.ir.program import TokenProgram
+from tttc.ir.structure import digest
 from tttc.runtime.layer import Layer
 from tttc.verification.comparison import relative_error
 from tttc.verification.inputs import Inputs, random_inputs
@@ -77,12 +78,11 @@ def model(layer: Layer) -> Any:
     single = _in(torch.float32, layer)
     stream = Stream(single)
     made = onnx.parser.parse_model(stream.text())
-    declaration = single.stages["declare"].text
     about = {
         "tttc.version": __version__,
         "tttc.variant": single.signature.name,
-        "tttc.declaration": declaration,
-        "tttc.digest": hashlib.sha256(declaration.encode()).hexdigest(),
+        "tttc.declaration": single.stages["declare"].text,
+        "tttc.digest": digest(single.stages.of(TokenProgram)),
         "tttc.onnxruntime": f">={RUNTIME}",
         "tttc.ports": json.dumps([_port(p, i.name) for p, i in zip(stream.ports, made.graph.input, strict=True)]),
     }

@@ -86,7 +86,8 @@ def test_equal_layers_are_equal_files(tmp_path):
 
 
 def test_the_graph_of_a_layer(golden):
-    golden("onnx/ttt_linear_stream", export.text(tttc.compile(tttc.library.TTTLinear, {"D": 64}, backend="torch")))
+    for name, variant in (("ttt_linear", tttc.library.TTTLinear), ("gated_delta_net", tttc.library.GatedDeltaNet)):
+        golden(f"onnx/{name}_stream", export.text(tttc.compile(variant, {"D": 64}, backend="torch")))
 
 
 def test_a_file_runs_without_tttc(tmp_path):

@@ -1,10 +1,12 @@
 """The `onnx` backend: scans as graphs of ONNX, run by ONNX Runtime on this CPU. Forward alone, in float32.
 
-emit.py      a program as ONNX text: a model for each scan, its chunk a function of it
-lowering.py  expressions as nodes
-ops.py       the table of operations
-load.py      the text as sessions of ONNX Runtime
-tune.py      what may be chosen: nothing
+emit.py        a program as ONNX text: a model for each scan
+loop.py        a scan as functions: a chunk, and the loop over chunks
+recurrence.py  a scan as one node, where its rule is a linear recurrence
+lowering.py    expressions as nodes
+ops.py         the table of operations
+load.py        the text as sessions of ONNX Runtime
+tune.py        what may be chosen: nothing
 """
 
 from tttc.backends.onnx.emit import emit_source, notes, refusals

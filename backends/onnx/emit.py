@@ -1,35 +1,32 @@
 """Scans as ONNX text: a model for each, of tensors with a leading axis N = batch * heads.
 
-One chunk is a function of the model. A loop gives it the chunks of a Scan and then what is left of the tokens: a Scan
-runs at least once, for ONNX Runtime stops the process where it has nothing to do.
-
     drawn (float[N, D, D] W, float[N, T, D] k, ...) => (float[N, T, D] z, float[N, D, D] W_new) {
-       ...
-       W_head, z_head = If <then_branch = head () => (...) { ... = Scan <body = chunk ...> ... }, ...> (any_chunk)
-       W_new, z_tail = If <then_branch = tail () => (...) { ... = tttc.drawn_chunk (...) }, ...> (any_rest)
-       z = Concat <axis = 1> (z_head, z_tail)
+       z, W_new = tttc.drawn (W, k, ...)
     }
+
+What it calls is a loop over chunks (loop.py) or, where the rule is one that the runtime has, its operator
+(recurrence.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tttc.backends.interface import HOST, Placement, Settings, Source
-from tttc.backends.onnx.lowering import Lowering
+from tttc.backends.onnx.loop import block, call, loop_functions, made
 from tttc.backends.onnx.ops import ROWS
+from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM, operator_function, recurrence_of
 from tttc.backends.rows import missing_rows
 from tttc.ir.expr import Expr
-from tttc.ir.names import marked, own, suffixed, unmarked, worded
+from tttc.ir.names import marked, unmarked, worded
 from tttc.ir.program import AdjointProgram, Scan, ScanProgram
-from tttc.ir.program_text import type_text
-from tttc.ir.text import Namer, Printer, steps
 
 OPSET = 26  # the first with CumProd
-HEAD = '<ir_version: 10, opset_import: ["" : {opset}, "tttc" : 1], producer_name: "tttc">'
-FUNCTION = '<domain: "tttc", opset_import: ["" : {opset}, "tttc" : 1]>'
+HEAD = '<ir_version: 10, opset_import: [{imports}], producer_name: "tttc">'
+FUNCTION = '<domain: "tttc", opset_import: [{imports}]>'
 SCAN = "# scan "  # before the model of each
+DEFAULT = "com.microsoft"  # whose operator ONNX Runtime has a kernel of
 
 
 def refusals(program: ScanProgram) -> list[str]:
@@ -51,23 +48,25 @@ def emit_source(program: AdjointProgram, settings: Settings | None = None, place
 def _model(scan: Scan, program: ScanProgram) -> str:
     inputs = [_typed(p, marked(p.name), program) for p in scan.params]
     results = [_typed(e, made(e), program) for e in scan.results]
-    graph = block(scan.name, inputs, results, [_call(scan.name, scan, "new", "", "")])
-    return f"{SCAN}{scan.name}: {scan.doc}\n{model_text(graph, functions(scan, program))}"
+    graph = block(scan.name, inputs, results, [call(scan.name, scan, "new", "", "")])
+    return f"{SCAN}{scan.name}: {scan.doc}\n{model_text(graph, functions(scan, program), DEFAULT)}"
 
 
-def model_text(graph: str, called: Sequence[str]) -> str:
+def model_text(graph: str, called: Sequence[str], linear: str = SCAN_FORM) -> str:
     """A graph and the functions that it calls, each with words of its own, as a model."""
-    parts = [HEAD.format(opset=OPSET), words(graph)]
-    return "\n".join([*parts, *(x for part in called for x in (FUNCTION.format(opset=OPSET), words(part)))])
+    operator = OPERATORS.get(linear)
+    used = operator is not None and any(f" = {operator.node} <" in part for part in called)
+    imports = operator.imports if operator is not None and used else f'"" : {OPSET}, "tttc" : 1'
+    parts = [HEAD.format(imports=imports), words(graph)]
+    return "\n".join([*parts, *(x for part in called for x in (FUNCTION.format(imports=imports), words(part)))])
 
 
-def functions(scan: Scan, program: ScanProgram) -> list[str]:
-    """A scan as `tttc.<name>`, its parameters in their order; of a loop also `tttc.<name>_chunk`."""
-    return (
-        [_loop(scan, program.dims), _chunk(f"{scan.name}_chunk", scan, program)]
-        if scan.loops
-        else [_chunk(scan.name, scan, program)]
-    )
+def functions(scan: Scan, program: ScanProgram, linear: str = DEFAULT) -> list[str]:
+    """A scan as `tttc.<name>`, its parameters in their order, and what that calls; `linear` is the domain whose
+    operator it may be, or "scan".
+    """
+    rule = recurrence_of(scan, program) if linear in OPERATORS else None
+    return loop_functions(scan, program) if rule is None else [operator_function(scan, program, rule, linear)]
 
 
 def words(text: str) -> str:
@@ -75,151 +74,7 @@ def words(text: str) -> str:
     return re.sub(r"[^\x00-\x7f]", lambda m: f"u{ord(m[0]):x}", worded(text).text)
 
 
-def block(head: str, inputs: Sequence[str], outputs: Sequence[str], lines: Sequence[str]) -> str:
-    return "\n".join([f"{head} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{", *(f"   {x}" for x in lines), "}\n"])
-
-
-# -- one chunk ---------------------------------------------------------------------------------------------------------
-
-
-def made(e: Expr) -> str:
-    """What the new value of a leaf is called."""
-    return marked(suffixed(e.name, "new"))
-
-
-def _chunk(name: str, scan: Scan, program: ScanProgram) -> str:
-    """The block of a scan as a function: every value, with a comment that says what it is."""
-    chunk = scan.chunk if isinstance(scan.chunk, int) else None
-    lowering = Lowering(scan.params, program.dims, chunk)
-    taken = {unmarked(marked(p.name)) for p in scan.params} | {unmarked(made(e)) for e in scan.results}
-    shown = Printer()
-    results = {a.leaf: a for a in scan.block.assigns}
-    for step in steps(scan.block, Namer(taken, program.names)):
-        target = results[step.target].target if step.target else None
-        axes = target.axes if target else step.value.axes
-        called = made(target) if target else marked(step.name)
-        text = f"{marked(step.name)}: {type_text(axes, program.dtype)} = {shown.ordered(step.value, axes).text}"
-        lowering.lines.append(f"# {unmarked(text)}")
-        lowering.named(step.value, called, axes)
-        if step.value.axes == axes:
-            shown.names[step.value] = step.name
-    inputs = [marked(p.name) for p in scan.params]
-    return block(name, inputs, [made(e) for e in scan.results], lowering.lines)
-
-
-# -- all chunks --------------------------------------------------------------------------------------------------------
-
-
 def _typed(e: Expr, name: str, program: ScanProgram) -> str:
     unknown = ["T" if e.at and not i else unmarked(marked(a.name)) for i, a in enumerate(e.axes)]
     sizes = [str(program.dims.get(a.size, n)) for a, n in zip(e.axes, unknown, strict=True)]
     return f"float[{', '.join(['N', *sizes])}] {name}"
-
-
-def _loop(scan: Scan, dims: Mapping[str, int]) -> str:
-    """The chunks of a Scan, and the rest: with a chunk as long as the call all is rest."""
-    T, none, first, whole = (marked(own(x)) for x in ("T", "none", "first", "whole"))
-    lines = [
-        f"{T} = Shape <start = 1, end = 2> ({marked(scan.sequence[0].name)})",
-        f"{none} = Constant <value = int64[1] {{0}}> ()",
-        f"{first} = Constant <value = int64[1] {{1}}> ()",
-        *(x for a in scan.outputs for x in _empty(a.target, scan, dims)),
-    ]
-    if isinstance(scan.chunk, int):
-        C, chunks = marked(own("C")), marked(own("chunks"))
-        lines += [
-            f"{C} = Constant <value = int64[1] {{{scan.chunk}}}> ()",
-            f"{chunks} = Div ({T}, {C})",
-            f"{whole} = Mul ({chunks}, {C})",
-            *_where(f"Greater ({chunks}, {none})", "head", scan, _scan(scan, none, first, whole), ""),
-        ]
-    else:
-        lines.append(f"{whole} = Identity ({none})")
-    before = "head" if isinstance(scan.chunk, int) else ""
-    rest = [f"{_part(s, 'rest')} = Slice ({marked(s.name)}, {whole}, {T}, {first})" for s in scan.sequence]
-    rest.append(_call(f"{scan.name}_chunk", scan, "tail'then", before, "rest"))
-    lines += _where(f"Greater ({T}, {whole})", "tail", scan, rest, before)
-    for a in scan.updates:
-        lines.append(f"{made(a.target)} = Identity ({_part(a.target, 'tail')})")
-    for a in scan.outputs:
-        parts = [_part(a.target, part) for part in (before, "tail") if part]
-        lines.append(f"{made(a.target)} = Concat <axis = 1> ({', '.join(parts)})")
-    return block(scan.name, [marked(p.name) for p in scan.params], [made(e) for e in scan.results], lines)
-
-
-def _part(e: Expr, part: str) -> str:
-    """What a leaf is called in a part of the graph."""
-    return marked(suffixed(e.name, part) if part else e.name)
-
-
-def _call(function: str, scan: Scan, results: str, carry: str, sequence: str) -> str:
-    """A function of a scan, called with the parts of the graph that are named."""
-    given = [_part(e, carry) for e in scan.carry] + [_part(e, "") for e in scan.fixed]
-    given += [_part(e, sequence) for e in scan.sequence]
-    found = ", ".join(_part(e, results) for e in scan.results)
-    return f"{found} = tttc.{function} ({', '.join(given)})"
-
-
-def _empty(e: Expr, scan: Scan, dims: Mapping[str, int]) -> list[str]:
-    """An output for no tokens: as long as it is elsewhere along its other axes."""
-    names = [_part(e, f"empty'{i}") for i in range(len(e.axes) + 1)]
-    lines = [f"{names[0]} = Shape <start = 0, end = 1> ({marked(scan.params[0].name)})"]
-    lines.append(f"{names[1]} = Constant <value = int64[1] {{0}}> ()")
-    for name, axis in zip(names[2:], e.axes[1:], strict=True):
-        if axis.size in dims:
-            lines.append(f"{name} = Constant <value = int64[1] {{{dims[axis.size]}}}> ()")
-            continue
-        p, at = next((p, i + 1) for p in scan.params for i, a in enumerate(p.axes) if a.size == axis.size)
-        lines.append(f"{name} = Shape <start = {at}, end = {at + 1}> ({marked(p.name)})")
-    lines.append(f"{_part(e, 'shape')} = Concat <axis = 0> ({', '.join(names)})")
-    return [*lines, f"{_part(e, 'empty')} = ConstantOfShape ({_part(e, 'shape')})"]
-
-
-def _where(condition: str, part: str, scan: Scan, then: Sequence[str], before: str) -> list[str]:
-    """The results of a part of the tokens; where there are none of it, no outputs and the carry of the part before."""
-    yes, no = f"{part}'then", f"{part}'else"
-    otherwise = [f"{_part(a.target, no)} = Identity ({_part(a.target, before)})" for a in scan.updates]
-    otherwise += [f"{_part(a.target, no)} = Identity ({_part(a.target, 'empty')})" for a in scan.outputs]
-    found, then_made, else_made = (", ".join(_part(e, x) for e in scan.results) for x in (part, yes, no))
-    asked = marked(own(f"any_{part}"))
-    return [
-        f"{asked} = {condition}",
-        f"{found} = If <then_branch = {part}_then () => ({then_made}) {{",
-        *(f"   {x}" for x in then),
-        f"}}, else_branch = {part}_else () => ({else_made}) {{",
-        *(f"   {x}" for x in otherwise),
-        f"}}> ({asked})",
-    ]
-
-
-def _scan(scan: Scan, none: str, first: str, whole: str) -> list[str]:
-    """The whole chunks: sequences cut into them, a Scan over these, and its outputs as sequences again."""
-    lines = []
-    for s in scan.sequence:
-        lines.append(f"{_part(s, 'whole')} = Slice ({_part(s, '')}, {none}, {whole}, {first})")
-        lines += _reshaped(s, "whole", "chunks", [0, -1, scan.chunk], 2)
-    inputs = [*(_part(e, "in") for e in scan.carry), *(_part(e, "chunk") for e in scan.sequence)]
-    carried, stored = [a.target for a in scan.updates], [a.target for a in scan.outputs]
-    outputs = [_part(e, "out") for e in (*carried, *stored)]
-    found = [*(_part(e, "head'then") for e in carried), *(_part(e, "stacked") for e in stored)]
-    given = [*(_part(e, "") for e in scan.carry), *(_part(e, "chunks") for e in scan.sequence)]
-    settings = [f"num_scan_inputs = {len(scan.sequence)}", f"scan_input_axes = {[1] * len(scan.sequence)}"]
-    settings += [f"scan_output_axes = {[1] * len(stored)}"] if stored else []
-    lines += [
-        f"{', '.join(found)} = Scan <{', '.join(settings)}, body = chunk ({', '.join(inputs)}) => "
-        f"({', '.join(outputs)}) {{",
-        f"   {_call(f'{scan.name}_chunk', scan, 'out', 'in', 'chunk')}",
-        f"}}> ({', '.join(given)})",
-    ]
-    return [*lines, *(x for e in stored for x in _reshaped(e, "stacked", "head'then", [0, -1], 3))]
-
-
-def _reshaped(e: Expr, part: str, to: str, first: Sequence[object], kept: int) -> list[str]:
-    """A part of a sequence in another shape: N, then what is given, then its axes from number `kept` on."""
-    begin, end, shape = (_part(e, f"{part}'{x}") for x in ("begin", "end", "shape"))
-    return [
-        f"{begin} = Constant <value = int64[{len(first)}] {{{', '.join(map(str, first))}}}> ()",
-        f"{end} = Shape <start = {kept}> ({_part(e, part)})",
-        f"{shape} = Concat <axis = 0> ({begin}, {end})",
-        f"{_part(e, to)} = Reshape ({_part(e, part)}, {shape})",
-    ]

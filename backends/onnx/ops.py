@@ -31,3 +31,4 @@ METHODS = (
     *("last", "put_last", "segprod", "cumprod", "shift", "shift_back", "solve"),
 )
 ROWS: dict[str, str] = {**NODES, **{name: f"_{name}" for name in METHODS}}
+RECURRENCE = "LinearAttention"  # what ONNX calls the operator of linear recurrences (recurrence.py)

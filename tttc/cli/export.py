@@ -15,7 +15,6 @@ from tttc.cli.loading import full_dims, load_variant
 from tttc.compiler.driver import compile as compile_layer
 from tttc.errors import TTTCError
 from tttc.export import onnx
-from tttc.runtime.layer import Layer
 from tttc.terminal import console
 
 
@@ -27,11 +26,14 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: what it is, a command that writes one, and what writes it and says where."""
+    """A kind of file: what it is, a command that writes one, what writes it and says where, and the options of the
+    command that this is given.
+    """
 
     about: str
     example: str
-    save: Callable[[Layer, Path], Any]
+    save: Callable[..., Any]
+    options: tuple[str, ...] = ()
 
 
 FORMATS = {
@@ -39,6 +41,7 @@ FORMATS = {
         "one graph for ONNX Runtime, its state in and out, for any number of sequences, heads and tokens",
         "tttc export ttt_linear --format onnx -o ttt_linear.onnx",
         onnx.save,
+        ("linear",),
     ),
 }
 
@@ -56,13 +59,20 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="What to write.")],
     form: Annotated[Form, typer.Option("--format", help="What to write it as.")] = Form.ONNX,
     dim: DimOption = None,
+    linear: Annotated[
+        onnx.Linear,
+        typer.Option(
+            help="onnx: whose LinearAttention a rule is that has one, scan for none, auto for what is fastest."
+        ),
+    ] = "auto",
 ) -> None:
     """Write a layer as a file for programs that have no tttc; HELP says as what."""
+    format_, given = FORMATS[form], {"linear": linear}
     found = load_variant(variant)
     layer = compile_layer(found, full_dims(found, sizes(dim)), backend="torch")
     with console(stderr=True).status(f"comparing {output} with the layer ..."):
         try:
-            FORMATS[form].save(layer, output)
+            format_.save(layer, output, **{n: given[n] for n in format_.options})
         except OSError as error:
             raise TTTCError(f"cannot write {output}: {error.strerror}.") from error
     console(stderr=True).print(f"wrote {output}", soft_wrap=True)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ TOLERANCE = 1e-5  # relative, of float32
 SEVERAL = 5.0  # times what float32 does to the layer itself
 
 Arrays = dict[str, np.ndarray]
+Linear = Literal["auto", "com.microsoft", "ai.onnx", "scan"]
 
 
 def _here(name: str) -> Any:
@@ -45,18 +46,23 @@ def _here(name: str) -> Any:
         raise BackendRefusal(f"{name} is not installed, which ONNX files need.\n  pip install 'tttc[onnx]'") from None
 
 
-def save(layer: Layer, path: str | Path) -> Path:
+def save(layer: Layer, path: str | Path, linear: Linear = "auto") -> Path:
     """Write the layer as an ONNX file, once it was seen to compute what the layer does.
+
+    A rule that is one of LinearAttention's (linear, gated, delta, gated delta, whatever the variant is called) is that
+    operator: of the domain "com.microsoft", for which ONNX Runtime has a kernel, or of "ai.onnx", which is ONNX's own
+    from opset 27 on; with `linear="scan"`, and where it is none, it is a Scan over chunks.
 
     Inputs are the tokens [B, T, H, *dims], gates [B, T, H, ...], params [P, *dims] with P one or the heads, what the
     state carries, `past_...` [B, H, *dims], and `past_position` [1]: -1 where a sequence begins. Outputs are z
     [B, T, H, E] and the same state as `present_...`. All is float32. The metadata of the file says what it was made of.
 
     Raises:
-        BackendRefusal: the layer has no such graph yet, or onnx or onnxruntime is not installed.
+        BackendRefusal: the layer has no such graph yet, or none with the operator that was asked for; or onnx or
+            onnxruntime is not installed.
         ExportMismatch: what ONNX Runtime computes is not what the layer does.
     """
-    exported, path = model(layer), Path(path)
+    exported, path = model(layer, linear), Path(path)
     serialized = exported.SerializeToString()
     _compare(layer, Session(serialized))
     path.write_bytes(serialized)
@@ -67,16 +73,16 @@ class ExportMismatch(TTTCError):
     """An exported file that does not compute what its layer does; it was not written."""
 
 
-def text(layer: Layer) -> str:
+def text(layer: Layer, linear: Linear = "auto") -> str:
     """The graph in ONNX's own language."""
-    return Stream(_in(torch.float32, layer)).text()
+    return Stream(_in(torch.float32, layer), linear).text()
 
 
-def model(layer: Layer) -> Any:
+def model(layer: Layer, linear: Linear = "auto") -> Any:
     """The graph as an `onnx.ModelProto`, checked; equal bytes for equal layers."""
     onnx = _here("onnx")
     single = _in(torch.float32, layer)
-    stream = Stream(single)
+    stream = Stream(single, linear)
     made = onnx.parser.parse_model(stream.text())
     about = {
         "tttc.version": __version__,

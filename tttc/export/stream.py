@@ -10,23 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tttc.backends.onnx.emit import block, functions, model_text
+from tttc.backends.onnx.emit import DEFAULT, functions, model_text
+from tttc.backends.onnx.loop import block
+from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM
 from tttc.errors import BackendRefusal
 from tttc.export.ports import GIVEN, Port, ports_of
+from tttc.ir.linear_recurrence import linear_recurrence
 from tttc.ir.names import marked, own, prefixed
 from tttc.ir.program import EACH, Scan, ScanKind
 from tttc.runtime.layer import Layer
 
 BEGINS = -1  # the position of a sequence that has no past
 LAST = 2**31 - 1  # as far as a slice can go
+AUTO = "auto"
 Names = dict[str, str]
 Groups = dict[str, Names]
 
 
 class Stream:
-    """The text of the graph, and its ports in their order."""
+    """The text of the graph, and its ports in their order. `linear` is the domain whose LinearAttention the graph has
+    where the rule is one of it, "scan" for a Scan over chunks, "auto" for what is fastest.
+    """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, linear: str = AUTO) -> None:
         self.layer, self.program, self.declared = layer, layer.stages.program, layer.signature
         self.sequencing = layer.sequencing
         self.plan = self.sequencing.plan
@@ -38,11 +44,24 @@ class Stream:
                 else f"Compile it with chunk={self.plan.mini_batch}."
             )
             raise BackendRefusal(f"variant `{self.declared.name}` has no ONNX graph yet: it has {why}.\n  {remedy}")
+        self.linear = self._form(linear)
         self.lines: list[str] = []
         self.scans: dict[ScanKind, Scan] = {s.kind: s for s in self.program.scans}
         self.rows = self.sequencing.decode == "rows"
         self.opens = not self.plan.free and self.plan.mini_batch != 1
         self.ports = ports_of(layer, self.opens, self.rows)
+
+    def _form(self, linear: str) -> str:
+        """Raises `BackendRefusal` where an operator is asked for that has no such rule."""
+        known = linear_recurrence(self.program) is not None
+        if linear == AUTO:
+            return DEFAULT if known else SCAN_FORM
+        if linear in OPERATORS and not known:
+            raise BackendRefusal(
+                f"variant `{self.declared.name}` is no rule of {linear}'s LinearAttention, which are the linear and "
+                f'the delta rule of one matrix, with decay or without.\n  Take linear="{SCAN_FORM}" or "{AUTO}".'
+            )
+        return linear
 
     def of(self, *groups: str) -> list[Port]:
         return [p for p in self.ports if p.group in groups]
@@ -111,9 +130,9 @@ class Stream:
         self._returned(z, after)
         shape = ", ".join(["B, T, H", *map(str, self.sequencing.width)])
         results = [f"float[{shape}] {marked(own('z'))}", *(p.typed(p.output, "present") for p in self.carried)]
-        called = [f for scan in self._scans_called() for f in functions(scan, self.program)]
+        called = [f for scan in self._scans_called() for f in functions(scan, self.program, self.linear)]
         called += [self._piece()] if self.opens and not self.rows else []
-        return model_text(block(self.program.name, inputs, results, self.lines), called)
+        return model_text(block(self.program.name, inputs, results, self.lines), called, self.linear)
 
     @property
     def carried(self) -> list[Port]:

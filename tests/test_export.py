@@ -21,7 +21,11 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is an extra: pip install 
 
 TOKENS = 13
 CUTS = ((), (1, 2, 6, 6), tuple(range(1, TOKENS)))  # as one call, with one of no tokens, and token by token
-OFF = {**WORSE, "Titans": 1e-3}  # from token to token it magnifies what float32 rounds: PyTorch's float32 is as far off
+OFF = {
+    **WORSE,
+    "Titans": 1e-3,
+    "Tiled": 1e-3,
+}  # from token to token it magnifies what float32 rounds: PyTorch's float32 is as far off
 
 
 class Windowed(tttc.Variant):
@@ -42,14 +46,43 @@ class Windowed(tttc.Variant):
     update = tttc.sgd(lr=tttc.gate("lr"), average=tttc.gate("rho"))
 
 
-LAYERS = {**VARIANTS, "Windowed": Windowed}
+class OneByOne(tttc.Variant):
+    """Gradients that come token by token, on the rows of a chunk."""
+
+    mini_batch, anchor = 4, "token"
+    W = tttc.state("D", "D", init=tttc.normal(0.5))
+
+    def learner(self, x):
+        return tttc.tanh(x @ self.W)
+
+    def loss(self, k, v):
+        return 0.1 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"), momentum=tttc.gate("momentum"), decay=0.9)
+
+
+class Renewed(OneByOne):
+    """The same, token by token inside mini-batches, whose end is observed."""
+
+    update = tttc.sgd(lr=tttc.gate("lr"), momentum=tttc.gate("momentum"), at_end=tttc.weight_norm(axis=0))
+
+
+class Tiled(tttc.library.Titans):
+    """Mini-batches of several chunks, memory and decay."""
+
+    mini_batch = 6
+
+
+LAYERS = {**VARIANTS, **{v.__name__: v for v in (Windowed, OneByOne, Renewed, Tiled)}}
+CHUNKS = {"OneByOne": 3, "Tiled": 4}
 
 
 def compiled(name):
     variant = LAYERS[name]
-    long = isinstance(variant.mini_batch, int) and variant.mini_batch > SHORT
+    long = isinstance(variant.mini_batch, int) and variant.mini_batch > SHORT and name not in CHUNKS
     variant = variant.replace(mini_batch=SHORT) if long else variant
-    return tttc.compile(variant, dims_of(variant, 3, 5) | {"K": 3}, torch.float32, backend="torch")
+    chunk = CHUNKS.get(name)
+    return tttc.compile(variant, dims_of(variant, 3, 5) | {"K": 3}, torch.float32, backend="torch", chunk=chunk)
 
 
 def in_calls(session, arrays, cuts):
@@ -110,24 +143,6 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(export.ExportMismatch, match=r"TTTLinear.*differs by .* in ONNX Runtime"):
         export.save(compiled("TTTLinear"), tmp_path / "layer.onnx")
     assert not list(tmp_path.iterdir())
-
-
-def test_what_has_no_graph_is_refused():
-    class OneByOne(tttc.Variant):
-        mini_batch, anchor = 4, "token"
-        W = tttc.state("D", "D", init=tttc.normal(0.5))
-
-        def learner(self, x):
-            return tttc.tanh(x @ self.W)
-
-        def loss(self, k, v):
-            return 0.1 * tttc.sum((self.learner(k) - v) ** 2)
-
-        update = tttc.sgd(lr=tttc.gate("lr"))
-
-    layer = tttc.compile(OneByOne, {"D": 3}, backend="torch")
-    with pytest.raises(BackendRefusal, match=r"OneByOne.*token by token.\n  Set anchor"):
-        export.text(layer)
 
 
 def test_names_that_are_missing_or_unknown_are_said(tmp_path):

@@ -26,9 +26,9 @@ from tttc.ir.text import Namer, Printer, steps
 def loop_functions(scan: Scan, program: ScanProgram) -> list[str]:
     """A scan as `tttc.<name>`, its parameters in their order; of a loop also `tttc.<name>_chunk`."""
     return (
-        [_loop(scan, program.dims), _chunk(f"{scan.name}_chunk", scan, program)]
+        [loop_function(scan, program.dims), chunk_function(f"{scan.name}_chunk", scan, program)]
         if scan.loops
-        else [_chunk(scan.name, scan, program)]
+        else [chunk_function(scan.name, scan, program)]
     )
 
 
@@ -44,7 +44,7 @@ def made(e: Expr) -> str:
     return marked(suffixed(e.name, "new"))
 
 
-def _chunk(name: str, scan: Scan, program: ScanProgram) -> str:
+def chunk_function(name: str, scan: Scan, program: ScanProgram) -> str:
     """The block of a scan as a function: every value, with a comment that says what it is."""
     chunk = scan.chunk if isinstance(scan.chunk, int) else None
     lowering = Lowering(scan.params, program.dims, chunk)
@@ -67,7 +67,7 @@ def _chunk(name: str, scan: Scan, program: ScanProgram) -> str:
 # -- all chunks --------------------------------------------------------------------------------------------------------
 
 
-def _loop(scan: Scan, dims: Mapping[str, int]) -> str:
+def loop_function(scan: Scan, dims: Mapping[str, int]) -> str:
     """The chunks of a Scan, and the rest: with a chunk as long as the call all is rest."""
     T, none, first, whole = (marked(own(x)) for x in ("T", "none", "first", "whole"))
     lines = [

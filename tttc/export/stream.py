@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tttc.backends.onnx.composed import composed_functions, composed_scan
 from tttc.backends.onnx.emit import DEFAULT, functions, model_text
 from tttc.backends.onnx.loop import block
 from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM
@@ -36,17 +37,12 @@ class Stream:
         self.layer, self.program, self.declared = layer, layer.stages.program, layer.signature
         self.sequencing = layer.sequencing
         self.plan = self.sequencing.plan
-        if self.plan.substitution or (self.plan.tiled and isinstance(self.plan.mini_batch, int)):
-            why = "gradients that come token by token" if self.plan.substitution else "mini-batches of several chunks"
-            remedy = (
-                'Set anchor = "mini_batch".'
-                if self.plan.substitution
-                else f"Compile it with chunk={self.plan.mini_batch}."
-            )
-            raise BackendRefusal(f"variant `{self.declared.name}` has no ONNX graph yet: it has {why}.\n  {remedy}")
         self.linear = self._form(linear)
         self.lines: list[str] = []
         self.scans: dict[ScanKind, Scan] = {s.kind: s for s in self.program.scans}
+        self.composed = composed_scan(self.program)
+        if self.composed is not None:
+            self.scans[ScanKind.WHOLE] = self.composed
         self.rows = self.sequencing.decode == "rows"
         self.opens = not self.plan.free and self.plan.mini_batch != 1
         self.ports = ports_of(layer, self.opens, self.rows)
@@ -130,7 +126,8 @@ class Stream:
         self._returned(z, after)
         shape = ", ".join(["B, T, H", *map(str, self.sequencing.width)])
         results = [f"float[{shape}] {marked(own('z'))}", *(p.typed(p.output, "present") for p in self.carried)]
-        called = [f for scan in self._scans_called() for f in functions(scan, self.program, self.linear)]
+        called = [] if self.composed is None else composed_functions(self.composed, self.program)
+        called += [f for scan in self._scans_called() for f in functions(scan, self.program, self.linear)]
         called += [self._piece()] if self.opens and not self.rows else []
         return model_text(block(self.program.name, inputs, results, self.lines), called, self.linear)
 
@@ -140,7 +137,7 @@ class Stream:
         return [p for p in self.ports if p.group not in GIVEN]
 
     def _scans_called(self) -> list[Scan]:
-        kinds = [ScanKind.WHOLE, ScanKind.BEGIN]
+        kinds = [ScanKind.BEGIN] if self.composed is not None else [ScanKind.WHOLE, ScanKind.BEGIN]
         kinds += [ScanKind.OPEN, ScanKind.CLOSE] if self.opens and not self.rows else []
         return [self.scans[k] for k in kinds if k in self.scans]
 

@@ -164,15 +164,17 @@ def postorder(roots: Iterable[Expr], known: Iterable[Expr] = ()) -> list[Expr]:
     """
     seen: set[Expr] = set(known)
     order: list[Expr] = []
-    stack: list[tuple[Expr, bool]] = [(root, False) for root in reversed(list(roots))]
+    stack: list[Expr | None] = [*reversed(list(roots))]
     while stack:
-        node, ready = stack.pop()
-        if ready:
-            order.append(node)
+        node = stack.pop()
+        if node is None:  # the operands of the one below are listed
+            order.append(stack.pop())  # type: ignore[arg-type]
         elif node not in seen:
             seen.add(node)
-            stack.append((node, True))
-            stack.extend((s, False) for s in reversed(node.src) if s not in seen)
+            if node.src:
+                stack += (node, None, *node.src[::-1])
+            else:
+                order.append(node)
     return order
 
 
@@ -190,7 +192,7 @@ def transform(
     roots = list(roots)
     done: dict[Expr, Expr] = {} if moved is None else moved
     for node in postorder(roots):
-        done[node] = visit(node, tuple(done[s] for s in node.src))
+        done[node] = visit(node, tuple(map(done.__getitem__, node.src)))
     return [done[root] for root in roots]
 
 

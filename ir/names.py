@@ -19,6 +19,7 @@ import keyword
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 _OPEN, _CLOSE = "⟨", "⟩"
@@ -96,6 +97,7 @@ def is_declared(name: str) -> bool:
     return as_declared(name).isidentifier()
 
 
+@lru_cache(4096)
 def spelled(name: str) -> str:
     """What a name reads like, where nothing else is called so."""
     if name.isidentifier():

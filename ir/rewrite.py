@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
-from tttc.ir.expr import Expr, rebuild, transform
+from tttc.ir.expr import Expr, postorder, rebuild, transform
 
 
 class Rule(NamedTuple):
@@ -77,15 +77,10 @@ def rewrite(roots: Iterable[Expr], rules: Sequence[Rule], moved: dict[Expr, Expr
 
     for _ in range(20):
         sweep: dict[Expr, Expr] = {}
-
-        def visit(node: Expr, src: tuple[Expr, ...], sweep: dict[Expr, Expr] = sweep) -> Expr:
-            sweep[node] = simplified(rebuild(node, src))
-            return sweep[node]
-
-        new = transform(roots, visit)
+        new = transform(roots, lambda node, src: simplified(rebuild(node, src)), sweep)
         if moved is not None:
             _compose(moved, sweep)
-        if all(a is c for a, c in zip(new, roots, strict=True)):
+        if settled.issuperset(postorder(new)) or new == roots:  # another sweep would change nothing
             return new
         roots = new
     return roots

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.interpreter import quicken
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -35,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no search for garbage looks through these million objects again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU that torch can use")
@@ -52,6 +62,12 @@ def poisoned_memory() -> Iterator[None]:
 
     with poisoned():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> None:
+    if find_spec("triton") is not None and "TRITON_INTERPRET" in os.environ:
+        quicken()
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ class TorchPrinter(Printer):
 
 def is_tensor(e: Expr) -> bool:
     """Whether the value is a tensor rather than a Python number."""
-    return any(x.op == "leaf" or x.op == "broadcast" for x in postorder([e]))
+    return bool(e.axes) or any(x.op == "leaf" or x.op == "broadcast" for x in postorder([e]))
 
 
 def name_of(e: Expr) -> str:

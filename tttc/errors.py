@@ -53,6 +53,14 @@ class StateMismatch(TTTCError, ValueError):
     """A state that does not continue where this call begins."""
 
 
+class FileRefused(TTTCError, ValueError):
+    """A file that is damaged, of another kind, version or declaration; nothing of it is used."""
+
+
+class PoolError(TTTCError, ValueError):
+    """Slots of a pool that it does not have, that nobody was given, or more than are free."""
+
+
 class NonFinite(TTTCError, ValueError):
     """A NaN or an infinity in an input, found with `check=True`."""
 

@@ -20,7 +20,8 @@ from tttc.declare.specs import initial_value
 from tttc.declare.variant import Signature
 from tttc.errors import ShapeError
 from tttc.explain.report import explain
-from tttc.ir.program import number_of
+from tttc.ir.program import TokenProgram, number_of
+from tttc.ir.structure import digest
 from tttc.runtime import autograd
 from tttc.runtime.arguments import BoundCall
 from tttc.runtime.custom_ops import Operator, operator, untraced
@@ -29,6 +30,7 @@ from tttc.runtime.packing import Arguments, carried, packed, regrouped, ungroupe
 from tttc.runtime.sequencing import Sequencing
 from tttc.runtime.stability import warn_of_growth
 from tttc.runtime.state import PackedState, State, Tensors
+from tttc.runtime.state_layout import Layout, state_layout
 from tttc.tuning.records import Tuning
 
 if TYPE_CHECKING:
@@ -81,6 +83,15 @@ class Layer:
     def decode(self) -> str:
         """What an open mini-batch is carried as: "sums" or "rows"."""
         return self.sequencing.decode
+
+    @cached_property
+    def digest(self) -> str:
+        """A checksum of what was declared, dims included: layers of one digest read each other's states."""
+        return digest(self.stages.of(TokenProgram))
+
+    def state_layout(self, position: int = 0) -> Layout:
+        """What a state at a position of a mini-batch may hold: the sizes behind batch and heads, by group and name."""
+        return state_layout(self, position)
 
     @property
     def source(self) -> str:

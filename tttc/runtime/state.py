@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from tttc.errors import StateMismatch
+from tttc.runtime import state_file
+from tttc.runtime.state_file import Contents
+
+if TYPE_CHECKING:
+    from tttc.runtime.layer import Layer
 
 Tensors = dict[str, torch.Tensor]
 
@@ -33,6 +39,47 @@ class Moved:
         """In memory from which a GPU copies without waiting."""
         return self.map(lambda x: x.pin_memory())
 
+    def save(self, path: str | Path, layer: Any) -> Path:
+        """Write it as a file of safetensors, to the last bit, for the layer (of a `Cache`, the block) that returned it.
+
+        The file notes the digest of the declaration, its dims and the position. What a call measured (`telemetry`) is
+        left out.
+
+        Raises `StateMismatch` where it is no state of the layer.
+
+        >>> z, state = layer(q, k, v, gates=gates)
+        >>> state.save("session.safetensors", layer)
+        """
+        return state_file.save(path, self._contents(), _compiled(layer))
+
+    @classmethod
+    def load(cls, path: str | Path, layer: Any) -> Self:
+        """What `save` wrote, on the device of the layer (of a `Cache`, the block), whose next call goes on there.
+
+        Raises `FileRefused` where the file is damaged, or of another version, declaration or dims. Nothing of it is
+        run.
+
+        >>> z, state = layer(q, k, v, gates=gates, state=tttc.State.load("session.safetensors", layer))
+        """
+        return cls._of(state_file.load(path, cls.__name__, _compiled(layer)))
+
+    def _contents(self) -> Contents:
+        """What a file of it holds."""
+        raise NotImplementedError
+
+    @classmethod
+    def _of(cls, contents: Contents) -> Self:
+        """It, from what a file holds."""
+        raise NotImplementedError
+
+
+def _compiled(layer: Any) -> Layer:
+    """The layer, or that which a block of `tttc.nn` calls."""
+    if not hasattr(layer, "compiled"):
+        return layer
+    weight = next(layer.parameters())
+    return layer.compiled(weight.device, weight.dtype)
+
 
 @dataclass
 class State(Moved, Mapping[str, torch.Tensor]):
@@ -44,9 +91,10 @@ class State(Moved, Mapping[str, torch.Tensor]):
     last tokens of what is declared with a window, and `telemetry` what a layer compiled with telemetry=True measured
     in the last call.
 
-    `torch.save(state, file)` and `torch.load(file)` work as they are, with `tttc` imported. Every tensor that a layer
-    returned in it begins with the batch: `select` takes sequences out of it, `repeat` makes more of each, `joined`
-    brings several together; `to`, `detach` and `pin_memory` are those of tensors.
+    `state.save(path, layer)` writes it as safetensors for `State.load(path, layer)`, which takes it for a layer of the
+    same declaration alone; `torch.save` and `torch.load` work as they are, with `tttc` imported. Every tensor that a
+    layer returned in it begins with the batch: `select` takes sequences out of it, `repeat` makes more of each,
+    `joined` brings several together; `to`, `detach` and `pin_memory` are those of tensors.
     """
 
     weights: Tensors
@@ -96,6 +144,13 @@ class State(Moved, Mapping[str, torch.Tensor]):
         groups = {g: {n: torch.cat([tensors_of(s)[g][n] for s in states]) for n in tensors_of(first)[g]} for g in names}
         return State(position=first.position, **groups)
 
+    def _contents(self) -> Contents:
+        return Contents("State", (self.position,), (tensors_of(self),))
+
+    @classmethod
+    def _of(cls, contents: Contents) -> Self:
+        return cls(position=contents.positions[0], **_grouped(contents.groups[0]))
+
     def select(self, sequences: int | Sequence[int] | slice | torch.Tensor) -> State:
         """Some of its sequences as a state of their own: one by its index, or as an index, a slice or a mask of a
         tensor's first axis chooses; an index may occur several times.
@@ -117,6 +172,11 @@ GROUPS = ("weights", "start", "summed", "memory", "rows", "taps", "telemetry")
 def tensors_of(state: State) -> dict[str, Tensors]:
     """Its tensors by what they are for."""
     return {n: getattr(state, n) for n in GROUPS}
+
+
+def _grouped(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Tensors]:
+    """Each group with its tensors, empty ones too."""
+    return {n: dict(groups.get(n, {})) for n in GROUPS}
 
 
 def layout(state: State) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -182,6 +242,15 @@ class PackedState(Moved, Mapping[str, torch.Tensor]):
     def map(self, function: Any) -> Self:
         return type(self)(tuple(s.map(function) for s in self.sequences))
 
+    def _contents(self) -> Contents:
+        positions, groups = zip(*((s.position, tensors_of(s)) for s in self.sequences), strict=True)
+        return Contents("PackedState", positions, groups)
+
+    @classmethod
+    def _of(cls, contents: Contents) -> Self:
+        each = zip(contents.positions, contents.groups, strict=True)
+        return cls(tuple(State(position=p, **_grouped(groups)) for p, groups in each))
+
     def select(self, sequences: int | Sequence[int] | slice) -> PackedState:
         """Some of its sequences, as a pack; an index may occur several times."""
         if isinstance(sequences, slice):
@@ -214,6 +283,14 @@ class Cache(Moved):
 
     def map(self, function: Any) -> Self:
         return self._with(self.state.map(function), function)
+
+    def _contents(self) -> Contents:
+        return Contents("Cache", (self.state.position,), (tensors_of(self.state),), self.position, self.taps)
+
+    @classmethod
+    def _of(cls, contents: Contents) -> Self:
+        assert contents.seen is not None
+        return cls(State._of(contents), contents.seen, contents.taps)
 
     def _with(self, state: Any, function: Any) -> Self:
         return type(self)(state, self.position, None if self.taps is None else function(self.taps))

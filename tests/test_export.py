@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import tttc
 from tests.backends.test_onnx import SHORT, TOLERANCE, VARIANTS, WORSE
 from tests.helpers import Result, differences, dims_of, inputs_for, oracle_result, run_alone
+from tttc.backends.onnx.form import node_count
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.export import onnx as export
@@ -121,6 +123,32 @@ def test_equal_layers_are_equal_files(tmp_path):
 def test_the_graph_of_a_layer(golden):
     for name, variant in (("ttt_linear", tttc.library.TTTLinear), ("gated_delta_net", tttc.library.GatedDeltaNet)):
         golden(f"onnx/{name}_stream", export.text(tttc.compile(variant, {"D": 64}, backend="torch")))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("TTTLinear", r"a Scan over chunks of 4 tokens, \d+ nodes each"),
+        ("DeltaNet", r"one LinearAttention node, \d+ around it"),
+        ("OneByOne", r"a Scan over chunks of 3 tokens, \d+ nodes each"),
+        ("Tiled", r"a Scan over mini-batches of 6 tokens, \d+ nodes each"),
+    ],
+)
+def test_its_form_and_nodes_are_said(name, form):
+    """Nodes are counted in the text: as many as the model has."""
+    layer = compiled(name)
+    assert re.search(f"^# onnx +{form}$", layer.explain(stages=()), re.MULTILINE)
+    text = export.text(layer)
+    model = onnx.parser.parse_model(text)
+    assert node_count([text]) == sum(1 for part in (model.graph, *model.functions) for _ in every_node(part))
+
+
+def every_node(function):
+    """The nodes of a function, and of the graphs inside of them."""
+    for node in function.node:
+        yield node
+        for attribute in node.attribute:
+            yield from every_node(attribute.g)
 
 
 def test_a_file_runs_without_tttc(tmp_path):

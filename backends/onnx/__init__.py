@@ -4,6 +4,7 @@ emit.py        a program as ONNX text: a model for each scan
 loop.py        a scan as functions: a chunk, and the loop over chunks
 composed.py    a scan that calls others: mini-batches of several chunks, gradients that come token by token
 recurrence.py  a scan as one node, where its rule is a linear recurrence
+form.py        what the form of a program is, in a line
 lowering.py    expressions as nodes
 ops.py         the table of operations
 load.py        the text as sessions of ONNX Runtime

@@ -24,7 +24,7 @@ T, N, LAST = (marked(own(word)) for word in ("T", "N", "minus_one"))
 
 def composed_scan(program: ScanProgram) -> Scan | None:
     """The scan; None where the program has one of its own for whole mini-batches."""
-    plan, scans = program.plan, _by_kind(program)
+    plan, scans = program.plan, by_kind(program)
     if plan.substitution:
         return _scan(program, [scans[k] for k in SUBSTITUTED], plan.chunk)
     if plan.tiled and isinstance(plan.mini_batch, int):
@@ -45,12 +45,12 @@ def _called(program: ScanProgram) -> list[str]:
     """The scans that the chunk calls; those of an open mini-batch are there for the calls that leave one."""
     if not program.plan.substitution:
         return []
-    scans = _by_kind(program)
+    scans = by_kind(program)
     called = [f for kind in SUBSTITUTED[1:] for f in loop_functions(scans[kind], program)]
     return [chunk_function(_from_rows(program), scans[ScanKind.WHOLE], program), *called]
 
 
-def _by_kind(program: ScanProgram) -> dict[ScanKind, Scan]:
+def by_kind(program: ScanProgram) -> dict[ScanKind, Scan]:
     return {s.kind: s for s in program.scans}
 
 
@@ -81,7 +81,7 @@ class _Chunk:
     """The lines of the chunk: other scans, called with what it is given and with what they made."""
 
     def __init__(self, scan: Scan, program: ScanProgram) -> None:
-        self.scan, self.program, self.scans = scan, program, _by_kind(program)
+        self.scan, self.program, self.scans = scan, program, by_kind(program)
         self.values = {p.name: marked(p.name) for p in scan.params}
         q = marked(scan.sequence[0].name)
         self.lines = [f"{T} = Shape <start = 1, end = 2> ({q})", f"{N} = Shape <start = 0, end = 1> ({q})"]

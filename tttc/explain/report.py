@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from tttc.backends.onnx.form import form_text
 from tttc.compiler.pipeline import HistoryEntry
 from tttc.explain.chunk_form import form_lines
 from tttc.explain.costs import LayerCost, kept, layer_cost, pieces_depth, plan_lengths, program_costs
@@ -131,6 +132,7 @@ def _header(layer: Layer) -> list[str]:
     lines += _item("chunk", f"{_length_text(plan.chunk)}; {plan.reason}")
     if layer.tuning.how != "off":
         lines += _item("tuning", str(layer.tuning))
+    lines += _item("onnx", form_text(program))
     if program.telemetry:
         measured = ", ".join(spelled(a.leaf.name) for a in program.scans[0].outputs[1:])
         lines += _item("telemetry", f"{measured} of each mini-batch; the costs have them in")

@@ -27,6 +27,7 @@ from tttc.runtime.arguments import BoundCall
 from tttc.runtime.custom_ops import Operator, operator, untraced
 from tttc.runtime.graphs import constant_in_graphs, outside_graphs
 from tttc.runtime.packing import Arguments, carried, packed, regrouped, ungrouped
+from tttc.runtime.pool import StatePool
 from tttc.runtime.sequencing import Sequencing
 from tttc.runtime.stability import warn_of_growth
 from tttc.runtime.state import PackedState, State, Tensors
@@ -88,6 +89,17 @@ class Layer:
     def digest(self) -> str:
         """A checksum of what was declared, dims included: layers of one digest read each other's states."""
         return digest(self.stages.of(TokenProgram))
+
+    def pool(self, slots: int, heads: int, state: Mapping[str, torch.Tensor] | None = None) -> StatePool:
+        """Memory for the states of so many sequences, for serving: they come, go on at places of their own, and end.
+
+        `state` is where each begins, [*dims] or [H, *dims], such as the trained `initial_state` of a block; their
+        `init` if not given.
+
+        >>> pool = layer.pool(slots=64, heads=12)
+        >>> z = pool.run(pool.allocate(2), q, k, v, gates=gates)
+        """
+        return StatePool(self, slots, heads, state)
 
     def state_layout(self, position: int = 0) -> Layout:
         """What a state at a position of a mini-batch may hold: the sizes behind batch and heads, by group and name."""

@@ -56,7 +56,7 @@ def save(path: str | Path, contents: Contents, layer: Layer) -> Path:
     path, tensors = Path(path), _named(contents)
     wrong = [n for n, x in tensors.items() if x.dtype not in CODE_OF_DTYPE]
     problem = f"`{wrong[0]}` has the dtype {tensors[wrong[0]].dtype}" if wrong else None
-    problem = problem or _misfit({n: tuple(x.shape) for n, x in tensors.items()}, contents, layer)
+    problem = problem or _misfits({n: tuple(x.shape) for n, x in tensors.items()}, contents, layer)
     if problem:
         raise StateMismatch(
             f"variant `{layer.signature.name}`: this is no state of {layer}: {problem}; nothing was written.\n"
@@ -107,7 +107,7 @@ def load(path: str | Path, kind: str, layer: Layer) -> Contents:
     if any(contents.positions) and decode != layer.decode:
         what = f"it keeps the {decode} of an open mini-batch, this layer keeps {layer.decode}"
         raise refused(what, f'Compile the layer with decode="{decode}".')
-    if problem := _misfit(shapes, contents, layer):
+    if problem := _misfits(shapes, contents, layer):
         raise refused(f"it holds no state of {layer}: {problem}", "Give one that `save` wrote for such a layer.")
     return _filled(contents, {n: x.to(layer.device) for n, x in file.tensors().items()}, layer)
 
@@ -199,7 +199,7 @@ def _of_another(file: TensorFile, layer: Layer) -> Refusal:
     return None
 
 
-def _misfit(shapes: Shapes, contents: Contents, layer: Layer) -> str | None:
+def _misfits(shapes: Shapes, contents: Contents, layer: Layer) -> str | None:
     """What tensors of these names and shapes have that no state of the layer has, or lack."""
     known: set[str] = {CACHE_TAPS} & set(shapes)
     if known and (contents.kind != "Cache" or len(shapes[CACHE_TAPS]) != 3):
@@ -207,7 +207,7 @@ def _misfit(shapes: Shapes, contents: Contents, layer: Layer) -> str | None:
     for i, position in enumerate(contents.positions):
         prefix = _prefix(contents.kind, i)
         own = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix) and n not in known}
-        problem = _no_state(own, position, layer)
+        problem = misfit(own, position, layer)
         if problem:
             return f"{problem} (sequence {i})" if prefix else problem
         known |= {prefix + n for n in own}
@@ -215,7 +215,7 @@ def _misfit(shapes: Shapes, contents: Contents, layer: Layer) -> str | None:
     return f"`{unknown[0]}` belongs to no sequence" if unknown else None
 
 
-def _no_state(shapes: Shapes, position: int, layer: Layer) -> str | None:
+def misfit(shapes: Shapes, position: int, layer: Layer) -> str | None:
     """What tensors, by `group.name`, have that no state of the layer there has, or lack; None where they are one."""
     b, layout = layer.signature.mini_batch, layer.state_layout(position)
     if position and ("start" not in layout or (isinstance(b, int) and position >= b)):

@@ -15,8 +15,11 @@ import torch
 
 import tttc
 from tests.helpers import differences, inputs_for, layer_result, oracle_result
-from tttc.backends import cache
+from tttc.backends import cache, folders
+from tttc.backends.triton import llvm_flags
+from tttc.cli import doctor
 from tttc.library import LinearAttention
+from tttc.tuning import database
 
 pytestmark = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 
@@ -128,3 +131,121 @@ def test_what_was_left_half_done_is_removed_a_day_later(tmp_path, monkeypatch):
     cache.cached("tvm", "a", ".so", made("kernel")[0])
     assert not old.exists()
     assert new.exists()
+
+
+# -- whose folder it is ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a cache that has one entry, as another user would find it."""
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path / "cache"))
+    cache.cached("tvm", "a", ".so", made("kernel")[0])
+    return tmp_path / "cache"
+
+
+def rights(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_a_cache_is_made_for_the_user_alone(folder: Path, tmp_path: Path) -> None:
+    assert [rights(folder), rights(folder / "tvm")] == [0o700, 0o700]
+    database.add([], path=tmp_path / "tuned" / "tuned.json")
+    assert rights(tmp_path / "tuned") == 0o700
+
+
+@pytest.mark.parametrize("kind", ["", "tvm"])
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_no_kernel_is_loaded_from_where_others_can_write(folder: Path, kind: str, mode: int) -> None:
+    (folder / kind).chmod(mode)
+    make, calls = made("another kernel")
+    with pytest.warns(UserWarning, match=rf"can be written to by others .*{mode:04o}.*yours, chmod 700 {folder / kind}$"):
+        path = cache.cached("tvm", "a", ".so", make)
+    assert path is not None
+    assert folder not in path.parents
+    assert rights(path.parent.parent if not kind else path.parent) == 0o700
+    assert cache.cached("tvm", "a", ".so", make) == path  # said once, and kept as long as the process
+    assert len(calls) == 1
+    (folder / kind).chmod(0o755)
+    assert cache.cached("tvm", "a", ".so", make).read_text() == "kernel"
+
+
+def owned_by(monkeypatch: pytest.MonkeyPatch, owners: dict[Path, int]) -> None:
+    """Some paths belong to others."""
+
+    def found(path: Path, follow: bool) -> os.stat_result:
+        real = os.stat(path, follow_symlinks=follow)
+        return os.stat_result([*real[:4], owners.get(path, real.st_uid), *real[5:]])
+
+    monkeypatch.setattr(folders.Path, "lstat", lambda path: found(path, False))
+
+
+def test_no_kernel_is_loaded_from_a_folder_of_someone_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owned_by(monkeypatch, {folder / "tvm": 4242})
+    with pytest.warns(UserWarning, match="tvm belongs to the user 4242: no kernels are loaded.*set TTTC_CACHE_DIR to"):
+        path = cache.cached("tvm", "a", ".so", made("mine")[0])
+    assert path is not None
+    assert path.read_text() == "mine"
+
+
+def test_the_doctor_says_whose_folder_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._cache().status == "ok"
+    owned_by(monkeypatch, {folder: 4242})
+    assert "belongs to the user 4242" in str(doctor._cache())
+
+
+def test_a_link_is_as_safe_as_who_made_it_and_where_it_leads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(link))
+    assert cache.cached("tvm", "a", ".so", made("another")[0]).read_text() == "kernel"
+    for other in (link, folder):
+        with monkeypatch.context() as patched:
+            owned_by(patched, {other: 4000 + len(str(other))})
+            with pytest.warns(UserWarning, match="link belongs to the user"):
+                assert cache.cached("tvm", "a", ".so", made("another")[0]).read_text() == "another"
+
+
+@pytest.mark.parametrize("leads", ["../outside.so", "/tmp/outside.so", "..", "", "kernel.so", "a\0b", None, 7, ["a"]])
+def test_a_note_leads_to_the_file_beside_it_alone(folder: Path, leads: object) -> None:
+    (note,) = (folder / "tvm").glob("*.json")
+    (folder / "outside.so").write_text("kernel")
+    (folder / "tvm" / "kernel.so").write_text("kernel")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"file": leads}))
+    make, calls = made("made again")
+    assert cache.cached("tvm", "a", ".so", make).read_text() == "made again"
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("theirs", ["a link", "a folder", "a file of someone else"])
+def test_what_lies_in_the_place_of_a_kernel_is_the_users_own_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str
+) -> None:
+    (path,) = (folder / "tvm").glob("*.so")
+    if theirs == "a file of someone else":
+        owned_by(monkeypatch, {path: 4242})
+    else:
+        path.unlink()
+        (tmp_path / "outside.so").write_text("kernel")
+        path.symlink_to(tmp_path / "outside.so") if theirs == "a link" else path.mkdir()
+    make, calls = made("kernel")
+    if theirs == "a folder":
+        with pytest.warns(UserWarning, match="nothing is cached"):
+            assert cache.cached("tvm", "a", ".so", make) is None
+    else:
+        assert cache.cached("tvm", "a", ".so", make) == path
+        assert not path.is_symlink()
+    assert len(calls) == 1
+
+
+def test_triton_loads_from_a_folder_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
+    llvm_flags.keep_cache_private()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "own")
+    assert rights(tmp_path / "own") == 0o700
+    (tmp_path / "own").chmod(0o777)
+    with pytest.warns(UserWarning, match="own can be written to by others"):
+        llvm_flags.keep_cache_private()
+    assert rights(Path(os.environ["TRITON_CACHE_DIR"])) == 0o700

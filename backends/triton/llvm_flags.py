@@ -6,15 +6,36 @@ What it made is found in Triton's own cache, where a launch looks as well: the s
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tttc.backends.cost_model import NotCompiled
+from tttc.backends.folders import private
 from tttc.backends.target import nvidia_target
 from tttc.backends.triton.compile_process import CompileProcesses, Crashed, switches
 
 Order = Mapping[str, Any]
+
+
+TRITON_CACHE = "TRITON_CACHE_DIR"
+
+
+def keep_cache_private() -> None:
+    """Have Triton load kernels, and what launches them, from a folder of the user's own: another one, for this process,
+    where the one that it would take is not.
+    """
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    try:
+        own = private(folder, TRITON_CACHE)
+    except OSError:
+        return  # Triton says itself that it cannot write there
+    if own != folder:
+        os.environ[TRITON_CACHE] = str(own)
 
 
 def compiled(order: Order, source: Any, target: Any, options: Mapping[str, Any]) -> Any:

@@ -93,6 +93,8 @@ class Module:
     def kernels(self) -> ModuleType:
         """The file as a module. Triton reads its functions from the file, as do profilers and tracebacks."""
         module = generated.module(self._text, self.name, self._file)
+        if not interpreted():
+            llvm_flags.keep_cache_private()
         for name, value in vars(module).items():
             llvm_flags.install_compile_hook(value, self.about(name))
         return module

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from tttc.backends import registry
-from tttc.backends.cache import cache_dir
+from tttc.backends.cache import CACHE_VARIABLE, cache_dir
 from tttc.backends.cpu import instruction_sets, processor
+from tttc.backends.folders import exposed
 from tttc.backends.registry import Package, Unit
 from tttc.backends.target import architecture
 from tttc.tuning.database import database_path, own_entries
@@ -152,6 +153,10 @@ def _backend(unit: Unit) -> DoctorFinding:
 def _cache() -> DoctorFinding:
     folder = cache_dir()
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if folder.is_dir() and (reason := exposed(folder)):
+        return DoctorFinding(
+            "cache", "problem", f"{folder} {reason}", f"chmod 700 it, or set {CACHE_VARIABLE} to one of yours"
+        )
     if existing.is_dir() and os.access(existing, os.W_OK):
         return DoctorFinding("cache", "ok", str(folder))
     return DoctorFinding("cache", "problem", f"{folder} is not writable", "set TTTC_CACHE_DIR to a folder that is")

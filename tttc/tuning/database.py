@@ -140,7 +140,7 @@ def add(new: Sequence[Entry], *, replace: bool = False, path: Path | None = None
     """
     path = path or database_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _alone(path):
             text = written(merged(_present(path), new, replace=replace))
             _put(text, path)

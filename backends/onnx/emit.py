@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from tttc.backends.interface import HOST, Placement, Settings, Source
 from tttc.backends.onnx.loop import block, call, loop_functions, made
 from tttc.backends.onnx.ops import ROWS
-from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM, operator_function, recurrence_of
+from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM, operator_functions, recurrence_of
 from tttc.backends.rows import missing_rows
 from tttc.ir.expr import Expr
 from tttc.ir.names import marked, unmarked, worded
@@ -66,7 +66,7 @@ def functions(scan: Scan, program: ScanProgram, linear: str = DEFAULT) -> list[s
     operator it may be, or "scan".
     """
     rule = recurrence_of(scan, program) if linear in OPERATORS else None
-    return loop_functions(scan, program) if rule is None else [operator_function(scan, program, rule, linear)]
+    return loop_functions(scan, program) if rule is None else operator_functions(scan, program, rule, linear)
 
 
 def words(text: str) -> str:

@@ -23,7 +23,7 @@ def form_text(program: ScanProgram) -> str:
     scan = composed_scan(program)
     made = functions(program.scans[0], program) if scan is None else composed_functions(scan, program)
     if any(f"{OPERATORS[DEFAULT].node} <" in text for text in made):
-        return f"one {RECURRENCE} node, {node_count(made) - 1} around it"
+        return f"one {RECURRENCE} node, {node_count(made[:1]) - 1} around it"
     chunk = program.scans[0].chunk if scan is None else scan.chunk
     tiles = scan is not None and not program.plan.substitution
     called = [f for kind in TILED for f in functions(by_kind(program)[kind], program)] if tiles else []

@@ -126,11 +126,17 @@ def empty(e: Expr, scan: Scan, dims: Mapping[str, int]) -> list[str]:
     return [*lines, f"{part_of(e, 'empty')} = ConstantOfShape ({part_of(e, 'shape')})"]
 
 
-def where(condition: str, part: str, scan: Scan, then: Sequence[str], before: str) -> list[str]:
-    """The results of a part of the tokens; where there are none of it, no outputs and the carry of the part before."""
+def where(
+    condition: str, part: str, scan: Scan, then: Sequence[str], before: str, otherwise: Sequence[str] | None = None
+) -> list[str]:
+    """The results of a part of the tokens; where there are none of it, no outputs and the carry of the part before,
+    unless another branch is given.
+    """
     yes, no = f"{part}'then", f"{part}'else"
-    otherwise = [f"{part_of(a.target, no)} = Identity ({part_of(a.target, before)})" for a in scan.updates]
-    otherwise += [f"{part_of(a.target, no)} = Identity ({part_of(a.target, 'empty')})" for a in scan.outputs]
+    if otherwise is None:
+        kept = [(a.target, part_of(a.target, before)) for a in scan.updates]
+        kept += [(a.target, part_of(a.target, "empty")) for a in scan.outputs]
+        otherwise = [f"{part_of(e, no)} = Identity ({x})" for e, x in kept]
     found, then_made, else_made = (", ".join(part_of(e, x) for e in scan.results) for x in (part, yes, no))
     asked = marked(own(f"any_{part}"))
     return [

@@ -23,10 +23,12 @@ UNKNOWN_ROUNDS = 20  # doublings of a system as long as the call: right for as m
 
 
 class Lowering:
-    """The nodes of one graph. `lines` are its text so far; `known` are expressions that have a name."""
+    """The nodes of one graph. `lines` are its text so far; `known` are expressions that have a name. Those of a graph
+    inside of another begin with a `word` of their own.
+    """
 
-    def __init__(self, parameters: Sequence[Expr], dims: Mapping[str, int], chunk: int | None) -> None:
-        self.parameters, self.dims, self.chunk = parameters, dims, chunk
+    def __init__(self, parameters: Sequence[Expr], dims: Mapping[str, int], chunk: int | None, word: str = "") -> None:
+        self.parameters, self.dims, self.chunk, self.word = parameters, dims, chunk, word
         self.lines: list[str] = []
         self.known: dict[Expr, str] = {p: marked(p.name) for p in parameters}
         self.variables = {p.variable: marked(p.name) for p in parameters}
@@ -37,7 +39,7 @@ class Lowering:
 
     def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """The name of what a node makes."""
-        name = marked(own(f"t{len(self.lines)}"))
+        name = marked(own(f"{self.word}t{len(self.lines)}"))
         shown = ", ".join(f"{n} = {_attribute(x)}" for n, x in attributes.items())
         self.lines.append(f"{name} = {kind}{f' <{shown}>' if shown else ''} ({', '.join(inputs)})")
         return name
@@ -57,7 +59,7 @@ class Lowering:
 
     def _constant(self, literal: str) -> str:
         if literal not in self.constants:
-            name = self.constants[literal] = marked(own(f"c{len(self.constants)}"))
+            name = self.constants[literal] = marked(own(f"{self.word}c{len(self.constants)}"))
             self.lines.append(f"{name} = Constant <value = {literal}> ()")
         return self.constants[literal]
 

@@ -1,4 +1,4 @@
-"""Scans as operators of PyTorch: a layer in a graph is the layer without one."""
+"""The calls of a layer as operators of PyTorch: a layer in a graph is the layer without one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 import tttc
 from tests.helpers import LIBRARY, dims_of
-from tttc.library import TTTMLP, GatedDeltaNet, TTTLinear
+from tttc.library import TTTMLP, GatedDeltaNet, Titans, TTTLinear
 from tttc.nn import TTT, Cache
-from tttc.runtime.custom_ops import operator
+from tttc.runtime.arguments import BoundCall
+from tttc.runtime.packing import Arguments
+from tttc.runtime.state import State, compact
 from tttc.verification.comparison import random_inputs, relative_error
 
 NATIVE = pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is not installed"))
@@ -62,13 +64,21 @@ def arguments(layer: Any, tokens: int, batch: int = 2, seed: int = 0) -> dict[st
 def gradients(result: Any, of: Any) -> list[torch.Tensor]:
     """Of a random function of every tensor of the result."""
     generator = torch.Generator().manual_seed(0)
-    found = [x for x in tree_leaves(result) if x.requires_grad]
+    found = [x for x in leaves_of(result) if x.requires_grad]
     loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in found)
     return list(torch.autograd.grad(loss, [x for x in tree_leaves(of) if x.requires_grad], materialize_grads=True))
 
 
+def leaves_of(result: Any) -> list[Any]:
+    """Every tensor that counts."""
+    states = tree_map(
+        lambda x: compact(x) if isinstance(x, State) else x, result, is_leaf=lambda x: isinstance(x, State)
+    )
+    return tree_leaves(states)
+
+
 def same(found: Any, wanted: Any) -> None:
-    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+    for a, b in zip(leaves_of(found), leaves_of(wanted), strict=True):
         if b is None:
             assert a is None
             continue
@@ -83,59 +93,53 @@ def graph_of(function: Callable[..., Any], backend: Any = "aot_eager") -> Callab
 # ---- the operators by themselves ----
 
 
-@pytest.mark.parametrize(("variant", "dtype"), LAYERS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_operator_is_what_it_says(backend, variant, dtype):
-    """No input is changed or returned, sizes and strides are foretold, gradients are registered: torch's own check."""
-    layer = layer_of(variant, backend, dtype)
-    with torch.no_grad():
-        given = inputs_of_scans(layer)
-    assert f"{layer._name}" in given
-    for scan in layer.stages.program.scans:
-        if scan.name not in given:
-            continue
-        made = operator(scan.name, layer._scans[scan.name].custom_op, len(scan.results))
-        inputs = [
-            x.detach().clone().as_strided(x.shape, x.stride()) if x.is_contiguous() else x for x in given[scan.name]
-        ]
-        torch.library.opcheck(made.forward, (inputs, 2, False), test_utils=CHECKS)
-        if not scan.differentiated:
-            continue
-        torch.library.opcheck(made.forward, ([x.detach().requires_grad_() for x in inputs], 2, True))
-        found = made.forward(inputs, 2, True)
-        outputs, kept = found[: made.results], found[made.results :]
-        torch.library.opcheck(
-            made.backward, (inputs, kept, 2, [torch.ones_like(x) for x in outputs]), test_utils=CHECKS
-        )
+CALLS = [  # what calls the kernels is the same for every backend: each is tried once with what it adds
+    pytest.param("torch", TTTLinear, torch.float32, {}, id="torch-TTTLinear"),
+    pytest.param("torch", TTTLinear, torch.float32, {"decode": "rows", "telemetry": True}, id="torch-TTTLinear-rows"),
+    pytest.param("torch", GatedDeltaNet, torch.float32, {}, id="torch-GatedDeltaNet"),
+    pytest.param("torch", Titans, torch.float32, {}, id="torch-Titans"),
+    pytest.param("triton", GatedDeltaNet, torch.bfloat16, {}, id="triton-GatedDeltaNet-bfloat16"),
+    pytest.param("tvm", TTTLinear, torch.bfloat16, {}, id="tvm-TTTLinear-bfloat16", marks=NATIVE.marks),
+]
+
+
+@pytest.mark.parametrize(("backend", "variant", "dtype", "settings"), CALLS)
+def test_an_operator_is_what_it_says(backend, variant, dtype, settings):
+    """No input is changed or returned, sizes and strides are foretold, gradients are registered: torch's own check, of
+    a call that begins a sequence and of one that goes on inside a mini-batch.
+    """
+    layer = layer_of(variant, backend, dtype, **settings)
+    given = arguments(layer, 21, batch=1)
+    _, state = layer(**tree_map(torch.Tensor.detach, given))
+    for begun in (given["state"], state):
+        made, inputs, position = operator_of(layer, given | {"state": begun})
+        torch.library.opcheck(made.forward, (*inputs, position, 2, False), test_utils=CHECKS)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        torch.library.opcheck(made.forward, (*leaves, position, 2, True))
+        found = made.forward(*inputs, position, 2, True)
+        kept, cotangents = found[made.call.results :], map(torch.ones_like, found[: made.call.differentiated])
+        torch.library.opcheck(made.backward, (*inputs, *kept, *cotangents, position, 2), test_utils=CHECKS)
 
 
 CHECKS = ("test_schema", "test_faketensor")  # of what has no gradient of its own
 
 
-def inputs_of_scans(layer: Any) -> dict[str, list[torch.Tensor]]:
-    """What each scan is given in a call that needs all of them: whole mini-batches, an open one, one token."""
-    given: dict[str, list[torch.Tensor]] = {}
-    for name, scan in layer._scans.items():
-        forward = scan.forward
-
-        def watched(inputs: Any, every: Any, name: str = name, forward: Any = forward) -> Any:
-            given.setdefault(name, [x.detach() for x in inputs])
-            return forward(inputs, every)
-
-        layer._scans[name] = Watched(scan, watched)
-    values = arguments(layer, 21, batch=1)
-    _, state = layer(**values)
-    one = {n: x[:, :1] for n, x in values.items() if n in "qkv"}
-    layer(**one, gates={n: x[:, :1] for n, x in values["gates"].items()}, params=values["params"], state=state)
-    layer._scans = {n: s.scan for n, s in layer._scans.items()}
-    return given
+def operator_of(layer: Any, given: dict[str, Any]) -> tuple[Any, list[torch.Tensor], int]:
+    """The operator of a layer, and the tensors and the position of a call, which lie as those of a user do."""
+    tokens = {n: given[n] for n in "qkv"} | given["tokens"]
+    call = BoundCall(layer, Arguments(tokens, given["gates"], given["params"], given["state"]))
+    layer._prepare()
+    inputs, position = layer._operator.call.flat(call)
+    return layer._operator, [x.detach().clone() if x.is_contiguous() else x.detach() for x in inputs], position
 
 
-class Watched:
-    """A scan whose forward tells what it is given."""
-
-    def __init__(self, scan: Any, forward: Any) -> None:
-        self.scan, self.forward = scan, forward
+def test_a_batch_of_batches():
+    layer = layer_of(TTTLinear, "torch")
+    made, inputs, position = operator_of(layer, arguments(layer, 21))
+    many = [torch.stack([x, x.flip(0)], 1) for x in inputs]
+    found = torch.vmap(lambda *xs: made.forward(*xs, position, 0, False), 1)(*many)
+    for i in range(2):
+        same([x[i] for x in found], made.forward(*(x[:, i] for x in many), position, 0, False))
 
 
 def test_equal_layers_share_their_operators():
@@ -143,25 +147,24 @@ def test_equal_layers_share_their_operators():
     for variant in (TTTLinear, TTTLinear, TTTLinear.replace(mini_batch=8)):
         layer = layer_of(variant, "torch")
         layer._prepare()
-        names.append({n: o.forward._name for n, o in layer._operators.items()})
+        names.append(layer._operator.name)
     assert names[0] == names[1]
-    assert names[0]["ttt_linear"] != names[2]["ttt_linear"]
+    assert names[0] != names[2]
 
 
-def test_a_graph_holds_one_operator_for_each_scan():
+def test_a_graph_holds_one_operator_for_a_call():
+    """Whatever comes of its tokens: what is left of a mini-batch, whole ones, and the beginning of another."""
     layer = layer_of(TTTLinear, "torch")
+    given = arguments(layer, 37)
+    _, state = layer(**tree_map(torch.Tensor.detach, given))
     seen: list[str] = []
 
     def look(graph: Any, example: Any) -> Any:
-        seen.extend(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("tttc."))
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function" and "getitem" not in str(n))
         return graph
 
-    graph_of(layer, look)(**arguments(layer, 37))
-    assert [name.split(".")[1].rsplit("_", 2)[0] for name in seen] == [
-        "ttt_linear",
-        "ttt_linear_open",
-        "ttt_linear_close",
-    ]
+    graph_of(layer, look)(**given | {"state": state})
+    assert [name for name in seen if name.startswith("tttc.")] == [f"tttc.{layer._operator.name}.default"]
 
 
 # ---- layers in a graph ----
@@ -218,23 +221,26 @@ def test_continuing_inside_a_graph():
     same(gradients(found, given), gradients(wanted, given))
 
 
+@pytest.mark.parametrize("begin", [5, 16])
 @pytest.mark.parametrize("decode", ["sums", "rows"])
-def test_decoding_token_by_token(decode):
-    """A state goes into a graph and comes out of it. Graphs are for places in a mini-batch, not for each of them."""
+def test_decoding_token_by_token(decode, begin):
+    """After a prompt, a state goes into a graph and comes out of it: the graph of a place, and one for all places."""
     layer = layer_of(TTTLinear, "torch", decode=decode)
-    given = tree_map(torch.Tensor.detach, arguments(layer, 37))
+    given = tree_map(torch.Tensor.detach, arguments(layer, 48))
     wanted, last = layer(**given)
     counted = CompileCounterWithBackend("aot_eager")
     step = graph_of(layer, counted)
-    state, outputs = given["state"], []
-    for t in range(37):
+    prompt = {n: given[n][:, :begin] for n in "qkv"} | {"gates": {n: x[:, :begin] for n, x in given["gates"].items()}}
+    z, state = layer(**prompt, params=given["params"], state=given["state"])
+    outputs = [z]
+    for t in range(begin, 48):
         token = {n: given[n][:, t : t + 1] for n in "qkv"}
         gates = {n: x[:, t : t + 1] for n, x in given["gates"].items()}
         z, state = step(**token, gates=gates, params=given["params"], state=state)
         outputs.append(z)
     same((torch.cat(outputs, 1), dict(state)), (wanted, dict(last)))
     assert state.position == last.position
-    assert counted.frame_count <= 8
+    assert counted.frame_count <= 2
 
 
 def test_other_lengths_and_batches():
@@ -386,18 +392,43 @@ class WithState(torch.nn.Module):
         return self.inner(x, state=cache, return_state=True)
 
 
+@pytest.mark.parametrize("name", LIBRARY)
+def test_every_ready_declaration_exported(name):
+    """One graph for any number of tokens and sequences, wherever a mini-batch ends."""
+    layer = layer_of(LIBRARY[name], "torch", torch.float64)
+
+    class Call(torch.nn.Module):
+        def forward(self, given: dict[str, Any]) -> Any:
+            return layer(**given)
+
+    given = tree_map(torch.Tensor.detach, arguments(layer, 20))
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("tokens", min=1, max=4096)}
+    batched = {
+        n: {0: sizes[0]} if x.dim() == 2 + len(layer.signature.states[n].dims) else None
+        for n, x in given["state"].items()
+    }
+    dynamic = {n: tree_map(lambda x: sizes, given[n]) for n in ("q", "k", "v", "tokens", "gates")}
+    dynamic |= {"params": dict.fromkeys(given["params"]), "state": batched}
+    graph = torch.export.export(Call(), (given,), dynamic_shapes=(dynamic,)).module()
+    for tokens, batch in [(1, 2), (15, 1), (16, 3), (17, 2), (300, 1)]:
+        given = tree_map(torch.Tensor.detach, arguments(layer, tokens, batch))
+        (z, state), (wanted, last) = graph(given), layer(**given)
+        same((z, dict(state)), (wanted, dict(last)))
+        assert state.position == last.position
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_exported_module(backend):
     """Saved, loaded and run; also for lengths that it was not exported with."""
     module, x = module_and_input(backend, 32)
     module(x)
-    tokens = {1: 16 * torch.export.Dim("mini_batches", min=2, max=100)}
+    tokens = {1: torch.export.Dim("tokens", min=1, max=4096)}
     written = io.BytesIO()
     torch.export.save(torch.export.export(module, (x,), dynamic_shapes=(tokens,)), written)
     written.seek(0)
     loaded = torch.export.load(written).module()
     parameters = dict(module.named_parameters())
-    for length in (32, 64):
+    for length in (1, 16, 17, 64):
         y = torch.randn(2, length, 16)
         same(loaded(y), module(y))
     found = gradients(loaded(x), dict(loaded.named_parameters()))

@@ -20,10 +20,11 @@ import torch
 
 from tttc.compiler.driver import compile
 from tttc.errors import BackendRefusal, ShapeError, TTTCError
-from tttc.export.ports import GIVEN, Port
-from tttc.export.stream import BEGINS, Stream
+from tttc.export.ports import Port
+from tttc.export.stream import Stream
 from tttc.ir.program import TokenProgram
 from tttc.ir.structure import digest
+from tttc.runtime.flat_call import BEGINS, GIVEN
 from tttc.runtime.layer import Layer
 from tttc.verification.comparison import relative_error
 from tttc.verification.inputs import Inputs, random_inputs

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from tttc.ir.names import marked, own, prefixed, suffixed
 from tttc.runtime.layer import Layer
 
-GIVEN = ("token", "gate", "param")  # the groups that come back from no call
-
 
 @dataclass(frozen=True)
 class Port:

@@ -15,13 +15,13 @@ from tttc.backends.onnx.emit import DEFAULT, functions, model_text
 from tttc.backends.onnx.loop import block
 from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM
 from tttc.errors import BackendRefusal
-from tttc.export.ports import GIVEN, Port, ports_of
+from tttc.export.ports import Port, ports_of
 from tttc.ir.linear_recurrence import linear_recurrence
 from tttc.ir.names import marked, own, prefixed
 from tttc.ir.program import EACH, Scan, ScanKind
+from tttc.runtime.flat_call import GIVEN
 from tttc.runtime.layer import Layer
 
-BEGINS = -1  # the position of a sequence that has no past
 LAST = 2**31 - 1  # as far as a slice can go
 AUTO = "auto"
 Names = dict[str, str]

@@ -1,4 +1,4 @@
-"""The tensors of one call of a layer: checked, with errors that say what was expected, and laid out for the scans."""
+"""What a layer is called with: checked, with errors that say what was expected, and laid out for the scans."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 
 from tttc.declare.specs import TokenSpec
 from tttc.errors import NonFinite, ShapeError, StateMismatch, TTTCError
-from tttc.ir.expr import Expr
 from tttc.ir.names import as_declared, spelled
-from tttc.ir.program import EACH
-from tttc.ir.update import Opened
+from tttc.runtime.call import Call
 from tttc.runtime.packing import Arguments
 from tttc.runtime.state import State, Tensors
 
@@ -20,12 +18,13 @@ if TYPE_CHECKING:
     from tttc.runtime.layer import Layer
 
 
-class BoundCall:
-    """The tensors of one call, checked and laid out as [B, H, ...], where they lie."""
+class BoundCall(Call):
+    """The tensors of one call, checked and laid out as [B, H, ...], where they lie; `taps` are what the windows of its
+    tokens leave for the next call.
+    """
 
     def __init__(self, layer: Layer, arguments: Arguments) -> None:
         self.layer = layer
-        self.measured: list[torch.Tensor] = []
         declared = layer.signature
         given, gates, params = arguments.tokens, arguments.gates, arguments.params
         q = given["q"]
@@ -35,7 +34,7 @@ class BoundCall:
             self._tensor(name, x)
         if q.dim() < 3:
             raise self._error(f"q has shape {list(q.shape)}", "q is [B, T, H, D]: batch, tokens, heads, key width.")
-        self.batch, self.tokens, self.heads = q.shape[:3]
+        self.batch, self.length, self.heads = q.shape[:3]
         for name, spec in declared.tokens.items():
             self._shape(name, given[name], spec.given, layer.dtype)
         for name, gate in declared.gates.items():
@@ -43,23 +42,16 @@ class BoundCall:
         if params is None:
             params = dict(layer.initial("param"))
         self._named("param", params, declared.params)
-        self.sequences = {declared.identity("token", n): self._flat_sequence(given[n]) for n in declared.tokens}
-        self.sequences |= {declared.identity("gate", n): self._flat_sequence(gates[n]) for n in declared.gates}
-        if layer.sequencing.counts:
-            self.sequences[EACH.name] = q.new_ones(self.batch, self.heads, self.tokens)
-        self.params = {
+        sequences = {declared.identity("token", n): self._flat_sequence(given[n]) for n in declared.tokens}
+        sequences |= {declared.identity("gate", n): self._flat_sequence(gates[n]) for n in declared.gates}
+        flat = {
             n: self._flat(n, params[n], len(s.dims), self._dims(s.dims), batched=False)
             for n, s in declared.params.items()
         }
-        self.state = self._state(arguments.state)
-        self.continues = isinstance(arguments.state, State)
+        state = arguments.state
+        super().__init__(sequences, flat, self._state(state), lent=not isinstance(state, State))
         windows = {declared.identity("token", n): s for n, s in declared.tokens.items() if s.window is not None}
         self.taps = {n: self._window(n, spec) for n, spec in windows.items()}
-
-    @property
-    def queries(self) -> torch.Tensor:
-        """[B, H, T, *dims]."""
-        return self.sequences[self.layer.signature.identity("token", "q")]
 
     def _window(self, name: str, spec: TokenSpec) -> torch.Tensor:
         """Lay the last K tokens of each token side by side; what is left for the next call."""
@@ -83,8 +75,7 @@ class BoundCall:
 
         if not isinstance(state, State):
             return State(flat(values))
-        self._continues(state)
-        start = flat(state.start) if state.position else {}
+        start = flat(state.start) if state.start else {}
         variables = {
             v.name: v for v in (*self.layer.sequencing.memory, *(o.variable for o in self.layer.sequencing.opened))
         }
@@ -97,49 +88,6 @@ class BoundCall:
         taps = {n: self._kept(n, x) for n, x in state.taps.items()}
         carry = carried(state.summed), carried(state.memory)
         return State(flat(state.weights), state.position, start, *carry, rows, taps)
-
-    def _continues(self, state: State) -> None:
-        b = self.layer.signature.mini_batch
-        if state.position and self.layer.signature.read == "end" and self.tokens:
-            raise self._error(
-                f'{_stands(state)} of {b}, and read="end" reads weights that the tokens already returned could not see',
-                "Cut sequences at whole mini-batches, or start a new one from dict(state).",
-                StateMismatch,
-            )
-        if isinstance(b, int) and not 0 <= state.position < b:
-            remedy = "Pass the state that a call of this layer returned."
-            raise self._error(f"{_stands(state)} of {b}", remedy, StateMismatch)
-        kept, other = ("rows", "sums") if self.layer.decode == "rows" else ("sums", "rows")
-        names = self.sequences if kept == "rows" else [o.variable.name for o in self.layer.sequencing.opened]
-        if state.position and set(names) - set(state.rows if kept == "rows" else state.summed):
-            raise self._error(
-                f"{_stands(state)}, and does not have the {kept} of these tokens, which this layer carries",
-                f'Pass a state of a layer with decode="{kept}", not "{other}", or one at a mini-batch\'s end.',
-                StateMismatch,
-            )
-
-    def telemetry(self, names: Sequence[str]) -> Tensors:
-        """What the chunks of this call measured, [B, H, mini-batches] each, by name."""
-        return {n: torch.cat(self.measured[i :: len(names)], 2) for i, n in enumerate(names)}
-
-    def opened(self, variables: Sequence[Opened]) -> Tensors:
-        """What an open mini-batch carries, before its first token."""
-        like = next(iter(self.state.weights.values()))
-        shapes = {o: [self.layer.dims[a.size] for a in o.variable.axes] for o in variables}
-        return {o.variable.name: like.new_full((*like.shape[:2], *s), o.begins) for o, s in shapes.items()}
-
-    def value(self, p: Expr, values: Tensors, now: int, stop: int) -> torch.Tensor:
-        """The tensor of one parameter of a scan."""
-        name, role, at = p.variable
-        if name in values:
-            return values[name]
-        if role == "param":
-            return self.params[name]
-        whole = self.sequences[name]
-        if not at:
-            until = whole if stop == whole.shape[2] else whole[:, :, :stop]
-            return until[:, :, -1]  # an index that is computed would be one of a graph's constants
-        return whole if (now, stop) == (0, whole.shape[2]) else whole[:, :, now:stop]
 
     def refuse_non_finite(self) -> None:
         groups = {"": self.sequences, "param ": self.params, "state ": self.state.weights}
@@ -219,7 +167,7 @@ class BoundCall:
             )
 
     def _shape(self, name: str, x: torch.Tensor, dims: Sequence[str], dtype: torch.dtype | None) -> None:
-        wanted = (self.batch, self.tokens, self.heads, *self._dims(dims))
+        wanted = (self.batch, self.length, self.heads, *self._dims(dims))
         if tuple(x.shape) != wanted:
             named = ", ".join(["B", "T", "H", *dims])
             sizes = ", ".join(f"{d}={self.layer.dims[d]}" for d in dims)
@@ -232,10 +180,6 @@ class BoundCall:
                 f"{name} has dtype {x.dtype}, the layer was compiled for {dtype}",
                 f"Convert it, {name}.to({dtype}), or compile with dtype={x.dtype}.",
             )
-
-
-def _stands(state: State) -> str:
-    return f"the state stands {state.position} tokens into a mini-batch"
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -81,8 +81,8 @@ class Run(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], scan: Any, checkpoint: int, results: int, *inputs: Any) -> Any:
-        folded = _folded(inputs, in_dims[3:], info.batch_size)
-        return _unfolded(Run.apply(scan, checkpoint, results, *folded), info.batch_size)
+        flat = folded(inputs, in_dims[3:], info.batch_size)
+        return unfolded(Run.apply(scan, checkpoint, results, *flat), info.batch_size)
 
 
 def _pulled(
@@ -132,8 +132,8 @@ class Pull(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], scan: Any, checkpoint: int, counts: Any, *tensors: Any) -> Any:
-        folded = _folded(tensors, in_dims[3:], info.batch_size)
-        return _unfolded(Pull.apply(scan, checkpoint, counts, *folded), info.batch_size)
+        flat = folded(tensors, in_dims[3:], info.batch_size)
+        return unfolded(Pull.apply(scan, checkpoint, counts, *flat), info.batch_size)
 
 
 def _parts(tensors: Tensors, counts: tuple[int, int]) -> tuple[Tensors, Tensors, Tensors]:
@@ -169,7 +169,7 @@ def _vector_jacobian(
 # -- what is mapped over -----------------------------------------------------------------------------------------------
 
 
-def _folded(tensors: Tensors, dims: Sequence[int | None], size: int) -> list[torch.Tensor]:
+def folded(tensors: Tensors, dims: Sequence[int | None], size: int) -> list[torch.Tensor]:
     """The axis that is mapped over as a part of the first one of each: [N, B, ...] -> [N B, ...]."""
     found = []
     for x, dim in zip(tensors, dims, strict=True):
@@ -178,7 +178,7 @@ def _folded(tensors: Tensors, dims: Sequence[int | None], size: int) -> list[tor
     return found
 
 
-def _unfolded(tensors: Tensors, size: int) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+def unfolded(tensors: Tensors, size: int) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     """[N B, ...] -> [N, B, ...], and where the axis N is, as a rule of `torch.func.vmap` says it."""
     return tuple(x.unflatten(0, (size, len(x) // size)) for x in tensors), len(tensors) * (0,)
 
@@ -196,8 +196,8 @@ def _pulled_in_batches(
         for x, dim in zip((*inputs, *kept, *cotangents), dims, strict=True)
     ]
     size = next(len(x) for x, dim in zip(plain, dims, strict=True) if dim is not None)
-    folded = _parts(_folded(plain, dims, size), (len(inputs), len(kept)))
-    found, _ = _unfolded(_pulled(scan, checkpoint, *folded), size)
+    flat = _parts(folded(plain, dims, size), (len(inputs), len(kept)))
+    found, _ = unfolded(_pulled(scan, checkpoint, *flat), size)
     return tuple(torch._add_batch_dim(x, 0, level) for x in found)
 
 

@@ -1,100 +1,184 @@
-"""The scans of a layer as operators of PyTorch, for graphs: `torch.compile`, `torch.export`, CUDA graphs.
+"""The calls of a layer as operators of PyTorch, for graphs: `torch.compile`, `torch.export`, tensors in parts.
 
-A graph calls a scan by name and knows the sizes and strides of what it returns; it does not look into it. There are two
-operators for each scan, `tttc::<scan>_<digest>_forward` and `..._backward`. The digest is that of the mathematics and
-of what makes the kernels, so that equal layers share their operators, in every process.
+    tttc::ttt_linear_<digest>(Tensor token_q, ..., Tensor weights_W, Tensor start_W, Tensor summed_S_W,
+                              SymInt position, SymInt checkpoint, bool keep) -> (Tensor, Tensor, ...)
+
+A graph calls a layer by name and knows the sizes and strides of what it returns; it does not look into it, whatever the
+number of tokens and wherever a mini-batch ends. The digest is that of the mathematics and of what makes the kernels, so
+that equal layers share their operators, in every process. `..._backward` is the derivative.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 from torch.library import custom_op
 
-from tttc.backends.scan import CompiledScan
+from tttc.ir.names import spelled
+from tttc.ir.structure import written
+from tttc.runtime import autograd
+from tttc.runtime.flat_call import FlatCall, FlatTensor
 
-Tensors = list[torch.Tensor]
-Function = Callable[..., Tensors]
+Function = Callable[..., Any]
 Result = TypeVar("Result")
 _known: dict[str, Operator] = {}
 _lock = Lock()
 
 
 class Operator:
-    """One scan: called like its forward, differentiable once."""
+    """The calls of a layer, differentiable once; over a batch of batches; on tensors in parts, by batch or heads."""
 
-    def __init__(self, name: str, scan: CompiledScan, results: int) -> None:
-        self.results = results  # those that the caller is given; what is kept for the backward comes after them
-        self.backward = _backward(f"tttc::{name}_backward", scan)
-        self.forward = _forward(f"tttc::{name}_forward", scan, results, self.backward)
-        self._run = getattr(torch.ops.tttc, f"{name}_forward").default
+    def __init__(self, name: str, call: FlatCall) -> None:
+        self.name, self.call = name, call
+        self.backward = _backward(f"tttc::{name}_backward", call)
+        self.forward = _forward(f"tttc::{name}", call, self.backward)
+        self._run = getattr(torch.ops.tttc, name).default
+        self._in_parts = False
+        if "torch.distributed.tensor" in sys.modules:
+            self.in_parts()
 
-    def __call__(self, inputs: Sequence[torch.Tensor], checkpoint: int | None) -> tuple[torch.Tensor, ...]:
-        """The results of the scan; with a checkpoint it keeps what its backward needs."""
-        keep = checkpoint is not None
-        return tuple(self._run(list(inputs), checkpoint or 0, keep)[: self.results])
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], position: Any, checkpoint: int, keep: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """The results of `FlatCall.forward`; with `keep` there is what a backward needs among them."""
+        if (parted := next((x for x in inputs if in_parts(x)), None)) is not None:
+            self.in_parts()
+            inputs = [x if in_parts(x) else _on_every_part(x, parted) for x in inputs]
+        return tuple(self._run(*inputs, position, checkpoint, keep)[: self.call.results])
+
+    def in_parts(self) -> None:
+        """Make it known to `torch.distributed.tensor`: every part has some of the sequences, or some of the heads."""
+        if self._in_parts:
+            return
+        from torch.distributed.tensor import Replicate, Shard  # what is not asked for is not loaded: it takes 1 s
+        from torch.distributed.tensor.experimental import register_sharding
+
+        backward = getattr(torch.ops.tttc, f"{self.name}_backward").default
+        for operator in (self._run, backward):
+            register_sharding(operator)(partial(_placements, operator, [Replicate(), Shard(0), Shard(1)]))
+        self._in_parts = True
 
 
-def operator(name: str, scan: CompiledScan, results: int) -> Operator:
-    """The operator of a scan that has so many results; registered when it is first asked for."""
-    full = f"{name}_{hashlib.sha256(scan.fingerprint.encode()).hexdigest()[:16]}"
+def in_parts(x: torch.Tensor) -> bool:
+    """Whether it is a `DTensor`."""
+    return hasattr(x, "device_mesh")
+
+
+def _on_every_part(x: torch.Tensor, parted: Any) -> torch.Tensor:
+    """A tensor that is the same everywhere, as one in parts: what the layer itself begins with, or was given so."""
+    return type(parted).from_local(x, parted.device_mesh, run_check=False)
+
+
+def _placements(operator: Any, known: Sequence[Any], *arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    """How results and arguments may be placed: batch and heads come first in every tensor but those left empty."""
+    results = [None] * len(operator._schema.returns)
+    found = []
+    for placement in known:
+        given = [placement if hasattr(x, "placements") else None for x in arguments]
+        found.append(([placement for _ in results], given))
+    return found
+
+
+def operator(name: str, call: FlatCall) -> Operator:
+    """The operator of a layer's calls; registered when it is first asked for."""
+    full = f"{name}_{digest(call)}"
     with _lock:  # a second registration of one name is an error of torch
         if full not in _known:
-            _known[full] = Operator(full, scan, results)
+            _known[full] = Operator(full, call)
     return _known[full]
+
+
+def digest(call: FlatCall) -> str:
+    """Of what is computed and by which kernels: equal for calls that can stand for each other."""
+    sequencing = call.sequencing
+    how = (call.inputs, call.dtype, sequencing.decode, sequencing.read, sequencing.mini_batch, call.program.plan)
+    parts = [written(how), *(scan.fingerprint for scan in call.scans.values())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _forward(name: str, call: FlatCall, backward: Function) -> Function:
+    count, kept = len(call.inputs), call.kept
+    settings = "SymInt position, SymInt checkpoint, bool keep"
+
+    @custom_op(name, mutates_args=(), schema=_schema(call.inputs, settings, call.results + kept))
+    def run(*given: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(call.forward(given[:count], *given[count:]))
+
+    @run.register_fake
+    def shapes(*given: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(call.shapes(given[:count], *given[count:]))
+
+    @run.register_vmap
+    def mapped(info: Any, dims: Sequence[int | None], *given: Any) -> Any:
+        folded = autograd.folded(given[:count], dims[:count], info.batch_size)
+        return autograd.unfolded(run(*folded, *given[count:]), info.batch_size)
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.position, ctx.checkpoint, ctx.keep = inputs[count:]
+        ctx.shapes = [(x.shape, x.dtype) for x in output[: call.differentiated]]
+        ctx.mark_non_differentiable(*output[call.differentiated :])
+        ctx.set_materialize_grads(False)  # of what is kept it would make zeros
+        ctx.save_for_backward(*inputs[:count], *(output[call.results :] if ctx.keep else ()))
+
+    def differentiate(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        given, states = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        checkpoint = ctx.checkpoint
+        if not ctx.keep:
+            checkpoint = call.every(given[0].shape[2])
+            states = run(*given, ctx.position, checkpoint, True)[call.results :]
+        whole = [
+            given[0].new_zeros(shape, dtype=dtype) if c is None else c
+            for c, (shape, dtype) in zip(cotangents, ctx.shapes, strict=False)
+        ]
+        return (*backward(*given, *states, *whole, ctx.position, checkpoint), None, None, None)
+
+    run.register_autograd(differentiate, setup_context=remember)
+    return run
+
+
+def _backward(name: str, call: FlatCall) -> Function:
+    counts = len(call.inputs), call.kept, call.differentiated
+    first, second = counts[0], counts[0] + counts[1]
+    extra = [*(f"kept_{i}" for i in range(counts[1])), *(f"cotangent_{i}" for i in range(counts[2]))]
+
+    @custom_op(name, mutates_args=(), schema=_schema(call.inputs, "SymInt position, SymInt checkpoint", first, extra))
+    def run(*given: Any) -> tuple[torch.Tensor, ...]:
+        *tensors, position, checkpoint = given
+        kept, cotangents = tensors[first:second], tensors[second:]
+        return tuple(call.backward(tensors[:first], kept, position, checkpoint, cotangents))
+
+    @run.register_fake
+    def shapes(*given: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(call.gradients(given[:first]))
+
+    @run.register_vmap
+    def mapped(info: Any, dims: Sequence[int | None], *given: Any) -> Any:
+        folded = autograd.folded(given[:-2], dims[:-2], info.batch_size)
+        return autograd.unfolded(run(*folded, *given[-2:]), info.batch_size)
+
+    return run
+
+
+def _schema(inputs: Sequence[FlatTensor], settings: str, results: int, extra: Sequence[str] = ()) -> str:
+    names: list[str] = []
+    for slot in inputs:
+        name = f"{slot.group}_{re.sub('[^0-9A-Za-z_]', '_', spelled(slot.name))}"  # an operator's names are ASCII
+        while name in names:
+            name += "_"
+        names.append(name)
+    given = ", ".join(f"Tensor {n}" for n in (*names, *extra))
+    return f"({given}, {settings}) -> ({', '.join(['Tensor'] * results)})"
 
 
 def untraced(function: Callable[[], Result]) -> Result:
     """What a function returns when nothing is being traced: the modes of a tracer are those of its thread."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function).result()
-
-
-def _forward(name: str, scan: CompiledScan, results: int, backward: Function) -> Function:
-    schema = "(Tensor[] inputs, SymInt checkpoint, bool keep) -> Tensor[]"
-
-    @custom_op(name, mutates_args=(), schema=schema)
-    def run(inputs: Tensors, checkpoint: int, keep: bool) -> Tensors:
-        if keep:
-            scan.prewarm_backward(inputs)
-        outputs, kept = scan.forward(inputs, checkpoint if keep else None)
-        return [*outputs, *kept]
-
-    @run.register_fake
-    def shapes(inputs: Tensors, checkpoint: int, keep: bool) -> Tensors:
-        outputs, kept = scan.results(inputs, checkpoint if keep else None)
-        return [*outputs, *kept]
-
-    def remember(ctx: Any, inputs: tuple[Tensors, int, bool], output: Tensors) -> None:
-        given, ctx.checkpoint, ctx.keep = inputs
-        ctx.count = len(given)
-        ctx.mark_non_differentiable(*output[results:])
-        ctx.save_for_backward(*given, *(output[results:] if ctx.keep else ()))
-
-    def differentiate(ctx: Any, cotangents: Tensors) -> tuple[Any, None, None]:
-        given, kept = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
-        if not ctx.keep:
-            kept = run(given, ctx.checkpoint, True)[results:]
-        return backward(given, kept, ctx.checkpoint, cotangents[:results]), None, None
-
-    run.register_autograd(differentiate, setup_context=remember)
-    return run
-
-
-def _backward(name: str, scan: CompiledScan) -> Function:
-    schema = "(Tensor[] inputs, Tensor[] kept, SymInt checkpoint, Tensor[] cotangents) -> Tensor[]"
-
-    @custom_op(name, mutates_args=(), schema=schema)
-    def run(inputs: Tensors, kept: Tensors, checkpoint: int, cotangents: Tensors) -> Tensors:
-        return list(scan.backward(inputs, kept, checkpoint, cotangents))
-
-    @run.register_fake
-    def shapes(inputs: Tensors, kept: Tensors, checkpoint: int, cotangents: Tensors) -> Tensors:
-        return scan.gradients(inputs)
-
-    return run

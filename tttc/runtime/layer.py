@@ -20,11 +20,14 @@ from tttc.declare.specs import initial_value
 from tttc.declare.variant import Signature
 from tttc.errors import ShapeError
 from tttc.explain.report import explain
+from tttc.ir.names import spelled
 from tttc.ir.program import TokenProgram, number_of
 from tttc.ir.structure import digest
 from tttc.runtime import autograd
 from tttc.runtime.arguments import BoundCall
-from tttc.runtime.custom_ops import Operator, operator, untraced
+from tttc.runtime.call import Call
+from tttc.runtime.custom_ops import Operator, in_parts, operator, untraced
+from tttc.runtime.flat_call import DECIDED_LATER, FlatCall
 from tttc.runtime.graphs import constant_in_graphs, outside_graphs
 from tttc.runtime.packing import Arguments, carried, packed, regrouped, ungrouped
 from tttc.runtime.pool import StatePool
@@ -76,7 +79,7 @@ class Layer:
         self._name = program.name
         self._params = {s.name: s.params for s in program.scans}
         self._results = {s.name: s.results for s in program.scans}
-        self._operators: dict[str, Operator] = {}
+        self._operator: Operator | None = None
         self._carried = carried(program)
         self.sequencing = Sequencing(program, signature, self.dims, settings.decode)
 
@@ -198,37 +201,54 @@ class Layer:
         if check:
             call.refuse_non_finite()
             warn_of_growth(self, call)
-        z, after = self.sequencing.run(call, self._outputs)
+        z, after = self._run(call)
+        z, after.taps = z.transpose(1, 2), call.taps
         return z.to(self.dtype), after if whole.group == 1 else regrouped(after, whole)
+
+    def _run(self, call: Call) -> tuple[torch.Tensor, State]:
+        if not self._by_name(call):
+            return self.sequencing.run(call, self._outputs)
+        if torch.compiler.is_compiling() and transformed():
+            return self._transformed(call)
+        self._prepare()
+        return self._as_operator(call)
+
+    def _as_operator(self, call: Call) -> tuple[torch.Tensor, State]:
+        """The call as one operator, which is what graphs hold."""
+        assert self._operator is not None
+        flat = self._operator.call
+        inputs, position = flat.flat(call)
+        kept = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        kept = kept and not torch.compiler.is_exporting()  # what is exported is first of all run
+        results = self._operator(inputs, position, self._checkpoint(call.tokens) if kept else DECIDED_LATER, kept)
+        after = flat.state_after(results, position, call.tokens)
+        after.telemetry = dict(zip(map(spelled, self.sequencing.measures), flat.measured(results), strict=True))
+        return results[0], after
+
+    @outside_graphs(
+        "the operators of tttc know no torch.func and no forward mode: leave torch.compile out of the transform."
+    )
+    def _transformed(self, call: Call) -> tuple[torch.Tensor, State]:
+        return self.sequencing.run(call, self._outputs)
+
+    def _by_name(self, call: Call) -> bool:
+        """Whether a graph is being made of the call, or its tensors are in parts, or have no memory that a kernel could
+        read.
+        """
+        tensors = call.queries, *call.state.weights.values()
+        if torch.compiler.is_compiling() or any(map(in_parts, tensors)):
+            return True
+        return self._of_kernels and (torch._C._len_torch_dispatch_stack() > 0 or fake(tensors))
 
     # -- scans -------------------------------------------------------------------------------------------------------
 
-    def _outputs(self, name: str, call: BoundCall, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
+    def _outputs(self, name: str, call: Call, values: Tensors, now: int, stop: int) -> tuple[torch.Tensor, ...]:
         inputs = [call.value(p, values, now, stop) for p in self._params[name]]
-        if self._recorded_by_name(inputs):
-            if torch.compiler.is_compiling() and transformed():
-                return self._transformed(name, inputs, stop - now)
-            self._prepare()
-            kept = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-            kept = kept and not torch.compiler.is_exporting()  # what is exported is first of all run
-            return self._operators[name](inputs, self._checkpoint_of(name, stop - now) if kept else None)
         if not autograd.asked_for(inputs):
             outputs, _ = self._scans[name].forward(inputs, None)
             return outputs
         checkpoint = self._checkpoint_of(name, stop - now)
         return autograd.run(self._scans[name], len(self._results[name]), checkpoint, inputs)
-
-    @outside_graphs(
-        "the operators of tttc know no torch.func and no forward mode: leave torch.compile out of the transform."
-    )
-    def _transformed(self, name: str, inputs: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, ...]:
-        return autograd.run(self._scans[name], len(self._results[name]), self._checkpoint_of(name, tokens), inputs)
-
-    def _recorded_by_name(self, inputs: Sequence[torch.Tensor]) -> bool:
-        """Whether a graph is being made of the call, or its tensors have no memory that a kernel could read."""
-        if torch.compiler.is_compiling():
-            return True
-        return self._of_kernels and (torch._C._len_torch_dispatch_stack() > 0 or fake(inputs))
 
     def initial(self, role: str) -> Tensors:
         """What a call starts with that is given no params, or no state: drawn once, as it never changes."""
@@ -242,11 +262,13 @@ class Layer:
 
     @constant_in_graphs
     def _prepare(self) -> bool:
-        """What a graph that is being traced will find here: the operators of the scans, and initial values, for it has
+        """What a graph that is being traced will find here: the operator of the calls, and initial values, for it has
         no generator that begins anew.
         """
-        if not self._operators:
-            self._operators = {n: operator(n, s.custom_op, len(self._results[n])) for n, s in self._scans.items()}
+        if self._operator is None:
+            program = self.stages.program
+            call = FlatCall(program, self.signature, self.sequencing, self._scans, self.dtype, self._checkpoint)
+            self._operator = operator(self._name, call)
         return bool(self._begun)
 
     def _checkpoint_of(self, name: str, tokens: int) -> int:

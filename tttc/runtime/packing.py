@@ -14,7 +14,7 @@ from tttc.errors import Problem, ShapeError, StateMismatch, problems_text
 from tttc.ir.expr import leaves
 from tttc.ir.names import as_declared
 from tttc.ir.program import ScanProgram
-from tttc.runtime.state import PackedState, State, Tensors, layout, tensors_of
+from tttc.runtime.state import PackedState, State, Tensors, compact, layout, tensors_of
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _alike(pieces: Sequence[tuple[int, int]], states: Sequence[Any]) -> list[lis
     groups: dict[Hashable, list[int]] = {}
     for i, (begin, end) in enumerate(pieces):
         at = states[i]
-        place = (at.position, str(layout(at))) if isinstance(at, State) else None
+        place = (at.position, str(layout(compact(at)))) if isinstance(at, State) else None
         groups.setdefault((end - begin, place), []).append(i)
     return list(groups.values())
 

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 
 from tttc.declare.variant import Signature
+from tttc.errors import StateMismatch
 from tttc.ir.expr import TOKENS
 from tttc.ir.names import spelled
 from tttc.ir.program import EACH, SEQUENCE, ScanKind, ScanProgram, number_of
 from tttc.ir.substitution import NOW, PAST, row_name
 from tttc.ir.update import memories, openings
 from tttc.runtime import autograd
-from tttc.runtime.arguments import BoundCall
+from tttc.runtime.call import Call
 from tttc.runtime.state import State, Tensors
 
-Outputs = Callable[[str, BoundCall, Tensors, int, int], tuple[torch.Tensor, ...]]
+Outputs = Callable[[str, Call, Tensors, int, int], tuple[torch.Tensor, ...]]
 """Runs a scan by its name on the tokens from `now` to `stop` of a call: its results, [B, H, ...] each."""
 
 
@@ -33,9 +34,11 @@ class Sequencing:
 
     def __init__(self, program: ScanProgram, declared: Signature, dims: Mapping[str, int], decode: str) -> None:
         self.name, self.plan, self.dims = program.name, program.plan, dims
+        self.title, self.read, self.mini_batch = declared.name, declared.read, declared.mini_batch
         self._named = {s.kind: s.name for s in program.scans}
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
-        self._measures = [str(a.leaf.name) for a in program.scans[0].outputs[1:]]
+        self.measures = [str(a.leaf.name) for a in program.scans[0].outputs[1:]]
+        """What chunks measure, where there is telemetry."""
         # whether the end of a mini-batch changes what is carried beside the weights
         self._ends_more = bool(set(self._made.get(self._named.get(ScanKind.CLOSE, ""), ())) - set(declared.states))
         self.opened = openings(program.update)
@@ -52,22 +55,58 @@ class Sequencing:
         self.width = [dims[a.size] for output in read for a in output.target.axes if a.size != TOKENS]
         self.decode = "rows" if self._keeps_rows(declared, decode) else "sums"
 
-    def run(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
-        """z: [B, T, H, E], and the state after the last token."""
-        B, T, H = call.batch, call.tokens, call.heads
-        if T == 0:
-            empty = call.queries.new_zeros(B, 0, H, *self.width)
-            return _attached(empty, call), call.state.map(_copied)
-        if T == 1 and self._has_kernel_of(call):
+    def run(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
+        """z: [B, H, T, *dims], and the state after the last token.
+
+        Raises:
+            StateMismatch: the call cannot go on where its state stands.
+        """
+        self._refuse_unfit(call)
+        if self.counts:
+            q = call.queries
+            call.sequences[EACH.name] = q.new_ones(q.shape[:3])
+        if call.tokens == 0:
+            return self._nothing(call), call.state.map(_copied)
+        if call.tokens == 1 and self._has_kernel_of(call):
             z, after = self._decode_step(call, outputs)
         elif self.plan.substitution:
             z, after = self._substituted(call, outputs)
         else:
             z, after = self._rows(call, outputs) if self.decode == "rows" else self._tokens(call, outputs)
-        after.taps, after.telemetry = call.taps, call.telemetry(list(map(spelled, self._measures)))
-        return z.transpose(1, 2), after
+        after.telemetry = call.telemetry(list(map(spelled, self.measures)))
+        return z, after
 
-    def _tokens(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _refuse_unfit(self, call: Call) -> None:
+        state, b = call.state, self.mini_batch
+        stands = f"variant `{self.title}`: the state stands {state.position} tokens into a mini-batch"
+        if state.position and self.read == "end" and call.tokens:
+            raise StateMismatch(
+                f'{stands} of {b}, and read="end" reads weights that the tokens already returned could not see.\n'
+                "  Cut sequences at whole mini-batches, or start a new one from dict(state)."
+            )
+        if isinstance(b, int) and not 0 <= state.position < b:
+            raise StateMismatch(f"{stands} of {b}.\n  Pass the state that a call of this layer returned.")
+        kept, other = ("rows", "sums") if self.decode == "rows" else ("sums", "rows")
+        names = call.sequences if kept == "rows" else [o.variable.name for o in self.opened]
+        if state.position and set(names) - set(state.rows if kept == "rows" else state.summed):
+            raise StateMismatch(
+                f"{stands} of {b}, and does not have the {kept} of these tokens, which this layer carries.\n"
+                f'  Pass a state of a layer with decode="{kept}", not "{other}", or one at a mini-batch\'s end.'
+            )
+
+    def _nothing(self, call: Call) -> torch.Tensor:
+        """The output of no tokens, which still belongs to the graph of q: calling backward on it is no error."""
+        q = call.queries
+        empty = q.new_zeros(*q.shape[:3], *self.width)
+        return empty + 0 * q.sum() if q.requires_grad else empty
+
+    def begun(self, weights: Tensors) -> Tensors:
+        """What an open mini-batch carries, before its first token."""
+        like = next(iter(weights.values()))
+        shapes = {o: [self.dims[a.size] for a in o.variable.axes] for o in self.opened}
+        return {o.variable.name: like.new_full((*like.shape[:2], *s), o.begins) for o, s in shapes.items()}
+
+    def _tokens(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """Whole mini-batches, and what comes before and after them."""
         T = call.tokens
         b = None if self.plan.mini_batch in (SEQUENCE, None) else self.plan.mini_batch
@@ -83,7 +122,7 @@ class Sequencing:
                 start = weights
             else:
                 stop = T if b is None else min(T, now + b - position)
-                summed = summed if position else call.opened(self.opened)
+                summed = summed if position else self.begun(weights)
                 z, new = self._scan(outputs, self._named[ScanKind.OPEN], call, start | memory | summed, now, stop)
                 summed, memory = _updated(summed, new), _updated(memory, new)
                 _, new = self._scan(outputs, self._named[ScanKind.CLOSE], call, start | memory | summed, stop - 1, stop)
@@ -97,11 +136,11 @@ class Sequencing:
         opened = (position, self._kept(call, start), summed) if position else (0, {}, {})
         return z, State(weights, *opened, memory)
 
-    def _has_kernel_of(self, call: BoundCall) -> bool:
+    def _has_kernel_of(self, call: Call) -> bool:
         """Whether the one token of a call has a kernel of its own: as far as no gradient is asked for, unless its
         mini-batch is kept as rows, or ends with it and changes more than the weights.
         """
-        if self._token is None or self.decode == "rows":
+        if self._token is None or self.decode == "rows" or call.recorded:
             return False
         if call.state.position + 1 == self.plan.mini_batch and self._ends_more:
             return False
@@ -109,7 +148,7 @@ class Sequencing:
         groups = (call.sequences, call.params, state.weights, state.start, state.summed, state.memory)
         return not autograd.asked_for(x for group in groups for x in group.values())
 
-    def _decode_step(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _decode_step(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """One token: a decode step."""
         assert self._token is not None
         weights, position = call.state.weights, call.state.position
@@ -117,7 +156,7 @@ class Sequencing:
         start, summed = (call.state.start, call.state.summed) if position else (weights, {})
         b = None if self.plan.free else self.plan.mini_batch
         if b not in (None, 1) and not position:
-            summed = call.opened(self.opened)
+            summed = self.begun(weights)
         _, new = self._scan(outputs, self._token.name, call, start | memory | summed, 0, 1)
         z = new.pop(str(self._token.updates[0].leaf.name)).unsqueeze(2)
         after, memory = _updated(weights, new), _updated(memory, new)
@@ -125,12 +164,13 @@ class Sequencing:
             return z, State(after, memory=memory)
         return z, State(after, position + 1, self._kept(call, start), _updated(summed, new), memory)
 
-    def _rows(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _rows(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """Whole mini-batches by the scan alone: an open one is run again from its first token."""
         before = call.state.position
         if before:
-            call.sequences = {n: torch.cat([call.state.rows[n], x], 2) for n, x in call.sequences.items()}
-        T = call.tokens + before
+            rows = call.state.rows  # of which some come with room for a whole mini-batch
+            call.sequences = {n: torch.cat([rows[n][:, :, :before], x], 2) for n, x in call.sequences.items()}
+        T = call.tokens
         weights = call.state.start if before else call.state.weights
         memory = call.state.memory or self._begin(call, outputs, weights)
         b: Any = self.plan.mini_batch
@@ -152,15 +192,15 @@ class Sequencing:
             rows = {n: _copied(x) for n, x in rows.items()}
         return z, State(weights, T - whole, self._kept(call, start), {}, kept, rows)
 
-    def _kept(self, call: BoundCall, start: Tensors) -> Tensors:
+    def _kept(self, call: Call, start: Tensors) -> Tensors:
         """The weights at which an open mini-batch began; those that were given as a dict belong to the caller, who may
         change them.
         """
         given = call.state.weights
-        lent = not call.continues and any(start[n] is given[n] for n in start)
+        lent = call.lent and any(start[n] is given[n] for n in start)
         return {n: _copied(x) for n, x in start.items()} if lent else start
 
-    def _substituted(self, call: BoundCall, outputs: Outputs) -> tuple[torch.Tensor, State]:
+    def _substituted(self, call: Call, outputs: Outputs) -> tuple[torch.Tensor, State]:
         """Chunk by chunk: first the rows of its gradients, one token after the other, then the chunk from its rows."""
         weights = call.state.weights
         memory = call.state.memory or self._begin(call, outputs, weights)
@@ -182,7 +222,7 @@ class Sequencing:
             found.append(z)
         return _joined(found), State(weights, memory=memory)
 
-    def _begin(self, call: BoundCall, outputs: Outputs, weights: Tensors) -> Tensors:
+    def _begin(self, call: Call, outputs: Outputs, weights: Tensors) -> Tensors:
         """What the sequence carries beside its weights, where it begins."""
         name = self._named.get(ScanKind.BEGIN)
         return {} if name is None else self._scan(outputs, name, call, weights, 0, 0)[1]
@@ -208,7 +248,7 @@ class Sequencing:
         return now + (tokens - now) // b * b
 
     def _scan(
-        self, outputs: Outputs, name: str, call: BoundCall, values: Tensors, now: int, stop: int
+        self, outputs: Outputs, name: str, call: Call, values: Tensors, now: int, stop: int
     ) -> tuple[torch.Tensor | None, Tensors]:
         """The outputs of the tokens from `now` to `stop`, if the scan has any, and the new values by name."""
         found = outputs(name, call, values, now, stop)
@@ -233,8 +273,3 @@ def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat([z.transpose(1, 2) for z in outputs], 1).transpose(1, 2)
-
-
-def _attached(z: torch.Tensor, call: BoundCall) -> torch.Tensor:
-    """An empty output that still belongs to the graph of q, so that calling backward on it is no error."""
-    return z + 0 * call.queries.sum() if call.queries.requires_grad else z

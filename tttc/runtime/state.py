@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -136,6 +136,7 @@ class State(Moved, Mapping[str, torch.Tensor]):
         """
         if not states:
             raise StateMismatch("State.joined is given no states.\n  Give it one at least.")
+        states = [compact(s) for s in states]
         first = states[0]
         for i, other in enumerate(states):
             _alike(first, other, i)
@@ -145,7 +146,7 @@ class State(Moved, Mapping[str, torch.Tensor]):
         return State(position=first.position, **groups)
 
     def _contents(self) -> Contents:
-        return Contents("State", (self.position,), (tensors_of(self),))
+        return Contents("State", (self.position,), (tensors_of(compact(self)),))
 
     @classmethod
     def _of(cls, contents: Contents) -> Self:
@@ -177,6 +178,15 @@ def tensors_of(state: State) -> dict[str, Tensors]:
 def _grouped(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Tensors]:
     """Each group with its tensors, empty ones too."""
     return {n: dict(groups.get(n, {})) for n in GROUPS}
+
+
+def compact(state: State) -> State:
+    """The same state without what a graph makes up, whose tensors are as large at every place: the parts for an open
+    mini-batch where none is, and room for the tokens that one lacks.
+    """
+    if state.position:
+        return replace(state, rows={n: x[:, :, : state.position] for n, x in state.rows.items()})
+    return replace(state, start={}, summed={}, rows={})
 
 
 def layout(state: State) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -243,7 +253,7 @@ class PackedState(Moved, Mapping[str, torch.Tensor]):
         return type(self)(tuple(s.map(function) for s in self.sequences))
 
     def _contents(self) -> Contents:
-        positions, groups = zip(*((s.position, tensors_of(s)) for s in self.sequences), strict=True)
+        positions, groups = zip(*((s.position, tensors_of(compact(s))) for s in self.sequences), strict=True)
         return Contents("PackedState", positions, groups)
 
     @classmethod
@@ -285,7 +295,7 @@ class Cache(Moved):
         return self._with(self.state.map(function), function)
 
     def _contents(self) -> Contents:
-        return Contents("Cache", (self.state.position,), (tensors_of(self.state),), self.position, self.taps)
+        return Contents("Cache", (self.state.position,), (tensors_of(compact(self.state)),), self.position, self.taps)
 
     @classmethod
     def _of(cls, contents: Contents) -> Self:
@@ -308,29 +318,32 @@ def register_tree(
     kind: type, children: Sequence[str], aside: str | None, build: Callable[[list[Any], Any], Any]
 ) -> None:
     """Make a class known to torch, which maps and exports trees of tensors, by the names of its children. What is told
-    `aside` is no tensor: where it differs, the tree is another one.
+    `aside` is an int: where it differs, the tree is another one. In a graph that is for many of them it is a formula of
+    its sizes, and then a child.
     """
 
+    def parts(x: Any) -> tuple[list[tuple[str, Any]], Any]:
+        found = [(n, getattr(x, n)) for n in children]
+        number = None if aside is None else getattr(x, aside)
+        return (found, number) if number is None or type(number) is int else ([*found, (str(aside), number)], None)
+
     def flatten(x: Any) -> tuple[list[Any], Any]:
-        return [getattr(x, n) for n in children], aside and getattr(x, aside)
+        found, context = parts(x)
+        return [value for _, value in found], context
 
     def flatten_with_keys(x: Any) -> tuple[list[tuple[Any, Any]], Any]:
-        values, context = flatten(x)
-        return [(GetAttrKey(n), value) for n, value in zip(children, values, strict=True)], context
+        found, context = parts(x)
+        return [(GetAttrKey(n), value) for n, value in found], context
 
     def unflatten(values: Iterable[Any], context: Any) -> Any:
-        return build(list(values), context)
+        found = list(values)
+        return build(found, found.pop() if aside is not None and context is None else context)
 
     name = f"{kind.__module__}.{kind.__qualname__}"
     register_pytree_node(kind, flatten, unflatten, serialized_type_name=name, flatten_with_keys_fn=flatten_with_keys)
 
 
-register_tree(
-    State,
-    GROUPS,
-    "position",
-    lambda groups, position: State(groups[0], position, *groups[1:]),
-)
+register_tree(State, GROUPS, "position", lambda groups, position: State(groups[0], position, *groups[1:]))
 register_tree(PackedState, ("sequences",), None, lambda children, _: PackedState(*children))
 register_tree(Cache, ("state", "taps"), "position", lambda children, seen: Cache(children[0], seen, children[1]))
 torch.serialization.add_safe_globals(

@@ -17,6 +17,7 @@ import torch
 
 from tttc.backends.scan import CompiledScan
 from tttc.declare.variant import Signature
+from tttc.ir.expr import Expr
 from tttc.ir.program import EACH, ScanProgram, number_of
 from tttc.runtime import autograd
 from tttc.runtime.call import Call
@@ -76,37 +77,32 @@ class FlatCall:
         cut = plan.tiled or plan.substitution or not (plan.free or self._b)
         self.keeps = self.main.loops and not cut
         """Whether the states of the scan of whole mini-batches are kept; what is not runs again."""
-        self.given, self.carried = self._slots(declared)
+        self.given, self.carried = self._tensors(declared)
 
-    def _slots(self, declared: Signature) -> tuple[tuple[FlatTensor, ...], tuple[FlatTensor, ...]]:
-        dims, sequencing = self.program.dims, self.sequencing
+    def _tensors(self, declared: Signature) -> tuple[tuple[FlatTensor, ...], tuple[FlatTensor, ...]]:
+        sequencing = self.sequencing
 
-        def sized(names: Sequence[str]) -> tuple[int, ...]:
-            return tuple(dims[d] for d in names)
+        def tensor(group: str, name: str, dims: Sequence[str], begins: float = 0.0) -> FlatTensor:
+            return FlatTensor(group, name, tuple(self.program.dims[d] for d in dims), begins)
+
+        def axes(variable: Expr) -> list[str]:
+            return [a.size for a in variable.axes]
 
         sequences = []
         for n, token in declared.tokens.items():
             window = () if token.window is None else (token.window,)
-            sequences.append(FlatTensor("token", declared.identity("token", n), sized((*window, *token.given))))
-        sequences += [
-            FlatTensor("gate", declared.identity("gate", n), sized(s.dims)) for n, s in declared.gates.items()
-        ]
-        params = [FlatTensor("param", n, sized(s.dims)) for n, s in declared.params.items()]
-        weights = [FlatTensor("weights", n, sized(s.dims)) for n, s in declared.states.items()]
-        carried = [
-            *weights,
-            *(FlatTensor("memory", m.name, sized([a.size for a in m.axes])) for m in sequencing.memory),
-        ]
+            sequences.append(tensor("token", declared.identity("token", n), (*window, *token.given)))
+        sequences += [tensor("gate", declared.identity("gate", n), s.dims) for n, s in declared.gates.items()]
+        params = [tensor("param", n, s.dims) for n, s in declared.params.items()]
+        weights = [tensor("weights", n, s.dims) for n, s in declared.states.items()]
+        carried = [*weights, *(tensor("memory", m.name, axes(m)) for m in sequencing.memory)]
         if self.opens:
             carried += [w._replace(group="start") for w in weights]
         if self.opens and sequencing.decode == "rows":
-            each = [FlatTensor("token", EACH.name, ())] if sequencing.counts else []
+            each = [tensor("token", EACH.name, ())] if sequencing.counts else []
             carried += [s._replace(group="rows") for s in (*sequences, *each)]
         elif self.opens:
-            variables = [(o.variable, o.begins) for o in sequencing.opened]
-            carried += [
-                FlatTensor("summed", v.name, sized([a.size for a in v.axes]), begins) for v, begins in variables
-            ]
+            carried += [tensor("summed", o.variable.name, axes(o.variable), o.begins) for o in sequencing.opened]
         return (*sequences, *params), tuple(carried)
 
     @property
@@ -139,23 +135,23 @@ class FlatCall:
         groups: dict[str, Tensors] = {"token": call.sequences, "gate": call.sequences, "param": call.params}
         groups |= {g: getattr(state, g) for g in STATE_GROUPS}
         found = []
-        for slot in self.inputs:
-            x = groups[slot.group].get(slot.name)
-            found.append(self._absent(slot, q, state) if x is None else x)
+        for tensor in self.inputs:
+            x = groups[tensor.group].get(tensor.name)
+            found.append(self._absent(tensor, q, state) if x is None else x)
         return found, position
 
-    def _absent(self, slot: FlatTensor, q: torch.Tensor, state: State) -> torch.Tensor:
+    def _absent(self, tensor: FlatTensor, q: torch.Tensor, state: State) -> torch.Tensor:
         like = next(iter(state.weights.values()))
-        if slot.group == "rows":
+        if tensor.group == "rows":
             room = 0 if self._b is None else self._b
-            return like.new_zeros((*q.shape[:2], room, *slot.dims))
-        return like.new_full((*q.shape[:2], *slot.dims), slot.begins)
+            return like.new_zeros((*q.shape[:2], room, *tensor.dims))
+        return like.new_full((*q.shape[:2], *tensor.dims), tensor.begins)
 
     def state_after(self, results: Sequence[torch.Tensor], position: Any, tokens: Any) -> State:
         """What a call returns beside z, from the results of its operator."""
         groups: dict[str, Tensors] = {g: {} for g in STATE_GROUPS}
-        for slot, x in zip(self.carried, results[1:], strict=False):
-            groups[slot.group][slot.name] = x
+        for tensor, x in zip(self.carried, results[1:], strict=False):
+            groups[tensor.group][tensor.name] = x
         return State(position=self._extent(position, tokens).after, **groups)
 
     def measured(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -185,9 +181,9 @@ class FlatCall:
         weights = inputs[len(self.given)]
         z = q.new_empty((B, T, H, *self.sequencing.width), dtype=self.dtype).transpose(1, 2)
         found = [z]
-        for slot, x in zip(self.carried, inputs[len(self.given) :], strict=True):
-            room = [] if slot.group != "rows" else [place.after if self._b is None else self._b]
-            found.append(x.new_empty((B, H, *room, *slot.dims)))
+        for tensor, x in zip(self.carried, inputs[len(self.given) :], strict=True):
+            room = [] if tensor.group != "rows" else [place.after if self._b is None else self._b]
+            found.append(x.new_empty((B, H, *room, *tensor.dims)))
         found += [weights.new_empty((B, H, self._measurements(place))) for _ in self.sequencing.measures]
         return [*found, *self._kept(weights, place, checkpoint, keep)]
 
@@ -276,9 +272,9 @@ class FlatCall:
     def gradients(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Memory for what `backward` returns: sequences lie as their users have them, [B, T, H, ...]."""
         found = []
-        for slot, x in zip(self.inputs, inputs, strict=True):
+        for tensor, x in zip(self.inputs, inputs, strict=True):
             batch, heads, *own = x.shape
-            if slot.group in ("token", "gate"):
+            if tensor.group in ("token", "gate"):
                 found.append(x.new_empty((batch, own[0], heads, *own[1:])).transpose(1, 2))
             else:
                 found.append(x.new_empty((batch, heads, *own)))
@@ -291,8 +287,8 @@ class FlatCall:
     def _call(self, inputs: Sequence[torch.Tensor], position: int) -> Call:
         """The tensors by what they are for."""
         groups: dict[str, Tensors] = {g: {} for g in ("token", "gate", "param", *STATE_GROUPS)}
-        for slot, x in zip(self.inputs, inputs, strict=True):
-            groups[slot.group][slot.name] = x
+        for tensor, x in zip(self.inputs, inputs, strict=True):
+            groups[tensor.group][tensor.name] = x
         memory = {} if position == BEGINS else groups["memory"]
         state = State(groups["weights"], max(position, 0), memory=memory)
         if state.position:
@@ -302,15 +298,15 @@ class FlatCall:
     def _complete(self, after: State, inputs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """What is carried after a call; at the end of a mini-batch its parts for an open one are made up."""
         begun = {} if after.summed or not self.opens else self.sequencing.begun(after.weights)
-        for slot, x in zip(self.carried, inputs[len(self.given) :], strict=True):
-            if slot.group == "start":
-                yield (after.start or after.weights)[slot.name]
-            elif slot.group == "summed":
-                yield (after.summed or begun)[slot.name]
-            elif slot.group == "rows":
-                yield self._with_room(after.rows.get(slot.name), x)
+        for tensor, x in zip(self.carried, inputs[len(self.given) :], strict=True):
+            if tensor.group == "start":
+                yield (after.start or after.weights)[tensor.name]
+            elif tensor.group == "summed":
+                yield (after.summed or begun)[tensor.name]
+            elif tensor.group == "rows":
+                yield self._with_room(after.rows.get(tensor.name), x)
             else:
-                yield getattr(after, slot.group)[slot.name]
+                yield getattr(after, tensor.group)[tensor.name]
 
     def _with_room(self, rows: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         """The tokens of an open mini-batch, with room for those that it lacks."""

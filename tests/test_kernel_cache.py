@@ -159,7 +159,9 @@ def test_a_cache_is_made_for_the_user_alone(folder: Path, tmp_path: Path) -> Non
 def test_no_kernel_is_loaded_from_where_others_can_write(folder: Path, kind: str, mode: int) -> None:
     (folder / kind).chmod(mode)
     make, calls = made("another kernel")
-    with pytest.warns(UserWarning, match=rf"can be written to by others .*{mode:04o}.*yours, chmod 700 {folder / kind}$"):
+    with pytest.warns(
+        UserWarning, match=rf"can be written to by others .*{mode:04o}.*yours, chmod 700 {folder / kind}$"
+    ):
         path = cache.cached("tvm", "a", ".so", make)
     assert path is not None
     assert folder not in path.parents

@@ -74,12 +74,12 @@ class TorchScan(CompiledScan):
             leading, inputs = _flat(inputs)
             if self.scan.loops:
                 every = self.tokens(inputs) if checkpoint is None else checkpoint  # nothing but the first carry is kept
-                outputs, saved = self._call("")(*inputs, self.chunk(inputs), every)
+                outputs, saved = self.function("")(*inputs, self.chunk(inputs), every)
             elif self.scan.differentiated:
-                *outputs, kept = self._call("_step_saving")(*inputs)
+                *outputs, kept = self.function("_step_saving")(*inputs)
                 saved = [kept]
             else:
-                outputs, saved = self._call("_step")(*inputs), []
+                outputs, saved = self.function("_step")(*inputs), []
             flat = [] if checkpoint is None else [x for kept in saved for x in kept]
             return tuple(x.unflatten(0, leading) for x in _apart(outputs, [*inputs, *flat])), flat
 
@@ -95,13 +95,14 @@ class TorchScan(CompiledScan):
                 width = carried if checkpoint else len(self.program.adjoint_of(self.scan).residuals)
                 groups = -(-self.tokens(inputs) // (settings[0] * (checkpoint or 1)))
                 kept = [saved[i * width : (i + 1) * width] for i in range(groups)]
-                found = self._call("_adjoint")(kept, *inputs[carried:], *cotangents, *settings)
+                found = self.function("_adjoint")(kept, *inputs[carried:], *cotangents, *settings)
             else:
                 zeros = [torch.zeros_like(x) for x in inputs[carried : carried + fixed]]
-                found = self._call("_step_adjoint")(saved, *inputs, *cotangents, *zeros)
+                found = self.function("_step_adjoint")(saved, *inputs, *cotangents, *zeros)
             return tuple(x.unflatten(0, leading) for x in found)
 
-    def _call(self, suffix: str) -> Callable[..., Any]:
+    def function(self, suffix: str) -> Callable[..., Any]:
+        """One of the functions of the generated module that are this scan's, by what its name ends with."""
         return getattr(self.module, self.called[function(f"{self.scan.name}{suffix}")])
 
     def tokens(self, inputs: Tensors) -> int:

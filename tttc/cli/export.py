@@ -14,7 +14,7 @@ from tttc.cli.app import DimOption, VariantArgument, sizes
 from tttc.cli.loading import full_dims, load_variant
 from tttc.compiler.driver import compile as compile_layer
 from tttc.errors import TTTCError
-from tttc.export import onnx
+from tttc.export import onnx, package
 from tttc.terminal import console
 
 
@@ -22,6 +22,7 @@ class Form(StrEnum):
     """What `--format` may be."""
 
     ONNX = "onnx"
+    AOTI = "aoti"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ FORMATS = {
         "tttc export ttt_linear --format onnx -o ttt_linear.onnx",
         onnx.save,
         ("linear",),
+    ),
+    Form.AOTI: Format(
+        "a package of AOTInductor for processes that have torch alone; sequences begin with the call",
+        "tttc export ttt_mlp --format aoti -o ttt_mlp.pt2",
+        package.save_layer,
     ),
 }
 

@@ -1,8 +1,10 @@
 """Compiled layers for programs that have no tttc.
 
-tttc.export.onnx.save(layer, "layer.onnx")      # a graph for ONNX Runtime, from call to call
+tttc.export.onnx.save(layer, "layer.onnx")                     # a graph for ONNX Runtime, from call to call
+tttc.export.save(model, "model.pt2", (x,), inlined=True)       # a package of AOTInductor, for torch alone
 """
 
 from tttc.export import onnx
+from tttc.export.package import save
 
-__all__ = ["onnx"]
+__all__ = ["onnx", "save"]

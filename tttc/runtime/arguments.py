@@ -127,8 +127,10 @@ class BoundCall(Call):
         """[*dims], [H, *dims] or, for states, [B, H, *dims] -> [B, H, *dims], where it lies."""
         self._tensor(name, x)
         whole = (self.batch, self.heads, *dims)
-        if batched and x.shape == whole:
+        if batched and x.dim() == len(whole) and x.shape == whole:
             return _cast(x, self.layer.compute_dtype)
+        if x.dim() == rank + 1 and x.shape == whole[1:]:  # before others are: a graph remembers what its sizes are not
+            return _cast(x, self.layer.compute_dtype).expand(whole)
         leading = x.shape[: x.dim() - rank]
         allowed = [(), (self.heads,), (1,)] + ([(self.batch, self.heads), (1, self.heads), (1, 1)] if batched else [])
         known = allowed.count(tuple(leading))  # not `in`: torch.compile finds no constant among numbers that vary

@@ -29,6 +29,7 @@ from tttc.runtime.call import Call
 from tttc.runtime.custom_ops import Operator, in_parts, operator, untraced
 from tttc.runtime.flat_call import DECIDED_LATER, FlatCall
 from tttc.runtime.graphs import constant_in_graphs, outside_graphs
+from tttc.runtime.inlining import inlining
 from tttc.runtime.packing import Arguments, carried, packed, regrouped, ungrouped
 from tttc.runtime.pool import StatePool
 from tttc.runtime.sequencing import Sequencing
@@ -201,6 +202,8 @@ class Layer:
         if check:
             call.refuse_non_finite()
             warn_of_growth(self, call)
+        if (made := inlining()) is not None:
+            return made(self, call)
         z, after = self._run(call)
         z, after.taps = z.transpose(1, 2), call.taps
         return z.to(self.dtype), after if whole.group == 1 else regrouped(after, whole)

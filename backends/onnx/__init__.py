@@ -6,6 +6,7 @@ composed.py    a scan that calls others: mini-batches of several chunks, gradien
 recurrence.py  a scan as one node, where its rule is a linear recurrence
 form.py        what the form of a program is, in a line
 lowering.py    expressions as nodes
+nodes.py       the nodes of a graph, each once
 ops.py         the table of operations
 load.py        the text as sessions of ONNX Runtime
 tune.py        what may be chosen: nothing

@@ -46,8 +46,8 @@ def made(e: Expr) -> str:
 
 def chunk_function(name: str, scan: Scan, program: ScanProgram) -> str:
     """The block of a scan as a function: every value, with a comment that says what it is."""
-    chunk = scan.chunk if isinstance(scan.chunk, int) else None
-    lowering = Lowering(scan.params, program.dims, chunk)
+    length = scan.chunk if scan.loops else program.plan.chunk
+    lowering = Lowering(scan.params, program.dims, length if isinstance(length, int) else None)
     taken = {unmarked(marked(p.name)) for p in scan.params} | {unmarked(made(e)) for e in scan.results}
     shown = Printer()
     results = {a.leaf: a for a in scan.block.assigns}
@@ -60,6 +60,7 @@ def chunk_function(name: str, scan: Scan, program: ScanProgram) -> str:
         lowering.named(step.value, called, axes)
         if step.value.axes == axes:
             shown.names[step.value] = step.name
+    lowering.drop_unused()
     inputs = [marked(p.name) for p in scan.params]
     return block(name, inputs, [made(e) for e in scan.results], lowering.lines)
 

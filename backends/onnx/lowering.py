@@ -8,60 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import sympy
 
+from tttc.backends.onnx.nodes import Nodes
 from tttc.backends.onnx.ops import ROWS
 from tttc.ir.expr import OPS, Axes, Axis, Expr, postorder
-from tttc.ir.names import marked, own
+from tttc.ir.names import marked
 from tttc.ir.ops import einsum_spec, is_upper
 from tttc.ir.scalars import SCALARS
 
 BATCH = "z"  # the letter of N in an Einsum: the axes of an expression have the first of the alphabet
-UNKNOWN_ROUNDS = 20  # doublings of a system as long as the call: right for as many tokens as 2 ** 20
 
 
-class Lowering:
-    """The nodes of one graph. `lines` are its text so far; `known` are expressions that have a name. Those of a graph
-    inside of another begin with a `word` of their own.
-    """
+class Lowering(Nodes):
+    """The nodes of one graph, made of expressions: `known` are those that have a name."""
 
     def __init__(self, parameters: Sequence[Expr], dims: Mapping[str, int], chunk: int | None, word: str = "") -> None:
-        self.parameters, self.dims, self.chunk, self.word = parameters, dims, chunk, word
-        self.lines: list[str] = []
+        super().__init__(word)
+        self.parameters, self.dims, self.chunk = parameters, dims, chunk
         self.known: dict[Expr, str] = {p: marked(p.name) for p in parameters}
         self.variables = {p.variable: marked(p.name) for p in parameters}
-        self.constants: dict[str, str] = {}
         self.lengths: dict[str, str] = {}
-
-    # -- nodes
-
-    def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """The name of what a node makes."""
-        name = marked(own(f"{self.word}t{len(self.lines)}"))
-        shown = ", ".join(f"{n} = {_attribute(x)}" for n, x in attributes.items())
-        self.lines.append(f"{name} = {kind}{f' <{shown}>' if shown else ''} ({', '.join(inputs)})")
-        return name
-
-    def number(self, value: float) -> str:
-        """A float32 scalar."""
-        if math.isfinite(value):
-            return self._constant(f"float {{{value:.9g}}}")
-        if math.isnan(value):
-            return self.node("Sub", self.number(math.inf), self.number(math.inf))
-        one = self.number(math.copysign(1.0, value))
-        return self.node("Div", one, self.number(0.0))
-
-    def integers(self, *values: int) -> str:
-        """An int64 vector."""
-        return self._constant(f"int64[{len(values)}] {{{', '.join(map(str, values))}}}")
-
-    def _constant(self, literal: str) -> str:
-        if literal not in self.constants:
-            name = self.constants[literal] = marked(own(f"{self.word}c{len(self.constants)}"))
-            self.lines.append(f"{name} = Constant <value = {literal}> ()")
-        return self.constants[literal]
 
     # -- lengths
 
@@ -85,7 +53,18 @@ class Lowering:
         """An array with axes `axes` with these in the order `to`."""
         if tuple(axes) == tuple(to):
             return name
-        return self.node("Transpose", name, perm=[0, *(list(axes).index(a) + 1 for a in to)])
+        perm = [0, *(list(axes).index(a) + 1 for a in to)]
+        node = self.nodes.get(name)
+        if node is not None and node.kind == "MatMul" and perm == swapped(len(perm)):
+            return self.node("MatMul", *(self._turned(x, len(perm)) for x in node.inputs[::-1]))
+        return self.node("Transpose", name, perm=perm)
+
+    def _turned(self, name: str, rank: int) -> str:
+        """With its last two axes exchanged."""
+        node = self.nodes.get(name)
+        if node is not None and (node.kind, node.attributes) == ("Transpose", f"perm = {swapped(rank)}"):
+            return node.inputs[0]
+        return self.node("Transpose", name, perm=swapped(rank))
 
     def aligned(self, e: Expr, to: Sequence[Axis]) -> str:
         """Made ready to broadcast against an array [N, *to]."""
@@ -97,7 +76,12 @@ class Lowering:
     def _spread(self, name: str, axes: Axes, to: Sequence[Axis]) -> str:
         name = self.transposed(name, axes, [a for a in to if a in axes])
         missing = [i + 1 for i, a in enumerate(to) if a not in axes]
-        return self.node("Unsqueeze", name, self.integers(*missing)) if missing else name
+        if not missing:
+            return name
+        over, node = self.integers(*missing), self.nodes.get(name)
+        if node is not None and node.attributes == "keepdims = 0" and node.inputs[1] == over:
+            return self.node(node.kind, *node.inputs, keepdims=1)  # summed over the same axes, which stay
+        return self.node("Unsqueeze", name, over)
 
     def filled(self, e: Expr, to: Axes) -> str:
         """An array [N, *to], whatever axes the value lacks."""
@@ -156,6 +140,7 @@ class Lowering:
         head, equals, node = self.lines[-1].partition(" = ") if self.lines else ("", "", "")
         if head == value and equals:
             self.lines[-1] = f"{name} = {node}"
+            self.made = {n: name if made == value else made for n, made in self.made.items()}
         else:
             self.lines.append(f"{name} = Identity ({value})")
         self.known = {x: name if n == value and head == value else n for x, n in self.known.items()}
@@ -219,6 +204,17 @@ class Lowering:
                 total = self.node("Add" if x.is_Add else "Mul", total, operand)
             return total
         return self.node("Pow", *operands) if x.is_Pow else self.applied(x.func.__name__, *operands)
+
+    # -- norms
+
+    def _layer_norm(self, e: Expr) -> str:
+        x, gain, bias = e.src
+        axis, eps = e.arg
+        order = (*(a for a in x.axes if a != axis), axis)
+        ones = self.node("Expand", self.number(1.0), self.length(axis.size))
+        normal = self.node("LayerNormalization", self.filled(x, order), ones, axis=-1, epsilon=float(eps))
+        normal = self.transposed(normal, order, e.axes)
+        return self.node("Add", self.node("Mul", self.aligned(gain, e.axes), normal), self.aligned(bias, e.axes))
 
     # -- contractions
 
@@ -327,23 +323,42 @@ class Lowering:
         if len(others) != 1:
             kept = self.shape(*(a.size for a in (*shared, known)))
             x = self.node("Reshape", x, self.node("Concat", kept, self.integers(-1), axis=0))
-        for i in range(self._rounds()):
-            power = self.node("MatMul", power, power) if i else power
-            x = self.node("Add", x, self.node("MatMul", power, x))
+        x = self._doubled(x, power, e.axis) if self.chunk is None else self._doubled_to(self.chunk, x, power)
         if len(others) != 1:
             x = self.node("Reshape", x, self.shape(*(a.size for a in (*shared, unknown, *others))))
         return self.transposed(x, [*shared, unknown, *others], e.axes)
 
-    def _rounds(self) -> int:
-        return UNKNOWN_ROUNDS if self.chunk is None else max(1, math.ceil(math.log2(self.chunk)))
+    def _doubled_to(self, length: int, x: str, power: str) -> str:
+        """As many factors as a system of known length has."""
+        for i in range(max(1, math.ceil(math.log2(length)))):
+            power = self.node("MatMul", power, power) if i else power
+            x = self.node("Add", x, self.node("MatMul", power, x))
+        return x
+
+    def _doubled(self, x: str, power: str, tokens: Axis) -> str:
+        """As many factors as the system turns out to have: the binary digits of its length."""
+        length = self.node("Cast", self.node("Squeeze", self.length(tokens.size)), to=11)
+        logarithm = self.node("Mul", self.node("Log", length), self._constant(f"double {{{1 / math.log(2)!r}}}"))
+        digits = self.node("Floor", self.node("Add", logarithm, self._constant("double {1.000001}")))
+        rounds, always = self.node("Cast", digits, to=7), self._constant("bool {1}")
+        words = ("done", "left", "i", "go", "x_in", "p_in", "goes_on", "product", "x_out", "p_out")
+        done, left, i, go, x_in, p_in, goes_on, product, x_out, p_out = map(self.local, words)
+        self.lines += [
+            f"{done}, {left} = Loop <body = doubling (int64 {i}, bool {go}, {x_in}, {p_in}) => ({goes_on}, {x_out}, {p_out}) {{",
+            f"   {goes_on} = Identity ({go})",
+            f"   {product} = MatMul ({p_in}, {x_in})",
+            f"   {x_out} = Add ({x_in}, {product})",
+            f"   {p_out} = MatMul ({p_in}, {p_in})",
+            f"}}> ({rounds}, {always}, {x}, {power})",
+        ]
+        return done
+
+
+def swapped(rank: int) -> list[int]:
+    """The permutation that exchanges the last two axes."""
+    return [*range(rank - 2), rank - 1, rank - 2]
 
 
 def is_array(e: Expr) -> bool:
     """Whether a value is more than a number that is known from dims and lengths."""
     return any(x.op in ("leaf", "broadcast") for x in postorder([e]))
-
-
-def _attribute(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

@@ -28,7 +28,7 @@ NODES = {
 METHODS = (
     *("rsqrt", "step", "silu", "gelu", "huber", "less_equal", "select"),
     *("leaf", "const", "size", "map", "pow", "contract", "mask", "broadcast", "rename", "stop_gradient"),
-    *("last", "put_last", "segprod", "cumprod", "shift", "shift_back", "solve"),
+    *("last", "put_last", "segprod", "cumprod", "shift", "shift_back", "solve", "layer_norm"),
 )
 ROWS: dict[str, str] = {**NODES, **{name: f"_{name}" for name in METHODS}}
 RECURRENCE = "LinearAttention"  # what ONNX calls the operator of linear recurrences (recurrence.py)

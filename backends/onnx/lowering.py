@@ -343,8 +343,9 @@ class Lowering(Nodes):
         rounds, always = self.node("Cast", digits, to=7), self._constant("bool {1}")
         words = ("done", "left", "i", "go", "x_in", "p_in", "goes_on", "product", "x_out", "p_out")
         done, left, i, go, x_in, p_in, goes_on, product, x_out, p_out = map(self.local, words)
+        given, made = f"int64 {i}, bool {go}, {x_in}, {p_in}", f"{goes_on}, {x_out}, {p_out}"
         self.lines += [
-            f"{done}, {left} = Loop <body = doubling (int64 {i}, bool {go}, {x_in}, {p_in}) => ({goes_on}, {x_out}, {p_out}) {{",
+            f"{done}, {left} = Loop <body = doubling ({given}) => ({made}) {{",
             f"   {goes_on} = Identity ({go})",
             f"   {product} = MatMul ({p_in}, {x_in})",
             f"   {x_out} = Add ({x_in}, {product})",

@@ -154,10 +154,10 @@ def _is_global(name: str) -> bool:
 
 
 def _functions(text: str) -> list[str]:
-    """The text, cut before each function."""
+    """The text, cut before each function, class and headline."""
     parts = [""]
     for line in text.splitlines(keepends=True):
-        begins = line.startswith("@") or (line.startswith("def ") and not parts[-1].startswith("@"))
+        begins = line.startswith(("@", "class ", "# --")) or (line.startswith("def ") and not parts[-1].startswith("@"))
         if begins or (line.startswith("def ") and "\ndef " in parts[-1]):
             parts.append("")
         parts[-1] += line

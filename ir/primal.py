@@ -64,6 +64,19 @@ def token_loop(program: GradientProgram) -> LoopProgram:
     return simplify_program(replace(made, functions=(function,), names=names))
 
 
+def declared_loop(program: GradientProgram) -> tuple[LoopProgram, dict[str, Expr]]:
+    """The same loops for gradients that something else finds, such as torch.autograd: `d:W` is read as that of W. And
+    the weights at which those of token t are taken, by state.
+    """
+    given = [leaf(differential(w.name), "gradient", w.axes) for w in program.update.states]
+    gradient = replace(program["gradient"], body=(Block(tuple(Assign(g, g) for g in given)),))
+    made = LoopProgram.of(program, "primal", gradient=gradient, output=program["output"])
+    loop = _Loop(made)
+    names = {**program.names, **renamed_hints(program.names, loop.moved)}
+    done = simplify_program(replace(made, functions=(loop.function(),), names=names))
+    return done, loop.anchors(rates_at_token(program.update))
+
+
 class _Loop:
     """The loops of one update rule over per-token expressions."""
 
@@ -85,14 +98,14 @@ class _Loop:
     def _advanced(self) -> dict[str, Advanced]:
         """The rule, one token further."""
         at = rates_at_token(self.update)
-        found = {n: self._placed(self.gradients[n], self._anchors(at)) for n in self.states}
+        found = {n: self._placed(self.gradients[n], self.anchors(at)) for n in self.states}
         if at.clip is not None:
             squares = [b.total(b.power(b.broadcast(found[n], w.axes), 2), w.axes) for n, w in self.states.items()]
             scale = clip_scale(squares, at.clip)
             found = {n: b.mul(scale, g) for n, g in found.items()}
         return {n: advance(at, n, self.before[n], found[n], TokenAlgebra()) for n in self.states}
 
-    def _anchors(self, at: Update) -> dict[str, Expr]:
+    def anchors(self, at: Update) -> dict[str, Expr]:
         """The weights at which gradients are taken; with several steps those of the step before, called W."""
         update = self.update
         if update.anchor == "token":

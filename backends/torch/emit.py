@@ -135,10 +135,10 @@ def _body(block: Block, parameters: Sequence[Expr], taken: set[str], program: Ad
             lines.append(f"    {name} = {value}")
         if step.value.axes == axes and not is_written_again(step.value):
             printer.names[step.value] = shown.names[step.value] = step.name
-    return [*_lengths(parameters, "\n".join(lines), printer), *lines]
+    return [*length_lines(parameters, "\n".join(lines), printer), *lines]
 
 
-def _lengths(parameters: Sequence[Expr], body: str, printer: Printer) -> list[str]:
+def length_lines(parameters: Sequence[Expr], body: str, printer: Printer) -> list[str]:
     """The lines that define the lengths that the text needs: heads, and what is no dim but an axis of a parameter."""
     code = [line for line in body.splitlines() if not line.lstrip().startswith("#")]
     of = {HEADS: f"{name_of(parameters[0])}.shape[0]"}

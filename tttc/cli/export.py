@@ -14,7 +14,7 @@ from tttc.cli.app import DimOption, VariantArgument, sizes
 from tttc.cli.loading import full_dims, load_variant
 from tttc.compiler.driver import compile as compile_layer
 from tttc.errors import TTTCError
-from tttc.export import onnx, package
+from tttc.export import onnx, package, python
 from tttc.terminal import console
 
 
@@ -23,6 +23,7 @@ class Form(StrEnum):
 
     ONNX = "onnx"
     AOTI = "aoti"
+    PYTHON = "python"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ FORMATS = {
         "a package of AOTInductor for processes that have torch alone; sequences begin with the call",
         "tttc export ttt_mlp --format aoti -o ttt_mlp.pt2",
         package.save_layer,
+    ),
+    Form.PYTHON: Format(
+        "one file to read, with the mathematics, the PyTorch program, a module, and a test of itself",
+        "tttc export ttt_mlp --format python --dim D=64 -o ttt_mlp.py",
+        python.save,
     ),
 }
 

@@ -131,14 +131,23 @@ def gate(
     return GateSpec(name, per, axis, activation, scale, by, declared_at(), init, low)
 
 
-def normal(std: float) -> Init:
+@dataclass(frozen=True)
+class Normal:
     """Initial values drawn from N(0, std^2)."""
 
-    def init(shape: tuple[int, ...], generator: Any) -> Any:
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * std
+    std: float
 
-    init.__name__ = f"normal({std})"
-    return init
+    def __call__(self, shape: tuple[int, ...], generator: Any) -> Any:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * self.std
+
+    @property
+    def __name__(self) -> str:
+        return f"normal({self.std})"
+
+
+def normal(std: float) -> Init:
+    """Initial values drawn from N(0, std^2)."""
+    return Normal(std)
 
 
 def _named(dims: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ from tttc.ir.program_text import formulas, said
 from tttc.ir.simplify import simplify_assigns
 from tttc.ir.text import Namer, Text, core, is_written_again, steps, worth_a_name
 
-WIDTH = 120
+LINE_WIDTH = 120
 _ASSIGN = "{} = {}".format
 _SIMPLE = re.compile(r"[\w.⟨⟩:'@#]+")
 
@@ -42,10 +42,10 @@ def listed(head: str, items: Sequence[str], tail: str, *, each: bool = False) ->
     is always the last (`each`).
     """
     inner = ", ".join(items)
-    if len(unmarked(head + inner + tail)) <= WIDTH:
+    if len(unmarked(head + inner + tail)) <= LINE_WIDTH:
         return [head + inner + tail]
     indent = " " * (len(head) - len(head.lstrip()) + 4)
-    if not each and len(unmarked(indent + inner)) <= WIDTH:
+    if not each and len(unmarked(indent + inner)) <= LINE_WIDTH:
         body = [indent + inner]
     else:
         body = [f"{indent}{x}," for x in items]
@@ -55,7 +55,7 @@ def listed(head: str, items: Sequence[str], tail: str, *, each: bool = False) ->
 def assigned(indent: str, names: Sequence[str], head: str, items: Sequence[str], tail: str) -> list[str]:
     """`a, b = f(x, y)`, or `(a,) = f(x)`; what is called is opened before the names are."""
     target = ", ".join(names) if len(names) > 1 else f"({names[0]},)"
-    if len(unmarked(f"{indent}{target} = {head}")) <= WIDTH:
+    if len(unmarked(f"{indent}{target} = {head}")) <= LINE_WIDTH:
         return listed(f"{indent}{target} = {head}", items, tail)
     *first, last = listed(f"{indent}(", names, ")", each=True)
     return [*first, *listed(f"{last} = {head}", items, tail)]
@@ -63,7 +63,7 @@ def assigned(indent: str, names: Sequence[str], head: str, items: Sequence[str],
 
 def returned(indent: str, items: Sequence[str]) -> list[str]:
     """`return` of one value, or of several."""
-    if len(unmarked(f"{indent}return {', '.join(items)}")) <= WIDTH:
+    if len(unmarked(f"{indent}return {', '.join(items)}")) <= LINE_WIDTH:
         return [f"{indent}return {', '.join(items) if len(items) > 1 else f'({items[0]},)'}"]
     return listed(f"{indent}return (", items, ")", each=True)
 
@@ -185,7 +185,7 @@ class Writer:
             text = self.printer.ordered(value, axes).text
             text = f"{self.like}.new_full(({HEADS},), {text})" if number else text
             line = f"{indent}{write(name, text)}"
-            longest = self._longest(value) if len(unmarked(line)) > WIDTH else None
+            longest = self._longest(value) if len(unmarked(line)) > LINE_WIDTH else None
             if longest is None:
                 break
             before += self._named(longest, indent)
@@ -194,7 +194,7 @@ class Writer:
         dims = ["C" if a.size == TOKENS else spelled(a.size) for a in axes]
         shown = f"{line}  # [{', '.join(dims)}]"
         said = dims and write is _ASSIGN and not _SIMPLE.fullmatch(text)
-        return [*before, shown if said and len(unmarked(shown)) <= WIDTH else line]
+        return [*before, shown if said and len(unmarked(shown)) <= LINE_WIDTH else line]
 
     def _named(self, value: Expr, indent: str) -> list[str]:
         """A value of which a line that follows reads the name."""

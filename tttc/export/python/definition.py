@@ -10,7 +10,7 @@ from tttc.ir.primal import declared_loop
 from tttc.ir.program import EACH, GradientProgram, TokenProgram, blocks
 from tttc.verification.inputs import random_inputs
 
-LONGEST = 64  # tokens of a mini-batch that the test of a file runs as they are; it runs longer ones with TESTED
+LONGEST_TESTED = 64  # tokens of a mini-batch that the test of a file runs as they are; it runs longer ones with TESTED
 TESTED = 8
 DRAWN = 64  # tokens, of which the domains of the test are taken
 
@@ -70,7 +70,7 @@ def _definition_head(of: Facts) -> list[str]:
 def self_test(of: Facts) -> str:
     """What `python layer.py` runs."""
     b = of.mini_batch
-    short = b is not None and b > LONGEST
+    short = b is not None and b > LONGEST_TESTED
     b = TESTED if short else b
     T = 19 if b is None else b + 3
     cuts = [c for c in (1, 7, (b or 9) + 1) if c < T]

@@ -9,12 +9,13 @@ import torch
 
 from tttc.declare.specs import Normal
 from tttc.errors import BackendRefusal
-from tttc.export.ports import GIVEN, Port, ports_of
+from tttc.export.ports import Port, ports_of
 from tttc.export.python import glue
 from tttc.ir.names import function, marked, spelled, suffixed
 from tttc.ir.program import EACH, Scan, ScanKind
 from tttc.runtime.layer import Layer
 
+GIVEN = ("token", "gate", "param", "position")  # the groups of which a state holds no tensor
 HELD = {"start": "start", "rows": "rows", "taps": "taps"}  # groups whose variables are called as others are
 WORDS = {ScanKind.WHOLE: "whole", ScanKind.OPEN: "part", ScanKind.CLOSE: "close", ScanKind.BEGIN: "begin"}
 
@@ -72,7 +73,7 @@ class Facts:
     @cached_property
     def held(self) -> list[Port]:
         """What a state is made of, beside its position."""
-        return [p for p in self.ports if p.group not in (*GIVEN, "position")]
+        return [p for p in self.ports if p.group not in GIVEN]
 
     @staticmethod
     def variable(p: Port) -> str:

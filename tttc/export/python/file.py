@@ -16,7 +16,7 @@ from tttc.compiler.driver import compile
 from tttc.explain.update_rule import read_text, update_lines
 from tttc.export.onnx import ExportMismatch
 from tttc.export.python import glue
-from tttc.export.python.definition import LONGEST, declared_functions, definition, self_test
+from tttc.export.python.definition import LONGEST_TESTED, declared_functions, definition, self_test
 from tttc.export.python.facts import WORDS, Facts
 from tttc.export.python.module import loops, module, state_class
 from tttc.ir.names import spelled, worded
@@ -28,7 +28,7 @@ from tttc.verification.comparison import relative_error
 from tttc.verification.inputs import random_inputs
 from tttc.version import __version__
 
-TOLERANCE = 1e-9  # relative, of float64
+FILE_TOLERANCE = 1e-9  # relative, of float64
 LICENSE = """\
 # Written by tttc. Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
@@ -84,7 +84,9 @@ def _compare(layer: Layer, made: str) -> None:
     """A call of the file against the layer, both in float64; raises `ExportMismatch`."""
     exact = _plain(layer, torch.float64)
     facts = Facts(exact)
-    inputs = random_inputs(exact.signature, exact.dims, 1, min(facts.mini_batch or LONGEST, LONGEST) + 3, 2)
+    inputs = random_inputs(
+        exact.signature, exact.dims, 1, min(facts.mini_batch or LONGEST_TESTED, LONGEST_TESTED) + 3, 2
+    )
     z, state = exact(inputs.q, inputs.k, inputs.v, **inputs.keywords())
     given = {**inputs.params, **{n: x[0] for n, x in inputs.state.items()}}
     kind = getattr(generated.module(made, "exported", "<exported>"), facts.title)
@@ -94,10 +96,8 @@ def _compare(layer: Layer, made: str) -> None:
     found, after = module(inputs.q, inputs.k, inputs.v, *inputs.tokens.values(), *inputs.gates.values())
     pairs = [("z", found, z), *((n, x, state[n]) for n, x in zip(state, after, strict=False))]
     for name, x, wanted in pairs:
-        if not (error := relative_error(x, wanted)) <= TOLERANCE:
-            said = (
-                f"variant `{facts.declared.name}`: {name} differs by {error:.1e} in the file, more than {TOLERANCE:.0e}"
-            )
+        if not (error := relative_error(x, wanted)) <= FILE_TOLERANCE:
+            said = f"variant `{facts.declared.name}`: {name} differs by {error:.1e} in the file, more than {FILE_TOLERANCE:.0e}"
             raise ExportMismatch(f"{said}.\n  Nothing was written.")
 
 

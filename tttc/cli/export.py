@@ -27,7 +27,7 @@ class Form(StrEnum):
 
 
 @dataclass(frozen=True)
-class Format:
+class Exporter:
     """A kind of file: what it is, a command that writes one, what writes it and says where, and the options of the
     command that this is given.
     """
@@ -39,18 +39,18 @@ class Format:
 
 
 FORMATS = {
-    Form.ONNX: Format(
+    Form.ONNX: Exporter(
         "one graph for ONNX Runtime, its state in and out, for any number of sequences, heads and tokens",
         "tttc export ttt_linear --format onnx -o ttt_linear.onnx",
         onnx.save,
         ("linear",),
     ),
-    Form.AOTI: Format(
+    Form.AOTI: Exporter(
         "a package of AOTInductor for processes that have torch alone; sequences begin with the call",
         "tttc export ttt_mlp --format aoti -o ttt_mlp.pt2",
         package.save_layer,
     ),
-    Form.PYTHON: Format(
+    Form.PYTHON: Exporter(
         "one file to read, with the mathematics, the PyTorch program, a module, and a test of itself",
         "tttc export ttt_mlp --format python --dim D=64 -o ttt_mlp.py",
         python.save,

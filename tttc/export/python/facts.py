@@ -15,7 +15,7 @@ from tttc.ir.names import function, marked, spelled, suffixed
 from tttc.ir.program import EACH, Scan, ScanKind
 from tttc.runtime.layer import Layer
 
-GIVEN = ("token", "gate", "param", "position")  # the groups of which a state holds no tensor
+NOT_HELD = ("token", "gate", "param", "position")  # the groups of which a state holds no tensor
 HELD = {"start": "start", "rows": "rows", "taps": "taps"}  # groups whose variables are called as others are
 WORDS = {ScanKind.WHOLE: "whole", ScanKind.OPEN: "part", ScanKind.CLOSE: "close", ScanKind.BEGIN: "begin"}
 
@@ -73,7 +73,7 @@ class Facts:
     @cached_property
     def held(self) -> list[Port]:
         """What a state is made of, beside its position."""
-        return [p for p in self.ports if p.group not in GIVEN]
+        return [p for p in self.ports if p.group not in NOT_HELD]
 
     @staticmethod
     def variable(p: Port) -> str:

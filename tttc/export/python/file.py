@@ -97,8 +97,8 @@ def _compare(layer: Layer, made: str) -> None:
     pairs = [("z", found, z), *((n, x, state[n]) for n, x in zip(state, after, strict=False))]
     for name, x, wanted in pairs:
         if not (error := relative_error(x, wanted)) <= FILE_TOLERANCE:
-            said = f"variant `{facts.declared.name}`: {name} differs by {error:.1e} in the file, more than {FILE_TOLERANCE:.0e}"
-            raise ExportMismatch(f"{said}.\n  Nothing was written.")
+            said = f"{name} differs by {error:.1e} in the file, more than {FILE_TOLERANCE:.0e}"
+            raise ExportMismatch(f"variant `{facts.declared.name}`: {said}.\n  Nothing was written.")
 
 
 def _marked_text(of: Facts) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tttc.backends.cost_model import NotCompiled
 from tttc.backends.folders import private
+from tttc.backends.notice import compiling
 from tttc.backends.target import nvidia_target
 from tttc.backends.triton.compile_process import CompileProcesses, Crashed, switches
 
@@ -69,27 +71,42 @@ def _kept(source: Any, target: Any, options: Mapping[str, Any], asked: Mapping[s
     return bool(manager.get_group(f"{source.name}.json"))
 
 
-def install_compile_hook(function: Any, about: Order) -> None:
-    """Have a function of Triton's compiled so when it is launched. `about`: its file, as in an order."""
+def install_compile_hook(function: Any, title: str, about: Order) -> None:
+    """Have a function of Triton's compiled so when it is launched. `title`: its declaration, for who waits at a
+    terminal; `about`: its file, as in an order. The interpreter compiles none.
+    """
     compile_and_keep = getattr(function, "_do_compile", None)
     if compile_and_keep is None:  # a release of Triton that does it in another way
         return
 
     def with_few_registers(*arguments: Any, **named: Any) -> Any:
-        function.compile = partial(_launched, about)  # each device for which it is launched first puts Triton's there
+        # each device for which it is launched first puts Triton's there
+        function.compile = partial(_launched, title, about)
         return compile_and_keep(*arguments, **named)
 
     function._do_compile = with_few_registers
 
 
-def _launched(about: Order, source: Any, target: Any, options: Mapping[str, Any], **named: Any) -> Any:
+def _launched(title: str, about: Order, source: Any, target: Any, options: Mapping[str, Any], **named: Any) -> Any:
     """What a launch has compiled; as Triton does it, where the source has more to it than an order can say."""
     import triton
 
     order = order_of_source(about, source, target, options)
-    if named or order is None or not switches(order["target"]):
-        return triton.compile(source, target=target, options=options, **named)
-    return compiled(order, source, target, options)
+    asked = switches(order["target"]) if order is not None and not named else {}
+    with _told(title, source, target, options, asked):
+        if order is None or not asked:
+            return triton.compile(source, target=target, options=options, **named)
+        return compiled(order, source, target, options)
+
+
+def _told(
+    title: str, source: Any, target: Any, options: Mapping[str, Any], switched: Mapping[str, str]
+) -> AbstractContextManager[None]:
+    """A line on the terminal meanwhile, but where Triton only reads what it has."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    kept = _kept(source, target, options, get_cache_invalidating_env_vars() | switched)
+    return nullcontext() if kept else compiling(title, "this GPU")
 
 
 def order_of_source(about: Order, source: Any, target: Any, options: Mapping[str, Any]) -> Order | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
@@ -72,7 +72,7 @@ def load_scans(
     """Every scan: by its kernels, or where it has none as batched operations of PyTorch, whose products are those of
     its libraries and what is between them fused by torch.compile.
     """
-    module = Module(source, program.name)
+    module = Module(source, program.name, program.title)
     batched: Mapping[str, CompiledScan] = {}
     if any(unfused(s, program) for s in program.scans):
         steps = None if interpreted() else torch.compile
@@ -86,8 +86,8 @@ def load_scans(
 class Module:
     """The generated file, run when its first kernel is: Triton is not imported before."""
 
-    def __init__(self, source: Source, name: str) -> None:
-        self.source, self.name = source, f"tttc_{name}"
+    def __init__(self, source: Source, name: str, title: str = "") -> None:
+        self.source, self.name, self.title = source, f"tttc_{name}", title or name
 
     @cached_property
     def kernels(self) -> ModuleType:
@@ -96,7 +96,7 @@ class Module:
         if not interpreted():
             llvm_flags.keep_cache_private()
         for name, value in vars(module).items():
-            llvm_flags.install_compile_hook(value, self.about(name))
+            llvm_flags.install_compile_hook(value, self.title, self.about(name))
         return module
 
     @property
@@ -269,7 +269,7 @@ class TritonScan(CompiledScan):
         specs = split_state_output(self.kernels.spec)
         if specs is None:
             return None
-        module = Module(emit_specs(self.program.name, specs), self.program.name)
+        module = self._module(specs)
         states, outputs = (Kernels(spec, module, self.settings) for spec in specs)
         return states, outputs
 
@@ -312,9 +312,13 @@ class TritonScan(CompiledScan):
         if spec == self.kernels.spec or spec.strips > most:
             return self.kernels
         if spec.width not in self._narrower:
-            module = Module(emit_specs(self.program.name, [spec]), self.program.name)
+            module = self._module([spec])
             self._narrower[spec.width] = Kernels(spec, module, self.settings)
         return self._narrower[spec.width]
+
+    def _module(self, specs: Sequence[KernelSpec]) -> Module:
+        """Other forms of the kernels, in a file of their own."""
+        return Module(emit_specs(self.program.name, specs), self.program.name, self.program.title)
 
     @cached_property
     def _widest(self) -> KernelSpec | None:

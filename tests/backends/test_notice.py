@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import tttc
 from tttc.backends.notice import compiling, covered
 from tttc.library import LinearAttention
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LINE, ERASED = "tttc: compiling LinearAttention for this CPU, once ...", "\r\033[K"
 needs_tvm = pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 
@@ -74,3 +76,35 @@ def test_it_is_silent_otherwise(terminal, monkeypatch, why):
     with covered() if why == "under a bar" else nullcontext(), compiling("LinearAttention", "this CPU"):
         pass
     assert terminal.getvalue() == ""
+
+
+class Launched:
+    """A function of Triton's, which compiles what it was not launched with before."""
+
+    def _do_compile(self, source: object) -> object:
+        return self.compile(source, target=SimpleNamespace(backend="hip", arch="gfx942"), options={})
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "in Triton's cache"])
+def test_a_launch_that_compiles_says_so_and_one_that_finds_its_kernel_does_not(terminal, monkeypatch, kept):
+    triton, flags = pytest.importorskip("triton"), importlib.import_module("tttc.backends.triton.llvm_flags")
+    seen = []
+    monkeypatch.setattr(flags, "_kept", lambda *asked: kept)
+    monkeypatch.setattr(triton, "compile", lambda *asked, **how: seen.append(terminal.getvalue()))
+    kernel = Launched()
+    flags.install_compile_hook(kernel, "LinearAttention", {})
+    kernel._do_compile(SimpleNamespace(signature={}, constants={}, attrs={}))
+    said = LINE.replace("CPU", "GPU")
+    assert seen == ["" if kept else said]
+    assert terminal.getvalue() == ("" if kept else said + ERASED)
+
+
+def test_the_kernels_of_a_layer_are_told_by_the_name_of_its_declaration(monkeypatch):
+    pytest.importorskip("triton")
+    told = []
+    flags = importlib.import_module("tttc.backends.triton.llvm_flags")
+    monkeypatch.setattr(flags, "install_compile_hook", lambda function, title, about: told.append(title))
+    layer = tttc.compile(LinearAttention, {"D": 16}, device=DEVICE, backend="triton")
+    with torch.no_grad():
+        layer(*torch.randn(3, 1, 4, 2, 16, device=DEVICE))
+    assert set(told) == {"LinearAttention"}

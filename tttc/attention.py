@@ -22,7 +22,7 @@ import torch
 from sympy.printing.str import StrPrinter
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tttc.declare.specs import evaluated_scale
+from tttc.declare.arithmetic import calculated
 from tttc.errors import DeclarationError, Problem, ShapeError, SourceLine, StateMismatch, problems_text
 from tttc.runtime.graphs import outside_graphs
 from tttc.runtime.layer import State
@@ -101,7 +101,7 @@ class AttentionLayer:
                 problems.append(Problem(f"{name} is {setting!r}.", f"It must be one of {', '.join(map(str, legal))}."))
         try:
             given = variant.scale
-            self.scale = float(evaluated_scale(given, dims) if isinstance(given, str) else given)
+            self.scale = float(calculated(given, dims) if isinstance(given, str) else given)
             if not math.isfinite(self.scale):
                 raise ValueError(f"that is {self.scale}")
         except Exception as reason:

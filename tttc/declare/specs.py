@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tttc.declare.arithmetic import calculated
 from tttc.declare.declared import Declared, short
 from tttc.errors import DeclarationError, ShapeError, SourceLine, declared_at
 
@@ -72,8 +72,8 @@ class GateSpec(Declared):
         if not isinstance(self.scale, str):
             return float(self.scale)
         try:
-            return float(evaluated_scale(self.scale, dims))
-        except Exception as error:  # whatever the user's expression raises
+            return float(calculated(self.scale, dims))
+        except (ValueError, ArithmeticError, TypeError) as error:  # a power of a negative number is complex
             given = ", ".join(f"{d}={n}" for d, n in dims.items())
             raise DeclarationError(
                 f"gate `{self.name}`: the scale {self.scale!r} is no number with {given}: {error}."
@@ -153,10 +153,6 @@ def normal(std: float) -> Init:
 def _named(dims: tuple[Any, ...]) -> tuple[Any, ...]:
     """Dims as they are given, where lists are given too: what is no name is reported later."""
     return tuple(tuple(d) if isinstance(d, list) else d for d in dims)
-
-
-def evaluated_scale(scale: str, dims: Mapping[str, int]) -> Any:
-    return eval(scale, {"__builtins__": {}, "sqrt": math.sqrt}, dict(dims))
 
 
 # -- initial values ----------------------------------------------------------------------------------------------------

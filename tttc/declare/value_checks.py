@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tttc.declare.arithmetic import NotArithmetic, calculated
 from tttc.declare.declared import Declared, short
 from tttc.declare.gates import RANGES
 from tttc.declare.number import number, whole
-from tttc.declare.specs import INIT, GateSpec, evaluated_scale
+from tttc.declare.specs import INIT, GateSpec
 from tttc.declare.suggest import near
 from tttc.declare.update_rules import ROLES, SGD, AtEnd, NoChunkForm
 from tttc.declare.variant import ANCHORS, READS, VARIANT_SETTINGS, Signature, Variant, class_line, is_dim
@@ -175,14 +175,9 @@ def scale_refused(scale: Any, dims: list[str]) -> str:
         n = number(scale)
         return "" if n is not None and math.isfinite(n) else "it is no finite number"
     try:
-        tree = ast.parse(scale, mode="eval")
-    except (SyntaxError, ValueError):
-        return "it is no expression"
-    unknown = sorted({x.id for x in ast.walk(tree) if isinstance(x, ast.Name)} - {*dims, "sqrt"})
-    if unknown:
-        return f"there is no dim {', '.join(unknown)}"
-    try:
-        value = evaluated_scale(scale, dict.fromkeys(dims, 64))
-    except Exception as error:
+        value = calculated(scale, dict.fromkeys(dims, 64))
+    except NotArithmetic as error:
+        return str(error)
+    except (ValueError, ArithmeticError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return "" if number(value) is not None else "it is no number"

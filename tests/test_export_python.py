@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.learners import CausalConvolution, LowRank
 from tttc.backends import generated
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal
+from tttc.export import hub
 from tttc.export import python as export
 from tttc.export.onnx import ExportMismatch
 from tttc.export.python import file
@@ -145,3 +147,39 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, ["export", "gla", "--format", "python", "--dim", "D=4", "-o", str(path)])
     assert done.exit_code == 0, done.output
     assert "import tttc" not in path.read_text(encoding="utf-8")
+
+
+def test_a_folder_of_the_hub_is_imported_as_kernels_does(tmp_path, capsys):
+    """By a name that the metadata says, as a package that imports nothing but itself and torch."""
+    hub.save(tttc.compile(LIBRARY["GatedDeltaNet"], {"D": 3}), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "build").iterdir()) == ["torch-cpu", "torch-cuda"]
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("W_t = decay_t * W_(t-1) - lr_t * g_t") == 1
+    folder = tmp_path / "build" / "torch-cpu"
+    about = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    assert {**about, "id": ""} == {
+        "name": "gated-delta-net",
+        "id": "",
+        "version": 1,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": "cpu"},
+    }
+    spec = importlib.util.spec_from_file_location(about["id"], folder / "__init__.py")
+    kernel = sys.modules[about["id"]] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernel)
+    assert kernel.self_test()
+    assert kernel.__all__ == ["State", "GatedDeltaNet", "self_test"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [("TTTMLP", "tttmlp"), ("ViTTT", "vi-ttt"), ("Été_2", "ete-2"), ("Ж", "layer"), ("_7", "layer-7")],
+)
+def test_a_kernel_has_a_name_that_the_hub_takes(variant, name):
+    assert hub.kernel_name(variant) == name
+
+
+def test_the_command_writes_a_folder(tmp_path):
+    done = CliRunner().invoke(app, ["export", "gla", "--format", "hub", "--dim", "D=4", "-o", str(tmp_path / "gla")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "gla" / "build" / "torch-cuda" / "gla.py").exists()

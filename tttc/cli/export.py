@@ -14,7 +14,7 @@ from tttc.cli.app import DimOption, VariantArgument, sizes
 from tttc.cli.loading import full_dims, load_variant
 from tttc.compiler.driver import compile as compile_layer
 from tttc.errors import TTTCError
-from tttc.export import onnx, package, python
+from tttc.export import hub, onnx, package, python
 from tttc.terminal import console
 
 
@@ -24,6 +24,7 @@ class Form(StrEnum):
     ONNX = "onnx"
     AOTI = "aoti"
     PYTHON = "python"
+    HUB = "hub"
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,17 @@ FORMATS = {
         "tttc export ttt_mlp --format python --dim D=64 -o ttt_mlp.py",
         python.save,
     ),
+    Form.HUB: Exporter(
+        "the same as a folder that the kernels library of Hugging Face loads",
+        "tttc export gated_delta_net --format hub -o gated-delta-net",
+        hub.save,
+    ),
 }
 
 HELP = "\n".join(
     [
         "Write a layer as a file for programs that have no tttc, once it was seen to compute what the layer does.\n",
-        *(f"    {form}: {f.about}\n\n        {f.example}\n" for form, f in FORMATS.items()),
+        *(f"{form}: {f.about}\n\n    {f.example}\n" for form, f in FORMATS.items()),
         "One of your own: tttc export mine.py:Mine --dim D=128 -o mine.onnx",
     ]
 )

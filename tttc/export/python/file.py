@@ -59,18 +59,24 @@ def save(layer: Layer, path: str | Path) -> Path:
         BackendRefusal: the layer has no such file yet; the reason is said.
         ExportMismatch: what the file computes is not what the layer does.
     """
-    made, path = text(layer), Path(path)
-    _compare(layer, made)
+    made, path = checked(layer), Path(path)
     path.write_text(made, encoding="utf-8")
     return path
 
 
+def checked(layer: Layer) -> str:
+    """The file, once it was seen to compute what the layer does."""
+    made = text(layer)
+    _compare(layer, made)
+    return made
+
+
 def text(layer: Layer) -> str:
     """The file: equal for equal layers."""
-    return worded(_marked_text(Facts(_plain(layer, torch.float32)))).text
+    return worded(_marked_text(Facts(plain(layer, torch.float32)))).text
 
 
-def _plain(layer: Layer, dtype: torch.dtype) -> Layer:
+def plain(layer: Layer, dtype: torch.dtype) -> Layer:
     """The same layer in operations of PyTorch; an open mini-batch is carried as sums where it can be."""
     given = dict(vars(layer.settings))
     changed = {"dtype": dtype, "device": "cpu", "backend": "torch", "config": None, "telemetry": False}
@@ -82,7 +88,7 @@ def _plain(layer: Layer, dtype: torch.dtype) -> Layer:
 @torch.no_grad()
 def _compare(layer: Layer, made: str) -> None:
     """A call of the file against the layer, both in float64; raises `ExportMismatch`."""
-    exact = _plain(layer, torch.float64)
+    exact = plain(layer, torch.float64)
     facts = Facts(exact)
     inputs = random_inputs(
         exact.signature, exact.dims, 1, min(facts.mini_batch or LONGEST_TESTED, LONGEST_TESTED) + 3, 2

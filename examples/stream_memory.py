@@ -43,9 +43,8 @@ def main(tokens: int = 50, width: int = 16) -> None:
             z, state = read(layer, {name: x[:, t : t + 1] for name, x in sequence.items()}, state)
             outputs.append(z)
             if t == tokens // 2:  # in the middle of a mini-batch of 16
-                file = Path(folder) / "memory.pt"
-                torch.save(state, file)
-                state = torch.load(file)
+                file = state.save(Path(folder) / "memory.safetensors", layer)
+                state = tttc.State.load(file, layer)
                 print(f"after {t + 1} tokens: {state}, {file.stat().st_size:,} bytes on disk")
 
     error = (torch.cat(outputs, 1) - whole).abs().max().item()

@@ -241,6 +241,7 @@ REFUSED = {
     "a division by zero": x * sympy.zoo,
     "cases without the last": sympy.Piecewise((x, x > 0)),
     "text": "x +",
+    "text that SymPy would run": "__import__('sys').exit(3)",
     "a function of torch": torch.tanh,
 }
 

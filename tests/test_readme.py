@@ -9,11 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import tttc
@@ -118,6 +120,13 @@ def test_the_module_is_compiled_whole(monkeypatch) -> None:
     assert scope["cache"].position == 33
 
 
+def test_sequences_are_saved_and_served(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope = in_a_file(next(x for x in code_blocks(GUIDE, "python") if "pool" in x), tmp_path, "serving")
+    assert scope["z"].shape == (1, 12, 4, 64)
+    assert (scope["pool"].available, scope["pool"].position(scope["two"])) == (7, 21 % 16)
+
+
 def test_the_pipeline_is_the_one_that_runs() -> None:
     """The stages are listed in their order."""
     assert re.findall(r'Stage\("(\w+)"', code_blocks(GUIDE, "python")[2]) == [stage.name for stage in tttc.PIPELINE]
@@ -205,6 +214,18 @@ def _takes(*names: str) -> Callable[[torch.nn.Module, torch.Tensor], bool]:
     return asked
 
 
+@torch.no_grad()
+def _in_files(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    if isinstance(module, Wrapped):
+        rates = torch.ones_like(x[..., 0]) / 64
+        of, (_, state) = module.layer, module.layer(x, x, x, gates={"lr": rates, "tau": rates})
+    else:
+        of, (_, state) = module, module(x, return_state=True)
+    with tempfile.TemporaryDirectory() as folder:
+        again = type(state).load(state.save(Path(folder) / "state", of), of)
+    return all(torch.equal(a, b) for a, b in zip(*map(tree_leaves, (again, state)), strict=True) if torch.is_tensor(a))
+
+
 def _to_onnx(module: torch.nn.Module, x: torch.Tensor) -> bool:
     """A layer alone is exported."""
     return isinstance(module, Wrapped) and bool(tttc.export.onnx.model(module.layer).graph.node)
@@ -217,6 +238,8 @@ PROBES: dict[str, Callable[[torch.nn.Module, torch.Tensor], bool]] = {
     "`torch.export`": _exports,
     "packed": _takes("cu_seqlens"),
     "padded": _takes("mask", "lengths"),
+    "states in files": _in_files,
+    "slots": lambda module, x: hasattr(getattr(module, "layer", module), "pool"),
     "ONNX": _to_onnx,
 }
 

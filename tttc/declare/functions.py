@@ -168,6 +168,8 @@ def elementwise(expression: sympy.Expr) -> Callable[..., Any]:
 def _adopted(expression: Any) -> Formula:
     """The formula, or the error that says why it is none."""
     try:
+        if isinstance(expression, str):  # SymPy runs it as code
+            raise ValueError("it is a text: make it of sympy.symbols")
         formula = sympy.sympify(expression)
         if not isinstance(formula, sympy.Expr):
             raise ValueError(f"it is a {type(expression).__name__}, and no formula of SymPy")

@@ -72,11 +72,11 @@ class Serving:
 def test_every_sequence_is_what_it_is_alone(name: str, decode: str) -> None:
     sequences = Sequences(name)
     sequences.layer = tttc.compile(VARIANTS[name], sequences.layer.dims, F64, backend="torch", decode=decode)
-    serving = Serving(sequences, 2, random.Random(3))
+    serving = Serving(sequences, 3, random.Random(3))
     while serving.waiting or serving.active:
         serving.step()
     assert len(serving.served) == 5
-    assert serving.pool.available == 2
+    assert serving.pool.available == 3
     for which, found in serving.served:
         alone = sequences.call(slice(0, serving.lengths[which]), rows=slice(which, which + 1))[0][0]
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-13)
@@ -104,6 +104,20 @@ def test_what_is_put_into_slots_comes_out_of_them() -> None:
     pool.reset([0])
     assert pool.position(0) == 0
     assert torch.equal(pool.gather([0])["W1"], pool.gather([1])["W1"])
+
+
+def test_outputs_are_in_the_order_of_the_slots_whichever_go_together() -> None:
+    for ids in ([0, 1, 2], [2, 1, 0], [1, 2]):
+        pool, sequences = begun()
+        tokens, gates = ({n: x[ids, 3:5] for n, x in group.items()} for group in (sequences.tokens, sequences.gates))
+        states = [pool.gather([i]) for i in ids]
+        z = pool.run(ids, **tokens, gates=gates)
+        for row, state in enumerate(states):
+            here = slice(row, row + 1)
+            given = {n: x[here] for n, x in gates.items()}
+            alone, after = sequences.layer(**{n: x[here] for n, x in tokens.items()}, gates=given, state=state)
+            torch.testing.assert_close(z[here], alone, rtol=0, atol=1e-13)
+            torch.testing.assert_close(pool.gather([ids[row]])["W1"], after["W1"], rtol=0, atol=1e-13)
 
 
 def test_a_sequence_begins_with_the_weights_that_the_pool_was_given() -> None:

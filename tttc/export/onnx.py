@@ -111,12 +111,14 @@ def _port(p: Port, name: str) -> dict[str, Any]:
 
 
 class Session:
-    """An exported layer in ONNX Runtime: a file, or its bytes. Arrays go in and out, the state from call to call."""
+    """An exported layer in ONNX Runtime, on as many threads as PyTorch has: a file, or its bytes. Arrays go in and out,
+    the state from call to call.
+    """
 
     def __init__(self, source: str | Path | bytes) -> None:
         onnxruntime = _here("onnxruntime")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         given = source if isinstance(source, bytes) else str(source)
         self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         self.ports = json.loads(self.session.get_modelmeta().custom_metadata_map["tttc.ports"])
@@ -135,7 +137,7 @@ class Session:
         if first not in arrays:
             raise ShapeError(f"`{first}` is missing.\n  It is [B, T, H, {', '.join(map(str, self.ports[0]['dims']))}].")
         batch, _, heads = arrays[first].shape[:3]
-        fed = {**self.begin(batch, heads), **(state or {}), **arrays}
+        fed = {**(self.begin(batch, heads) if state is None else state), **arrays}
         names = [p["name"] for p in self.ports]
         missing, unknown = [n for n in names if n not in fed], [n for n in fed if n not in names]
         if missing or unknown:

@@ -5,9 +5,10 @@ Runtime stops the process where it has nothing to do.
 
     tttc.drawn (W, k, ...) => (z, W_new) {
        ...
-       W_head, z_head = If <then_branch = head () => (...) { ... = Scan <body = chunk ...> ... }, ...> (any_chunk)
-       W_new, z_tail = If <then_branch = tail () => (...) { ... = tttc.drawn_chunk (...) }, ...> (any_rest)
-       z = Concat <axis = 1> (z_head, z_tail)
+       z, W_new = If <then_branch = many_then () => (...) {
+          W_head, z_head = Scan <body = chunk (...) => (...) { ... = tttc.drawn_chunk (...) }> (...)
+          ... = If <...> (any_tail)
+       }, else_branch = many_else () => (...) { ... = tttc.drawn_chunk (...) }> (any_many)
     }
 """
 
@@ -22,11 +23,13 @@ from tttc.ir.program import Scan, ScanProgram
 from tttc.ir.program_text import type_text
 from tttc.ir.text import Namer, Printer, steps
 
+FEW_KEPT = "few'kept"
 
-def loop_functions(scan: Scan, program: ScanProgram) -> list[str]:
+
+def loop_functions(scan: Scan, program: ScanProgram, kept: bool = False) -> list[str]:
     """A scan as `tttc.<name>`, its parameters in their order; of a loop also `tttc.<name>_chunk`."""
     return (
-        [loop_function(scan, program.dims), chunk_function(f"{scan.name}_chunk", scan, program)]
+        [loop_function(scan, program.dims, kept), chunk_function(f"{scan.name}_chunk", scan, program)]
         if scan.loops
         else [chunk_function(scan.name, scan, program)]
     )
@@ -68,35 +71,53 @@ def chunk_function(name: str, scan: Scan, program: ScanProgram) -> str:
 # -- all chunks --------------------------------------------------------------------------------------------------------
 
 
-def loop_function(scan: Scan, dims: Mapping[str, int]) -> str:
-    """The chunks of a Scan, and the rest: with a chunk as long as the call all is rest."""
-    T, none, first, whole = (marked(own(x)) for x in ("T", "none", "first", "whole"))
+def loop_function(scan: Scan, dims: Mapping[str, int], kept: bool = False) -> str:
+    """The chunks of a Scan, and the rest; or a chunk that is all, where there are fewer tokens. With `kept` it is
+    called `tttc.<name>_kept` and also gives what was carried before the rest.
+    """
+    T, none, C, chunks = (marked(own(x)) for x in ("T", "none", "C", "chunks"))
     lines = [
         f"{T} = Shape <start = 1, end = 2> ({marked(scan.sequence[0].name)})",
         f"{none} = Constant <value = int64[1] {{0}}> ()",
-        f"{first} = Constant <value = int64[1] {{1}}> ()",
-        *(x for a in scan.outputs for x in empty(a.target, scan, dims)),
     ]
+    carried = [a.target for a in scan.updates] if kept else []
+    results = [*(made(e) for e in scan.results), *(part_of(e, "kept") for e in carried)]
+    few, few_made = _few(scan, dims), [*(part_of(e, "few") for e in scan.results)]
+    few += (f"{part_of(e, FEW_KEPT)} = Identity ({part_of(e, '')})" for e in carried)
+    few_made += (part_of(e, FEW_KEPT) for e in carried)
     if isinstance(scan.chunk, int):
-        C, chunks = marked(own("C")), marked(own("chunks"))
+        parts = [part_of(e, "joined" if e.at else "tail") for e in scan.results]
+        parts += (part_of(e, "head") for e in carried)
         lines += [
             f"{C} = Constant <value = int64[1] {{{scan.chunk}}}> ()",
             f"{chunks} = Div ({T}, {C})",
-            f"{whole} = Mul ({chunks}, {C})",
-            *where(f"Greater ({chunks}, {none})", "head", scan, _scan(scan, none, first, whole), ""),
+            *choose("many", f"Greater ({chunks}, {none})", results, (_many(scan, dims), parts), (few, few_made)),
         ]
     else:
-        lines.append(f"{whole} = Identity ({none})")
-    before = "head" if isinstance(scan.chunk, int) else ""
+        lines += [*few, *(f"{x} = Identity ({y})" for x, y in zip(results, few_made, strict=True))]
+    name = f"{scan.name}_kept" if kept else scan.name
+    return block(name, [marked(p.name) for p in scan.params], results, lines)
+
+
+def _few(scan: Scan, dims: Mapping[str, int]) -> list[str]:
+    """One chunk, as long as the call."""
+    condition = f"Greater ({marked(own('T'))}, {marked(own('none'))})"
+    return where(condition, "few", scan, dims, [call(f"{scan.name}_chunk", scan, "few'then", "", "")])
+
+
+def _many(scan: Scan, dims: Mapping[str, int]) -> list[str]:
+    """Whole chunks, the rest, and the outputs of both."""
+    T, none, C, chunks, first, whole = (marked(own(x)) for x in ("T", "none", "C", "chunks", "first", "whole"))
     rest = [f"{part_of(s, 'rest')} = Slice ({marked(s.name)}, {whole}, {T}, {first})" for s in scan.sequence]
-    rest.append(call(f"{scan.name}_chunk", scan, "tail'then", before, "rest"))
-    lines += where(f"Greater ({T}, {whole})", "tail", scan, rest, before)
-    for a in scan.updates:
-        lines.append(f"{made(a.target)} = Identity ({part_of(a.target, 'tail')})")
-    for a in scan.outputs:
-        parts = [part_of(a.target, part) for part in (before, "tail") if part]
-        lines.append(f"{made(a.target)} = Concat <axis = 1> ({', '.join(parts)})")
-    return block(scan.name, [marked(p.name) for p in scan.params], [made(e) for e in scan.results], lines)
+    rest.append(call(f"{scan.name}_chunk", scan, "tail'then", "head", "rest"))
+    joined = (f"({part_of(a.target, 'head')}, {part_of(a.target, 'tail')})" for a in scan.outputs)
+    return [
+        f"{first} = Constant <value = int64[1] {{1}}> ()",
+        f"{whole} = Mul ({chunks}, {C})",
+        *_scan(scan, none, first, whole),
+        *where(f"Greater ({T}, {whole})", "tail", scan, dims, rest, "head"),
+        *(f"{part_of(a.target, 'joined')} = Concat <axis = 1> {x}" for a, x in zip(scan.outputs, joined, strict=True)),
+    ]
 
 
 def part_of(e: Expr, part: str) -> str:
@@ -112,9 +133,9 @@ def call(function: str, scan: Scan, results: str, carry: str, sequence: str) -> 
     return f"{found} = tttc.{function} ({', '.join(given)})"
 
 
-def empty(e: Expr, scan: Scan, dims: Mapping[str, int]) -> list[str]:
+def empty(e: Expr, scan: Scan, dims: Mapping[str, int], part: str) -> list[str]:
     """An output for no tokens: as long as it is elsewhere along its other axes."""
-    names = [part_of(e, f"empty'{i}") for i in range(len(e.axes) + 1)]
+    names = [part_of(e, f"{part}'{i}") for i in range(len(e.axes) + 1)]
     lines = [f"{names[0]} = Shape <start = 0, end = 1> ({marked(scan.params[0].name)})"]
     lines.append(f"{names[1]} = Constant <value = int64[1] {{0}}> ()")
     for name, axis in zip(names[2:], e.axes[1:], strict=True):
@@ -123,31 +144,46 @@ def empty(e: Expr, scan: Scan, dims: Mapping[str, int]) -> list[str]:
             continue
         p, at = next((p, i + 1) for p in scan.params for i, a in enumerate(p.axes) if a.size == axis.size)
         lines.append(f"{name} = Shape <start = {at}, end = {at + 1}> ({marked(p.name)})")
-    lines.append(f"{part_of(e, 'shape')} = Concat <axis = 0> ({', '.join(names)})")
-    return [*lines, f"{part_of(e, 'empty')} = ConstantOfShape ({part_of(e, 'shape')})"]
+    shape = part_of(e, f"{part}'shape")
+    lines.append(f"{shape} = Concat <axis = 0> ({', '.join(names)})")
+    return [*lines, f"{part_of(e, part)} = ConstantOfShape ({shape})"]
+
+
+Branch = tuple[Sequence[str], Sequence[str]]
+"""The lines of a graph inside of another, and the names that it gives."""
+
+
+def choose(part: str, condition: str, results: Sequence[str], then: Branch, otherwise: Branch) -> list[str]:
+    """Names for what one of two branches gives."""
+    asked = marked(own(f"any_{part}"))
+    return [
+        f"{asked} = {condition}",
+        f"{', '.join(results)} = If <then_branch = {part}_then () => ({', '.join(then[1])}) {{",
+        *(f"   {x}" for x in then[0]),
+        f"}}, else_branch = {part}_else () => ({', '.join(otherwise[1])}) {{",
+        *(f"   {x}" for x in otherwise[0]),
+        f"}}> ({asked})",
+    ]
 
 
 def where(
-    condition: str, part: str, scan: Scan, then: Sequence[str], before: str, otherwise: Sequence[str] | None = None
+    condition: str,
+    part: str,
+    scan: Scan,
+    dims: Mapping[str, int],
+    then: Sequence[str],
+    before: str = "",
+    otherwise: Sequence[str] | None = None,
 ) -> list[str]:
     """The results of a part of the tokens; where there are none of it, no outputs and the carry of the part before,
     unless another branch is given.
     """
     yes, no = f"{part}'then", f"{part}'else"
     if otherwise is None:
-        kept = [(a.target, part_of(a.target, before)) for a in scan.updates]
-        kept += [(a.target, part_of(a.target, "empty")) for a in scan.outputs]
-        otherwise = [f"{part_of(e, no)} = Identity ({x})" for e, x in kept]
-    found, then_made, else_made = (", ".join(part_of(e, x) for e in scan.results) for x in (part, yes, no))
-    asked = marked(own(f"any_{part}"))
-    return [
-        f"{asked} = {condition}",
-        f"{found} = If <then_branch = {part}_then () => ({then_made}) {{",
-        *(f"   {x}" for x in then),
-        f"}}, else_branch = {part}_else () => ({else_made}) {{",
-        *(f"   {x}" for x in otherwise),
-        f"}}> ({asked})",
-    ]
+        otherwise = [x for a in scan.outputs for x in empty(a.target, scan, dims, no)]
+        otherwise += (f"{part_of(a.target, no)} = Identity ({part_of(a.target, before)})" for a in scan.updates)
+    found, then_made, else_made = ([part_of(e, x) for e in scan.results] for x in (part, yes, no))
+    return choose(part, condition, found, (then, then_made), (otherwise, else_made))
 
 
 def _scan(scan: Scan, none: str, first: str, whole: str) -> list[str]:
@@ -159,7 +195,7 @@ def _scan(scan: Scan, none: str, first: str, whole: str) -> list[str]:
     inputs = [*(part_of(e, "in") for e in scan.carry), *(part_of(e, "chunk") for e in scan.sequence)]
     carried, stored = [a.target for a in scan.updates], [a.target for a in scan.outputs]
     outputs = [part_of(e, "out") for e in (*carried, *stored)]
-    found = [*(part_of(e, "head'then") for e in carried), *(part_of(e, "stacked") for e in stored)]
+    found = [*(part_of(e, "head") for e in carried), *(part_of(e, "stacked") for e in stored)]
     given = [*(part_of(e, "") for e in scan.carry), *(part_of(e, "chunks") for e in scan.sequence)]
     settings = [f"num_scan_inputs = {len(scan.sequence)}", f"scan_input_axes = {[1] * len(scan.sequence)}"]
     settings += [f"scan_output_axes = {[1] * len(stored)}"] if stored else []
@@ -169,7 +205,7 @@ def _scan(scan: Scan, none: str, first: str, whole: str) -> list[str]:
         f"   {call(f'{scan.name}_chunk', scan, 'out', 'in', 'chunk')}",
         f"}}> ({', '.join(given)})",
     ]
-    return [*lines, *(x for e in stored for x in _reshaped(e, "stacked", "head'then", [0, -1], 3))]
+    return [*lines, *(x for e in stored for x in _reshaped(e, "stacked", "head", [0, -1], 3))]
 
 
 def _reshaped(e: Expr, part: str, to: str, first: Sequence[object], kept: int) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from tttc.backends.onnx.loop import block, call, empty, loop_functions, made, part_of, where
+from tttc.backends.onnx.loop import block, call, loop_functions, made, part_of, where
 from tttc.backends.onnx.lowering import Lowering
 from tttc.backends.onnx.ops import RECURRENCE
 from tttc.ir.expr import Expr, leaves
@@ -23,10 +23,10 @@ from tttc.ir.reading import vectorize_over_tokens
 
 SCAN_FORM = "scan"
 THEN = "all'then"  # the part of the graph that has tokens
-SMALLEST = 1.17549435e-38  # of float32: what a decay of zero is as a logarithm
+LEAST_DECAY = 1.17549435e-38  # of float32: what a decay of zero is as a logarithm
 
 
-class Operator(NamedTuple):
+class OnnxOperator(NamedTuple):
     """The operator of a domain, and what a model that has it imports."""
 
     node: str
@@ -34,8 +34,8 @@ class Operator(NamedTuple):
 
 
 OPERATORS = {
-    "com.microsoft": Operator(f"com.microsoft.{RECURRENCE}", '"" : 26, "com.microsoft" : 1, "tttc" : 1'),
-    "ai.onnx": Operator(RECURRENCE, '"" : 27, "tttc" : 1'),
+    "com.microsoft": OnnxOperator(f"com.microsoft.{RECURRENCE}", '"" : 26, "com.microsoft" : 1, "tttc" : 1'),
+    "ai.onnx": OnnxOperator(RECURRENCE, '"" : 27, "tttc" : 1'),
 }
 
 
@@ -57,9 +57,7 @@ def operator_functions(scan: Scan, program: ScanProgram, rule: LinearRecurrence,
         f"{none} = Constant <value = int64[1] {{0}}> ()",
     ]
     condition, loop, otherwise = f"Greater ({T}, {none})", [], None
-    if rule.decay is None or rule.decay.op == "const":
-        lines += (x for a in scan.outputs for x in empty(a.target, scan, program.dims))
-    else:
+    if rule.decay is not None and rule.decay.op != "const":
         by_chunks = replace(scan, name=f"{scan.name}_by_chunks")
         loop, otherwise = loop_functions(by_chunks, program), [call(by_chunks.name, scan, "all'else", "", "")]
         checks = Lowering(scan.params, program.dims, None, "check_")
@@ -68,7 +66,8 @@ def operator_functions(scan: Scan, program: ScanProgram, rule: LinearRecurrence,
         right = checks.node("Equal", wrong, checks.number(0.0))
         lines += [*checks.lines, f"{some} = {condition}"]
         condition = f"And ({some}, {right})"
-    lines += where(condition, "all", scan, _Operated(scan, program, rule).lines(linear), "", otherwise)
+    run = _Operated(scan, program, rule).lines(linear)
+    lines += where(condition, "all", scan, program.dims, run, otherwise=otherwise)
     lines += (f"{made(e)} = Identity ({part_of(e, 'all')})" for e in scan.results)
     return [block(scan.name, [marked(p.name) for p in scan.params], [made(e) for e in scan.results], lines), *loop]
 
@@ -117,7 +116,9 @@ class _Operated:
         return self.lowering.node("Unsqueeze", self.lowering.filled(e, (T_AXIS,)), self.lowering.integers(2))
 
     def _logarithm(self, decay: Expr) -> str:
-        return self.lowering.node("Log", self.lowering.node("Max", self._each(decay), self.lowering.number(SMALLEST)))
+        return self.lowering.node(
+            "Log", self.lowering.node("Max", self._each(decay), self.lowering.number(LEAST_DECAY))
+        )
 
 
 def _at_tokens(e: Expr) -> Expr:

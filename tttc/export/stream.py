@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from tttc.backends.onnx.composed import composed_functions, composed_scan
 from tttc.backends.onnx.emit import DEFAULT, functions, model_text
-from tttc.backends.onnx.loop import block
+from tttc.backends.onnx.loop import block, loop_functions
 from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM
 from tttc.errors import BackendRefusal
 from tttc.export.ports import Port, ports_of
@@ -83,8 +83,15 @@ class Stream:
 
     def reshaped(self, name: str, x: str, shape: Sequence[str]) -> str:
         """A tensor in another shape; a length of zero is one."""
-        sizes = self.add(suffix(name, "shape"), f"Concat <axis = 0> ({', '.join(shape)})")
+        sizes = self.shape(shape)
         return self.add(name, f"Reshape <allowzero = 1> ({x}, {sizes})")
+
+    def shape(self, sizes: Sequence[str]) -> str:
+        """Several lengths, put together once."""
+        node = f"Concat <axis = 0> ({', '.join(sizes)})"
+        known = (line.partition(" = ") for line in self.lines)
+        made = next((name for name, _, made_by in known if made_by == node), None)
+        return made or self.value(f"shape_{len(self.lines)}", node)
 
     def sizes(self, dims: Sequence[int]) -> list[str]:
         return [self.integer(d) for d in dims]
@@ -126,7 +133,7 @@ class Stream:
         self._returned(z, after)
         shape = ", ".join(["B, T, H", *map(str, self.sequencing.width)])
         results = [f"float[{shape}] {marked(own('z'))}", *(p.typed(p.output, "present") for p in self.carried)]
-        called = [] if self.composed is None else composed_functions(self.composed, self.program)
+        called = self._whole_functions()
         called += [f for scan in self._scans_called() for f in functions(scan, self.program, self.linear)]
         called += [self._piece()] if self.opens and not self.rows else []
         return model_text(block(self.program.name, inputs, results, self.lines), called, self.linear)
@@ -136,9 +143,18 @@ class Stream:
         """What a state is made of."""
         return [p for p in self.ports if p.group not in GIVEN]
 
+    def _whole_functions(self) -> list[str]:
+        """The scan of whole mini-batches, where there is one."""
+        if self.composed is not None:
+            return composed_functions(self.composed, self.program)
+        whole = self.scans.get(ScanKind.WHOLE)
+        if self.opens and self.rows and whole is not None:
+            return loop_functions(whole, self.program, kept=True)
+        return [] if whole is None else functions(whole, self.program, self.linear)
+
     def _scans_called(self) -> list[Scan]:
-        kinds = [ScanKind.BEGIN] if self.composed is not None else [ScanKind.WHOLE, ScanKind.BEGIN]
-        kinds += [ScanKind.OPEN, ScanKind.CLOSE] if self.opens and not self.rows else []
+        """The others."""
+        kinds = [ScanKind.BEGIN, *([ScanKind.OPEN, ScanKind.CLOSE] if self.opens and not self.rows else [])]
         return [self.scans[k] for k in kinds if k in self.scans]
 
     def _lengths(self) -> None:
@@ -166,8 +182,7 @@ class Stream:
         return found
 
     def _ones(self, tokens: str) -> str:
-        shape = self.value("each_shape", f"Concat <axis = 0> ({self.N}, {tokens})")
-        return self.value("each", f"Expand ({self.number(1.0)}, {shape})")
+        return self.value("each", f"Expand ({self.number(1.0)}, {self.shape([self.N, tokens])})")
 
     def _windows(self, p: Port, x: str, length: int) -> str:
         """The last tokens of each token, [B, H, T, K, ...]; those of the call before come first."""
@@ -187,8 +202,7 @@ class Stream:
         found: Groups = {g: {} for g in ("param", "weights", "memory", "start", "summed", "rows")}
         for p in self.of("param"):
             wide = self.add(suffix(p.input, "wide"), f"Unsqueeze ({p.input}, {self.integer(0)})")
-            shape = ", ".join([self.B, self.H, *self.sizes(p.dims)])
-            spread = self.add(suffix(p.input, "spread"), f"Concat <axis = 0> ({shape})")
+            spread = self.shape([self.B, self.H, *self.sizes(p.dims)])
             each = self.add(suffix(p.input, "each"), f"Expand ({wide}, {spread})")
             found["param"][p.name] = self.reshaped(suffix(p.input, "flat"), each, [self.N, *self.sizes(p.dims)])
         for p in self.of("weights", "memory", "start", "summed"):
@@ -265,22 +279,23 @@ class Stream:
         if isinstance(b, int):
             batches = self.value("batches", f"Div ({total}, {self.integer(b)})")
             whole = self.value("whole", f"Mul ({batches}, {self.integer(b)})")
-        now = {"weights": weights, "memory": values["memory"]}
-        found = []
-        for word, begin, end in (("whole", none, whole), ("open", whole, total)):
-            kept = now
-            part = self.part(joined, word, begin, end)
-            carried = values["param"] | now["weights"] | now["memory"]
-            (z, *_), new = self.called(self.scans[ScanKind.WHOLE], word, carried, part)
-            now = {g: updated(x, new) for g, x in now.items()}
-            found.append(z)
-        z = self.value("both", f"Concat <axis = 1> ({', '.join(found)})")
+        carried = values["param"] | weights | values["memory"]
+        z, new, kept = self._kept(carried, joined)
         z = self.value("seen", f"Slice ({z}, {before}, {total}, {self.integer(1)})")
         position = self.value("stands", f"Sub ({total}, {whole})")
-        ends = self.value("ends", f"Equal ({position}, {none})")
-        memory = self.where("kept", ends, now["memory"], kept["memory"])
-        after = {"weights": now["weights"], "memory": memory, "start": kept["weights"], "rows": part}
+        after = {"memory": updated(values["memory"], kept), "start": updated(weights, kept)}
+        after |= {"weights": updated(weights, new), "rows": self.part(joined, "open", whole, total)}
         return z, after | {"position": {"": position}}
+
+    def _kept(self, values: Names, sequences: Names) -> tuple[str, Names, Names]:
+        """Whole mini-batches and an open one: outputs, what is carried after them, and what is before the open one."""
+        scan = self.scans[ScanKind.WHOLE]
+        z, *found = (suffix(marked(e.name), "all") for e in scan.results)
+        names = [a.leaf.name for a in scan.updates]
+        kept = [suffix(marked(n), "kept") for n in names]
+        given = [values.get(p.name) or sequences[p.name] for p in scan.params]
+        self.lines.append(f"{', '.join([z, *found, *kept])} = tttc.{scan.name}_kept ({', '.join(given)})")
+        return z, dict(zip(names, found, strict=True)), dict(zip(names, kept, strict=True))
 
     # -- pieces of a mini-batch
 

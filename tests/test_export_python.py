@@ -43,12 +43,27 @@ class State(tttc.Variant):
         return self.scale * x + (x * self.train) @ self.forward + self._W
 
     def loss(self, k, v):
-        return 0.5 * self.position * tttc.sum((self.learner(k) - v) ** 2)
+        return self.position * tttc.sum(tttc.huber(self.learner(k) - v, 1.0))
 
     update = tttc.sgd(lr=tttc.gate("forward"), momentum=tttc.gate("z"), nesterov=True, clip=2.0)
 
 
-ALONE = (CausalConvolution, LowRank, State)
+class Steps(tttc.Variant):
+    """Steps on mini-batches that are a single token: none is ever open."""
+
+    mini_batch, steps, read = 1, 2, "end"
+    W = tttc.state("D", "D")
+
+    def learner(self, x):
+        return x @ self.W
+
+    def loss(self, k, v):
+        return 0.5 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"))
+
+
+ALONE = (CausalConvolution, LowRank, State, Steps)
 FRESH = """
 import contextlib, io, runpy, sys
 sys.modules["tttc"] = None  # to import it is an error

@@ -48,8 +48,21 @@ def listed(head: str, items: Sequence[str], tail: str, *, each: bool = False) ->
     if not each and len(unmarked(indent + inner)) <= LINE_WIDTH:
         body = [indent + inner]
     else:
-        body = [f"{indent}{x}," for x in items]
+        body = [line for x in items for line in _item(indent, x)]
     return [head, *body, indent[4:] + tail]
+
+
+def _item(indent: str, text: str) -> list[str]:
+    """An item on a line; of a call that is too long for one, the arguments on lines of their own."""
+    head, bracket, arguments = text.partition("⟩(")  # what is called has a name
+    if len(unmarked(f"{indent}{text},")) <= LINE_WIDTH or not (bracket and text.startswith("lambda ")):
+        return [f"{indent}{text},"]
+    return listed(f"{indent}{head}{bracket}", _arguments(arguments.removesuffix(")")), "),")
+
+
+def _arguments(text: str) -> list[str]:
+    """The arguments of a call: what is between commas, but for those of an index."""
+    return re.split(r", (?![^\[\]]*\])", text)
 
 
 def assigned(indent: str, names: Sequence[str], head: str, items: Sequence[str], tail: str) -> list[str]:
@@ -125,7 +138,8 @@ def helpers_of(roots: Iterable[Expr]) -> list[str]:
 
 
 def _formula(text: str) -> str:
-    """SymPy writes a*b and a/b, and -a**b; a**b stays, as it is of names and numbers."""
+    """SymPy writes a*b and a/b, and -a**b; a**b stays where it is of names and numbers."""
+    text = re.sub(r"(?<=\))\*\*(?=\w)", " ** ", text)
     text = re.sub(r"((?:return |[(=*/,+-]) ?)-(\w+\*\*\w+)", r"\1-(\2)", text)
     return re.sub(r"(?<!\*)([*/])(?!\*)(?<!\*\*)", r" \1 ", text)
 
@@ -244,10 +258,10 @@ def _statements(
     for s in body:
         if isinstance(s, For):
             over = _places(s, mini_batch)
-            lines.append(f"{indent}for {marked(own(s.var))} in {over}:")
+            inner = _statements(s.body, writer, gradients, f"{indent}    ", mini_batch)
             if s.step is None and any(e.role == "gradient" for x in s.body for e in _leaves(x)):
-                lines += gradients(writer, f"{indent}    ")
-            lines += _statements(s.body, writer, gradients, f"{indent}    ", mini_batch)
+                inner = [*gradients(writer, f"{indent}    "), *inner]
+            lines += [f"{indent}for {marked(own(s.var))} in {over}:", *inner] if inner else []
         elif isinstance(s, Block):
             lines += writer.block(s, indent, "{}.append({})".format)
             writer.printer.names.clear()

@@ -77,7 +77,7 @@ def _refusal(of: Facts) -> list[str]:
 # -- calls
 
 
-def _run(of: Facts, kind: ScanKind, chunk: str, sliced: str, rename: dict[str, str]) -> list[str]:
+def _run(of: Facts, kind: ScanKind, indent: str, sliced: str, rename: dict[str, str]) -> list[str]:
     """z of some tokens, and the new carry."""
     scan = of.scans[kind]
     indices = [of.read.index(p.name) for p in scan.sequence]
@@ -90,14 +90,13 @@ def _run(of: Facts, kind: ScanKind, chunk: str, sliced: str, rename: dict[str, s
     def group(variables: Sequence[Expr]) -> str:
         return tuple_of([rename.get(p.name, marked(p.name)) for p in variables])
 
-    indent = " " * (16 if sliced else 12)
     targets = ["z", *(marked(a.leaf.name) for a in scan.updates)]
     given = [
         WORDS[kind].upper(),
         group(scan.carry),
         group(scan.fixed),
         tokens,
-        chunk,
+        _chunk(of),
         "self.every",
         "self.operators",
     ]
@@ -114,35 +113,34 @@ def _chunk(of: Facts) -> str:
 
 def _freely(of: Facts) -> list[str]:
     """All tokens of a call at once: a mini-batch cannot be told from another."""
-    run = _run(of, ScanKind.WHOLE, _chunk(of), "", {})
+    run = _run(of, ScanKind.WHOLE, " " * 12, "", {})
     return ["        found = []", "        if T:", *run, "            found.append(z)"]
 
 
 def _in_sums(of: Facts) -> list[str]:
     """What is left of an open mini-batch, whole ones, and what opens another."""
-    b, chunk = of.mini_batch, _chunk(of)
     starts = {p.name: of.variable(p) for p in of.of("start")}
+    again = [f"{x} = {marked(n)}" for n, x in starts.items()]
     lines = ["        position, found, now = state.position, [], 0", "        while now < T:"]
-    again = [f"                    {x} = {marked(n)}" for n, x in starts.items()]
+    indent = " " * 12
     if ScanKind.WHOLE in of.scans:
         lines += [
             "            if position == 0 and T - now >= MINI_BATCH:  # whole mini-batches",
             "                stop = T - (T - now) % MINI_BATCH",
+            *_run(of, ScanKind.WHOLE, " " * 16, "now:stop", {}),
+            *(f"                {x}" for x in again),
+            "            else:  # a part of one",
         ]
-        lines += _run(of, ScanKind.WHOLE, chunk, "now:stop", {})
-        lines += [x[4:] for x in again] + ["            else:  # a part of one"]
-    inner = [f"                stop = {'min(T, now + MINI_BATCH - position)' if b else 'T'}"]
-    inner += _run(of, ScanKind.OPEN, chunk, "now:stop", starts)
-    inner += _closing(of, starts)
-    if b:
-        inner.append("                position = (position + stop - now) % MINI_BATCH")
-        inner.append("                if position == 0:  # the next token begins another")
-        inner += again
-        inner += [f"                    {_fresh(p)}" for p in of.of("summed")]
-        inner += [f"                    {marked(n)} = {marked(suffixed(n, 'ended'))}" for n in _ended(of)]
+        indent = " " * 16
+    lines.append(f"{indent}stop = {'min(T, now + MINI_BATCH - position)' if of.mini_batch else 'T'}")
+    lines += _run(of, ScanKind.OPEN, indent, "now:stop", starts) + _closing(of, indent, starts)
+    if of.mini_batch:
+        ended = [f"{marked(n)} = {marked(suffixed(n, 'ended'))}" for n in _ended(of)]
+        lines.append(f"{indent}position = (position + stop - now) % MINI_BATCH")
+        lines.append(f"{indent}if position == 0:  # the next token begins another")
+        lines += [f"{indent}    {x}" for x in (*again, *map(_fresh, of.of("summed")), *ended)]
     else:
-        inner.append("                position += T")
-    lines += inner if ScanKind.WHOLE in of.scans else [x[4:] for x in inner]
+        lines.append(f"{indent}position += T")
     return [*lines, "            found.append(z)", "            now = stop"]
 
 
@@ -152,7 +150,7 @@ def _ended(of: Facts) -> list[str]:
     return [a.leaf.name for a in of.scans[ScanKind.CLOSE].updates if a.leaf.name not in weights]
 
 
-def _closing(of: Facts, starts: dict[str, str]) -> list[str]:
+def _closing(of: Facts, indent: str, starts: dict[str, str]) -> list[str]:
     """The weights that the mini-batch would hand on."""
     scan = of.scans[ScanKind.CLOSE]
     given = []
@@ -160,7 +158,7 @@ def _closing(of: Facts, starts: dict[str, str]) -> list[str]:
         last = p.name in of.read
         given.append(f"tokens[{of.read.index(p.name)}][:, stop - 1]" if last else starts.get(p.name, marked(p.name)))
     names = [marked(suffixed(a.leaf.name, "ended") if a.leaf.name in _ended(of) else a.leaf.name) for a in scan.updates]
-    return assigned(" " * 16, names, f"{called(ScanKind.CLOSE)}(", given, ")")
+    return assigned(indent, names, f"{called(ScanKind.CLOSE)}(", given, ")")
 
 
 def _fresh(p: Port) -> str:
@@ -186,7 +184,7 @@ def _in_rows(of: Facts) -> list[str]:
         f"        for stop in ({ends}):",
         "            if now < stop:",
         *(f"                {x}" for x in keep),
-        *_run(of, ScanKind.WHOLE, _chunk(of), "now:stop", {}),
+        *_run(of, ScanKind.WHOLE, " " * 16, "now:stop", {}),
         "                found.append(z)",
         "                begun, now = now, stop",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tttc.backends.torch.functions import Writer, assigned, block_function, listed, returned, token_loops
 from tttc.export.python.facts import Facts
-from tttc.ir.expr import leaf
+from tttc.ir.expr import Expr, leaf
 from tttc.ir.names import differential, function, marked, own, size_of, spelled
 from tttc.ir.primal import declared_loop
 from tttc.ir.program import EACH, GradientProgram, TokenProgram, blocks
@@ -23,6 +23,14 @@ def declared_functions(of: Facts) -> list[str]:
         (block,) = blocks(program[name].body)
         made.append(block_function(f"token_{name}", program[name].params, block, program, doc, alone=True))
     return made
+
+
+def values(of: Facts) -> list[Expr]:
+    """All that the definition computes: what its text calls has to be in the file."""
+    program, anchors = declared_loop(of.layer.stages.of(GradientProgram))
+    token = of.layer.stages.of(TokenProgram)
+    functions = (token["loss"], token["output"], *program.functions)
+    return [*anchors.values(), *(a.value for f in functions for x in blocks(f.body) for a in x.assigns)]
 
 
 def definition(of: Facts) -> str:

@@ -36,8 +36,8 @@ class Facts:
                 f"variant `{self.declared.name}`: its gradients come token by token, which no file does yet.\n"
                 '  Set anchor = "mini_batch", with a mini_batch above 1.'
             )
-        self.rows = self.sequencing.decode == "rows"
         self.opens = not self.plan.free and self.plan.mini_batch != 1
+        self.rows = self.opens and self.sequencing.decode == "rows"
         self.ports = ports_of(layer, self.opens, self.rows)
         self.scans: dict[ScanKind, Scan] = {s.kind: s for s in self.program.scans if s.kind in self._kinds}
         self.title = _free(self.declared.name, {"F", "State", *vars(glue)})

@@ -16,7 +16,7 @@ from tttc.compiler.driver import compile
 from tttc.explain.update_rule import read_text, update_lines
 from tttc.export.onnx import ExportMismatch
 from tttc.export.python import glue
-from tttc.export.python.definition import LONGEST_TESTED, declared_functions, definition, self_test
+from tttc.export.python.definition import LONGEST_TESTED, declared_functions, definition, self_test, values
 from tttc.export.python.facts import WORDS, Facts
 from tttc.export.python.module import loops, module, state_class
 from tttc.ir.names import spelled, worded
@@ -110,7 +110,7 @@ def _compare(layer: Layer, made: str) -> None:
 def _marked_text(of: Facts) -> str:
     """The file, its names marked."""
     program = of.program
-    functions, roots = [], []
+    functions, roots = [], values(of)
     for kind in WORDS:
         if (scan := of.scans.get(kind)) is None:
             continue

@@ -15,14 +15,14 @@ from tttc.backends.interface import Backend, EmittedProgram, Placement, Source
 from tttc.backends.registry import Unit
 from tttc.compiler.fallback import warn_of_fallback
 from tttc.compiler.kernel_check import check_kernels
-from tttc.compiler.pipeline import History, Options, advance
+from tttc.compiler.pipeline import History, HistoryEntry, Options, advance
 from tttc.compiler.stage_check import checking
 from tttc.declare.checks import checked_signature
 from tttc.declare.number import whole
 from tttc.declare.pickling import PickledVariant
 from tttc.declare.variant import Signature, Variant
 from tttc.errors import BackendRefusal, DeclarationError, ShapeError
-from tttc.ir.program import AdjointProgram
+from tttc.ir.program import AdjointProgram, TokenProgram
 from tttc.runtime.layer import Layer
 from tttc.runtime.standby import with_standby
 from tttc.tuning.lookup import Lookup
@@ -104,7 +104,17 @@ def compile(
         raise ShapeError(f'dims is {dims!r}; it must be a dict of sizes, such as {{"D": 64}}')
     if isinstance(variant, type) and issubclass(variant, NonParametric):
         return compile_attention(variant, dims, dtype, device)
-    request = _checked(variant, Settings(dims, dtype, device, backend, chunk, checkpoint, config, decode, telemetry))
+    given = Settings(dims, dtype, device, backend, chunk, checkpoint, config, decode, telemetry)
+    return _made(_checked(variant, given))
+
+
+def compile_program(program: TokenProgram, declared: Signature, settings: Settings) -> Layer:
+    """A layer from a program of the stage `declare`, of which the class need not be there. Raises `BackendRefusal`."""
+    return _made(Request(declared, settings, (HistoryEntry("declare", 1, program, 0.0, {}),)))
+
+
+def _made(request: Request) -> Layer:
+    """The layer that was asked for."""
     taken = _choose(request, runs=True)
     config = _checked_config(taken)
     stages = _emitted(taken, config)
@@ -175,6 +185,8 @@ class Request:
 
     declared: Signature
     settings: Settings
+    begun: tuple[HistoryEntry, ...] = ()
+    """The stages that are already there."""
 
     @property
     def place(self) -> Placement:
@@ -244,7 +256,7 @@ def _choose(request: Request, runs: bool) -> Taken:
     absent: dict[str, str] = {}
     numbers = "f64" if given.dtype == torch.float64 else "f32"
     options = Options(given.dims, numbers, given.chunk, given.telemetry, place=request.place)
-    common = advance(History(request.declared), options, "dualize")
+    common = advance(History(request.declared, request.begun), options, "dualize")
     for unit in candidates:  # the last one runs, or is refused
         if not asked and (gone := unit.missing()):
             absent[unit.name] = gone[0]

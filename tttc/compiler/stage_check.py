@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tttc.declare.specs import Spec
-from tttc.declare.variant import Signature
+from tttc.declare.variant import Absent, Signature
 from tttc.errors import PassChangedMeaning
 from tttc.ir.expr import OPS, Axis, Expr, postorder
 from tttc.ir.interpret import interpret
@@ -48,7 +48,8 @@ def check_meaning(declared: Signature, before: Program, after: Program, tokens: 
         _compare(before, after, name, wanted, found, TOLERANCE)
     if isinstance(after, GradientProgram) and not isinstance(before, GradientProgram):
         _check_gradient(before, after)
-    if isinstance(after, LoopProgram) and not isinstance(before, LoopProgram):
+    defined = not issubclass(declared.variant, Absent)
+    if defined and isinstance(after, LoopProgram) and not isinstance(before, LoopProgram):
         _check_loop(declared, before, after, tokens)
 
 

@@ -11,7 +11,7 @@ from tttc.declare.rule_checks import rates_of, rule_problems, setting_problems
 from tttc.declare.specs import GateSpec, ParamSpec, StateSpec, TokenSpec
 from tttc.declare.suggest import near
 from tttc.declare.value_checks import name_problems, value_problems
-from tttc.declare.variant import Signature, Variant
+from tttc.declare.variant import Absent, Signature, Variant
 from tttc.errors import DeclarationError, Problem, refusal
 
 
@@ -64,6 +64,8 @@ def _by_name(used: Sequence[GateSpec]) -> tuple[dict[str, GateSpec], list[Proble
 
 def _refuse_other_than_a_class(variant: Any) -> None:
     """Raise where something else stands in the place of a declaration: an instance, a name."""
+    if isinstance(variant, type) and issubclass(variant, Absent):
+        raise variant.refusal()
     if isinstance(variant, type) and issubclass(variant, Variant):
         return
     if isinstance(variant, Variant):

@@ -75,6 +75,18 @@ def bind(variant: type[Variant], values: Mapping[str, Any]) -> Any:
     return bound
 
 
+class Absent(Variant):
+    """Stands for the class of a declaration of which only the program is there, read from a file."""
+
+    @classmethod
+    def refusal(cls) -> DeclarationError:
+        """What is said where the class is needed."""
+        return DeclarationError(
+            f"variant `{cls.__name__}` was read from a file, which has its program and not its class.\n"
+            "  Import the declaration, and compile that, for its definition, its verification or tttc.nn.TTT."
+        )
+
+
 @dataclass(frozen=True)
 class Signature:
     """What a declaration takes and keeps, read off the class once."""

@@ -1,5 +1,10 @@
 """A layer, or a module that holds some, as a `.pt2` file.
 
+    tttc.export.save(model, "model.pt2", (x,))                      # for processes without the declarations
+    model = tttc.export.load("model.pt2")                           # in one of them: forward, and trained further
+
+Each layer is then one operator of the graph, and its program is part of the file.
+
     tttc.export.save(model, "model.pt2", (x,), inlined=True)        # for processes that have torch alone
     model = torch._inductor.aoti_load_package("model.pt2")          # in one of them
 
@@ -10,6 +15,8 @@ any batch and any number of tokens from one on, on processors of the kind that t
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +28,13 @@ import torch
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tttc.errors import BackendRefusal, ShapeError
-from tttc.export import scan_operator
+from tttc.errors import BackendRefusal, FileRefused, ShapeError
+from tttc.export import archive, program_file, scan_operator
 from tttc.export.inlined import Inliner
 from tttc.export.onnx import ExportMismatch
 from tttc.ir.program import TokenProgram
 from tttc.ir.structure import digest
+from tttc.runtime import custom_ops
 from tttc.runtime.inlining import inlined as inlined_by
 from tttc.runtime.layer import Layer
 from tttc.verification.comparison import relative_error
@@ -55,18 +63,81 @@ def save(module: torch.nn.Module | Layer, path: str | Path, example: Any, *, inl
         ExportMismatch: what was made does not compute what the module does; nothing is written.
         ShapeError: `example` is no call of the module.
     """
-    if not inlined:
-        raise BackendRefusal("only packages that need no tttc are written yet.\n  Pass inlined=True.")
-    scan_operator.available()
     path = Path(path)
     if path.suffix != ".pt2":
         raise ShapeError(f"the file is called {path.name}.\n  Give it a name that ends with .pt2.")
     call = Call.of(module, example)
-    program, about = inlined_program(call)
     with TemporaryDirectory(dir=path.parent) as folder:
-        made = scan_operator.packaged(program, Path(folder) / path.name, about)
-        call.compare(scan_operator.loaded(made), "the package")
+        made = (_packaged if inlined else _with_programs)(call, Path(folder) / path.name)
         made.replace(path)
+    return path
+
+
+def load(path: str | Path) -> torch.nn.Module:
+    """A module that `save` wrote, in a process that need not have its declaration: forward, and trained further.
+
+    The operators of its graph are made of the programs in the file, by the backend that they had where it is there,
+    otherwise by another. The file is data: nothing of it is run that is not an operator of PyTorch or of tttc.
+
+    >>> model = tttc.export.load("model.pt2")
+    >>> model(x)
+
+    Raises:
+        FileRefused: it is damaged, holds what no such file has, or is of another version.
+        BackendRefusal: there is no backend here that runs one of its programs.
+    """
+    path = Path(path)
+    for name, text in archive.checked(path).items():
+        _register(path, name, text)
+    try:
+        loaded: torch.nn.Module = torch.export.load(path).module()
+    except Exception as error:  # torch says in many ways what it does not read
+        raise FileRefused(
+            f"{path.name} is refused: torch does not read it ({type(error).__name__}: {error})."
+        ) from None
+    return loaded
+
+
+def _register(path: Path, name: str, text: str) -> None:
+    """Make the operator of that name, unless there is one of the same program."""
+    declaration = program_file.read(text)
+    if (there := custom_ops.known(name)) is not None:
+        if there.layer.digest != digest(declaration.program):
+            raise FileRefused(f"{path.name} is refused: here {name} is the operator of another program.")
+        return
+    if not re.fullmatch(rf"{declaration.program.name}_[0-9a-f]{{16}}", name):
+        raise FileRefused(f"{path.name} is refused: {name} is no operator of {declaration.program.name}.")
+    try:
+        program_file.compiled(declaration).register(name)
+    except BackendRefusal:
+        raise
+    except Exception as error:  # it has the form of a program, and means nothing
+        said = f"the program of {name} has no kernels ({type(error).__name__}: {error})"
+        raise FileRefused(f"{path.name} is refused: {said}.") from error
+
+
+def _packaged(call: Call, path: Path) -> Path:
+    scan_operator.available()
+    program, about = inlined_program(call)
+    made = scan_operator.packaged(program, path, about)
+    call.compare(scan_operator.loaded(made), "the package")
+    return made
+
+
+def _with_programs(call: Call, path: Path) -> Path:
+    """The module as torch exports it, and the program of every operator of tttc that it calls."""
+    args, named = call.passed(call.sized({BATCH: 2, TOKENS: 19}))
+    program = torch.export.export(call.module, args, named, dynamic_shapes=call.shapes)
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = (str(n.target) for graph in graphs for n in graph.nodes)
+    names = sorted({t.split(".")[1] for t in targets if t.startswith("tttc.")})
+    operators = {n: custom_ops.known(n) for n in names}
+    programs = {n: program_file.written(x.layer) for n, x in operators.items() if x is not None}
+    if not programs:
+        raise BackendRefusal(f"{type(call.module).__name__} calls no layer of tttc.\n  torch.export takes it as it is.")
+    call.compare(program.module(), "the exported program")
+    torch.export.save(program, path, extra_files={archive.PROGRAMS: json.dumps(programs)})
+    archive.checked(path)
     return path
 
 

@@ -36,8 +36,8 @@ _lock = Lock()
 class Operator:
     """The calls of a layer, differentiable once; over a batch of batches; on tensors in parts, by batch or heads."""
 
-    def __init__(self, name: str, call: FlatCall) -> None:
-        self.name, self.call = name, call
+    def __init__(self, name: str, call: FlatCall, layer: Any) -> None:
+        self.name, self.call, self.layer = name, call, layer
         self.backward = _backward(f"tttc::{name}_backward", call)
         self.forward = _forward(f"tttc::{name}", call, self.backward)
         self._run = getattr(torch.ops.tttc, name).default
@@ -87,13 +87,22 @@ def _placements(operator: Any, known: Sequence[Any], *arguments: Any) -> list[tu
     return found
 
 
-def operator(name: str, call: FlatCall) -> Operator:
+def operator(name: str, call: FlatCall, layer: Any) -> Operator:
     """The operator of a layer's calls; registered when it is first asked for."""
-    full = f"{name}_{digest(call)}"
+    return registered(f"{name}_{digest(call)}", call, layer)
+
+
+def registered(full: str, call: FlatCall, layer: Any) -> Operator:
+    """The operator of that name: the first that was asked for, of what may be many equal layers."""
     with _lock:  # a second registration of one name is an error of torch
         if full not in _known:
-            _known[full] = Operator(full, call)
+            _known[full] = Operator(full, call, layer)
     return _known[full]
+
+
+def known(full: str) -> Operator | None:
+    """The operator of that name, where there is one."""
+    return _known.get(full)
 
 
 def digest(call: FlatCall) -> str:

@@ -26,7 +26,7 @@ from tttc.ir.structure import digest
 from tttc.runtime import autograd
 from tttc.runtime.arguments import BoundCall
 from tttc.runtime.call import Call
-from tttc.runtime.custom_ops import Operator, in_parts, operator, untraced
+from tttc.runtime.custom_ops import Operator, in_parts, operator, registered, untraced
 from tttc.runtime.flat_call import DECIDED_LATER, FlatCall
 from tttc.runtime.graphs import constant_in_graphs, outside_graphs
 from tttc.runtime.inlining import inlining
@@ -269,10 +269,17 @@ class Layer:
         no generator that begins anew.
         """
         if self._operator is None:
-            program = self.stages.program
-            call = FlatCall(program, self.signature, self.sequencing, self._scans, self.dtype, self._checkpoint)
-            self._operator = operator(self._name, call)
+            self._operator = operator(self._name, self._flat_call(), self)
         return bool(self._begun)
+
+    def _flat_call(self) -> FlatCall:
+        program, scans = self.stages.program, self._scans
+        return FlatCall(program, self.signature, self.sequencing, scans, self.dtype, self._checkpoint)
+
+    def register(self, name: str) -> Operator:
+        """The operator of its calls under a name that a file has for it."""
+        self._operator = registered(name, self._flat_call(), self)
+        return self._operator
 
     def _checkpoint_of(self, name: str, tokens: int) -> int:
         """Of a scan over so many tokens; one that reads no tokens has nothing to keep."""

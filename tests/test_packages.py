@@ -65,7 +65,7 @@ def example(layer, tokens, batch=2, heads=2):
 @torch.no_grad()
 def test_a_traced_layer_takes_any_batch_and_length(kind):
     layer, given = layer_and_example(kind)
-    program, about = package.inlined_program(package.Call.of(layer, given))
+    program, about = package.inlined_program(package.Example.of(layer, given))
     assert not [n for n in program.graph.nodes if "tttc" in str(n.target)]
     assert about[f"tttc.digest.{layer.signature.name}"]
     run = scan_operator.runnable(program)

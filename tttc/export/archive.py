@@ -24,7 +24,7 @@ from tttc.errors import FileRefused
 from tttc.export.json_checks import Malformed, fail, shown, table
 
 PROGRAMS = "tttc.json"
-OPERATORS = "torch.ops.tttc."
+OURS = "torch.ops.tttc."
 FILES = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
     r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
@@ -121,8 +121,8 @@ def _called(graph: Any) -> set[str]:
         if key == "target" and isinstance(value, str):
             if not TARGETS.fullmatch(value):
                 fail(f"its graph calls {shown(value)}")
-            if value.startswith(OPERATORS):
-                found.add(value.removeprefix(OPERATORS).partition(".")[0])
+            if value.startswith(OURS):
+                found.add(value.removeprefix(OURS).partition(".")[0])
         elif key == "expr_str":
             _refuse_other_sizes(value)
     return found

@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 
-from tttc.export.json_checks import LARGEST, Malformed, fail, integer, items, name, number, one_of, shown, table
+from tttc.export.json_checks import LARGEST_INTEGER, Malformed, fail, integer, items, name, number, one_of, shown, table
 from tttc.ir.expr import OPS, Axis, Expr, Leaf, postorder
 from tttc.ir.formulas import NAMED, formula_name
 from tttc.ir.scalars import SCALARS, Formula
@@ -24,7 +24,7 @@ from tttc.ir.spec import OF_ONE_TOKEN
 MOST_NODES = 20_000
 LARGEST_FORMULA = 10_000  # nodes, what is shared counted as often as it stands there
 LARGEST_POWER = 64  # of a number; of an expression it may be any number
-ROLES = ("state", "param", "token", "gate", "output", "end", "memory")
+LEAF_ROLES = ("state", "param", "token", "gate", "output", "end", "memory")
 Read = Callable[[Any, str], Any]
 
 
@@ -45,7 +45,7 @@ def axes(x: Any, where: str) -> tuple[Axis, ...]:
 
 def _leaf(x: Any, where: str) -> tuple[Leaf, tuple[Axis, ...]]:
     called, role, own = items(x, where, 3)
-    return Leaf(name(called, where), one_of(role, f"{where}, the role of a leaf", ROLES)), axes(own, where)
+    return Leaf(name(called, where), one_of(role, f"{where}, the role of a leaf", LEAF_ROLES)), axes(own, where)
 
 
 def _renamed(x: Any, where: str) -> tuple[tuple[Axis, Axis], ...]:
@@ -216,7 +216,7 @@ def _part(line: list[Any], operands: list[Any], where: str) -> Any:
     if kind == "symbol" and len(rest) == 1:
         return sympy.Symbol(name(rest[0], where), real=True)
     if kind == "ratio" and len(rest) == 2:
-        return sympy.Rational(integer(rest[0], where, -LARGEST), integer(rest[1], where))
+        return sympy.Rational(integer(rest[0], where, -LARGEST_INTEGER), integer(rest[1], where))
     if kind == "float" and len(rest) == 3:
         return _float(rest, where)
     if kind == "power" and len(rest) == 2:

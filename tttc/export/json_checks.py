@@ -10,7 +10,7 @@ from tttc.ir.names import spelled
 
 T = TypeVar("T")
 LONGEST_NAME = 200
-LARGEST = 2**53  # of integers: what floating point counts
+LARGEST_INTEGER = 2**53  # of integers: what floating point counts
 
 
 class Malformed(ValueError):
@@ -46,7 +46,7 @@ def items(x: Any, where: str, length: int | None = None) -> list[Any]:
     return x
 
 
-def integer(x: Any, where: str, least: int = 1, most: int = LARGEST) -> int:
+def integer(x: Any, where: str, least: int = 1, most: int = LARGEST_INTEGER) -> int:
     if type(x) is not int or not least <= x <= most:
         fail(f"{where} is {shown(x)}, no integer from {least} to {most}")
     return x

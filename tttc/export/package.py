@@ -42,7 +42,7 @@ from tttc.verification.inputs import random_inputs
 from tttc.version import __version__
 
 ROUNDINGS = 100  # of the outputs' dtype: what a package may differ by, relative, from the module
-SEVERAL = 5.0  # times what a rounding of the inputs does to the module's own outputs
+NOISE = 5.0  # times what a rounding of the inputs does to the module's own outputs
 BATCH, TOKENS, HEADS = (Dim(name, min=1) for name in ("batch", "tokens", "heads"))
 Function = Callable[..., Any]
 
@@ -66,7 +66,7 @@ def save(module: torch.nn.Module | Layer, path: str | Path, example: Any, *, inl
     path = Path(path)
     if path.suffix != ".pt2":
         raise ShapeError(f"the file is called {path.name}.\n  Give it a name that ends with .pt2.")
-    call = Call.of(module, example)
+    call = Example.of(module, example)
     with TemporaryDirectory(dir=path.parent) as folder:
         made = (_packaged if inlined else _with_programs)(call, Path(folder) / path.name)
         made.replace(path)
@@ -116,7 +116,7 @@ def _register(path: Path, name: str, text: str) -> None:
         raise FileRefused(f"{path.name} is refused: {said}.") from error
 
 
-def _packaged(call: Call, path: Path) -> Path:
+def _packaged(call: Example, path: Path) -> Path:
     scan_operator.available()
     program, about = inlined_program(call)
     made = scan_operator.packaged(program, path, about)
@@ -124,7 +124,7 @@ def _packaged(call: Call, path: Path) -> Path:
     return made
 
 
-def _with_programs(call: Call, path: Path) -> Path:
+def _with_programs(call: Example, path: Path) -> Path:
     """The module as torch exports it, and the program of every operator of tttc that it calls."""
     args, named = call.passed(call.sized({BATCH: 2, TOKENS: 19}))
     program = torch.export.export(call.module, args, named, dynamic_shapes=call.shapes)
@@ -171,7 +171,7 @@ class LayerModule(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class Call:
+class Example:
     """A module and arguments of it, by the names that they have there; `shapes` says which axes vary."""
 
     module: torch.nn.Module
@@ -180,7 +180,7 @@ class Call:
     shapes: dict[str, Any]
 
     @staticmethod
-    def of(module: torch.nn.Module | Layer, example: Any) -> Call:
+    def of(module: torch.nn.Module | Layer, example: Any) -> Example:
         args, named = ((), example) if isinstance(example, Mapping) else (example, {})
         args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
         callee = LayerModule(module) if isinstance(module, Layer) else module
@@ -193,7 +193,7 @@ class Call:
             raise ShapeError("the example has no tensor [batch, tokens, ...].\n  Pass the arguments of a call, (x,).")
         varies = _of_layer(module) if isinstance(module, Layer) else partial(_of_module, tensors[0].shape[:2])
         shapes = {n: _mapped(partial(varies, n), x) for n, x in bound.items()}
-        return Call(callee, len(args), dict(bound), shapes)
+        return Example(callee, len(args), dict(bound), shapes)
 
     def sized(self, sizes: Mapping[Any, int]) -> dict[str, Any]:
         """The arguments with axes of other lengths: what they hold, from its beginning, as often as it takes."""
@@ -224,14 +224,14 @@ class Call:
             rounded = tree_leaves(self.module(*near, **others))
             found = tree_leaves(made(*args, **named))
             for x, y, z in zip(wanted, rounded, found, strict=True):
-                allowed = max(ROUNDINGS * torch.finfo(x.dtype).eps, SEVERAL * relative_error(y.double(), x.double()))
+                allowed = max(ROUNDINGS * torch.finfo(x.dtype).eps, NOISE * relative_error(y.double(), x.double()))
                 error = relative_error(z.double(), x.double())
                 if not error <= allowed:
                     differs = f"of {tokens} tokens differs by {error:.1e} in {what}, more than {allowed:.0e}"
                     raise ExportMismatch(f"an output {differs}.\n  Nothing was written.")
 
 
-def inlined_program(call: Call) -> tuple[Any, dict[str, str]]:
+def inlined_program(call: Example) -> tuple[Any, dict[str, str]]:
     """The module as an exported program of operations of torch, compared with the module, and what is said about it."""
     inliner = Inliner()
     args, named = call.passed(call.sized({BATCH: 2, TOKENS: 19}))

@@ -46,7 +46,7 @@ FORMAT, VERSION = "tttc.program", 1
 LARGEST_FILE = 16_000_000  # characters
 PARTS = ("format", "version", "digest", "name", "title", "dims", "dtype", "telemetry", "nodes", "words", "functions")
 KEYS = (*PARTS, "update", "declared", "settings")
-RATES = ("lr", "tau", "momentum", "decay", "average")
+RATE_KEYS = ("lr", "tau", "momentum", "decay", "average")
 CHOICES = {"read": READS, "per": ("token", "mini_batch"), "anchor": ANCHORS}
 FLAGS = ("nesterov", "ema", "decay_first")
 
@@ -135,7 +135,7 @@ def _update(update: Update, places: Mapping[Expr, int]) -> dict[str, Any]:
     b = "all" if update.mini_batch is SEQUENCE else update.mini_batch
     states = [places[w] for w in update.states]
     return {"states": states, "mini_batch": b, "at_end": stages, **plain} | {
-        r: mapped(getattr(update, r)) for r in RATES
+        r: mapped(getattr(update, r)) for r in RATE_KEYS
     }
 
 
@@ -265,7 +265,7 @@ def _read_function(called: str, x: Any, place: _Places) -> Function:
 
 
 def _read_update(x: Any, place: _Places) -> Update:
-    given = table(x, "update", ("states", "mini_batch", "at_end", *CHOICES, *FLAGS, "clip", "steps", *RATES))
+    given = table(x, "update", ("states", "mini_batch", "at_end", *CHOICES, *FLAGS, "clip", "steps", *RATE_KEYS))
     states = tuple(place.leaf(w, "a state of update", ("state",)) for w in items(given["states"], "update.states"))
     names = [w.name for w in states]
     if not states or len(set(names)) != len(names):

@@ -31,4 +31,6 @@ def inlined(by: Inlined) -> Iterator[None]:
 
 def inlining() -> Inlined | None:
     """What calls are made by, where it is not the layer itself."""
+    if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():  # a graph of torch.compile reads
+        return None  # no context
     return _inlined.get()

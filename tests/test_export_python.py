@@ -131,6 +131,20 @@ def test_the_module_is_compiled_whole(folder):
     torch.testing.assert_close(*pulled)
 
 
+def test_autocast_changes_no_number(folder):
+    """Nor does the dtype of q, but for the rounding of z."""
+    made = generated.module((folder / "LaCT.py").read_text(encoding="utf-8"), "layer", "<layer>")
+    layer, x, rate = made.LaCT(num_heads=2), torch.randn(1, SHORT + 2, 2, 3), torch.rand(1, SHORT + 2, 2)
+    given = x, x, x, rate, rate, rate, rate
+    z, state = layer(*given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, after = layer(*given)
+    assert torch.equal(z, again)
+    assert torch.equal(state.W0, after.W0)
+    half, after = layer(x.bfloat16(), x, x, rate, rate, rate, rate)
+    assert (half.dtype, after.W0.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_second_derivative_knows_what_the_first_was_made_of(folder):
     made = generated.module((folder / "TTTLinear.py").read_text(encoding="utf-8"), "layer", "<layer>")
     layer = made.TTTLinear(num_heads=1, every=2).double()

@@ -158,7 +158,7 @@ def _closing(of: Facts, indent: str, starts: dict[str, str]) -> list[str]:
         last = p.name in of.read
         given.append(f"tokens[{of.read.index(p.name)}][:, stop - 1]" if last else starts.get(p.name, marked(p.name)))
     names = [marked(suffixed(a.leaf.name, "ended") if a.leaf.name in _ended(of) else a.leaf.name) for a in scan.updates]
-    return assigned(indent, names, f"{called(ScanKind.CLOSE)}(", given, ")")
+    return assigned(indent, names, "exact(", [called(ScanKind.CLOSE), *given], ")")
 
 
 def _fresh(p: Port) -> str:

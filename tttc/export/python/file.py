@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 from textwrap import indent, wrap
@@ -42,7 +43,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 """
 MAIN = """\
 if __name__ == "__main__":
@@ -133,6 +133,7 @@ def _marked_text(of: Facts) -> str:
         loops(of, made),
         *_section("the layer"),
         *_glue("flat", "spread", *(["windows"] if of.of("taps") else [])),
+        *(_glue("exact") if {ScanKind.CLOSE, ScanKind.BEGIN} & of.scans.keys() else []),
         state_class(of),
         module(of, _about(of)),
         *_section("the definition"),
@@ -144,11 +145,13 @@ def _marked_text(of: Facts) -> str:
         self_test(of),
         MAIN,
     ]
-    return "\n".join([LICENSE, _docstring(of), "", IMPORTS, "\n\n\n".join(p for p in parts if p)])
+    body = "\n\n\n".join(p for p in parts if p)
+    imports = f"{IMPORTS}import torch.nn.functional as F\n" if re.search(r"\bF\.\w", body) else IMPORTS
+    return "\n".join([LICENSE, _docstring(of), "", imports, body])
 
 
 def _section(title: str) -> list[str]:
-    return [f"# -- {title} {'-' * (115 - len(title))}"]
+    return [f"# -- {title} {'-' * (114 - len(title))}"]
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

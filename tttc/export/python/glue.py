@@ -30,6 +30,12 @@ def windows(x: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.
     return torch.stack([joined[:, i : i + T] for i in range(K)], 2), joined[:, T:]
 
 
+def exact(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    """What a function gives where autocast would take its products to 16 bits: without it."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return function(*tensors)
+
+
 class Loop(NamedTuple):
     """A loop over chunks of tokens. Its inputs are what is carried from chunk to chunk, what stays, and sequences."""
 

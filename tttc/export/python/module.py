@@ -82,7 +82,7 @@ def _begin(of: Facts) -> list[str]:
     ]
     if (scan := of.scans.get(ScanKind.BEGIN)) is not None:
         made, given = ([marked(p.name) for p in group] for group in (scan.results, scan.params))
-        lines += assigned("        ", made, f"{called(ScanKind.BEGIN)}(", given, ")")
+        lines += assigned("        ", made, "exact(", [called(ScanKind.BEGIN), *given], ")")
     values = []
     for p in of.held:
         length = {"rows": [0], "taps": p.taps}.get(p.group, [])

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import tttc
-from benchmarks import cpu, measure, present
+from benchmarks import cpu, measure, onnx, present
 from benchmarks.by_hand import FORMS, run, run_whole
 from benchmarks.contenders import Disagreement, backward_step, by_hand, check, forward_step, ours
 from benchmarks.flops import useful_flops
 from benchmarks.workloads import HEADLINE, Case, case, cases, inputs
 from tests.helpers import LIBRARY, differences, oracle_result, result_of
+from tttc.export import onnx as export
 from tttc.verification.comparison import Inputs, random_inputs
 
 KNOWN = {c.name: c for c in cases().values()}
@@ -160,6 +161,19 @@ def test_a_row_without_agreement_has_no_number() -> None:
     row = {"label": "X", "pass": "forward", "sizes": {"D": 4}, "refused": "tttc: z is off by 1.0e+00"}
     assert present.cells(row)[2] == "disagrees"
     assert not any(any(ch.isdigit() for ch in cell) for cell in present.cells(row))
+
+
+@pytest.mark.parametrize("name", ["GatedDeltaNet", "TTTLinear"])
+def test_the_graphs_that_are_timed_are_the_definition(name: str) -> None:
+    """As one call, and token by token."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is an extra: pip install 'tttc[onnx]'")
+    c = case(name, KNOWN[name].variant, D=3, T=20, H=2)
+    x = {n: t.detach() for n, t in inputs(c).items()}
+    layer = tttc.compile(c.variant, c.dims, backend="torch")
+    session = onnx.of_session(c, export.Session(export.model(layer).SerializeToString()))
+    wanted, _ = onnx.results(onnx.of_layer(c, layer), x, 1)
+    for calls in (1, 20):
+        check({name: lambda calls=calls: onnx.results(session, x, calls)[0]}, wanted)  # type: ignore[misc]
 
 
 def test_the_gpu_benchmark_runs_without_one() -> None:

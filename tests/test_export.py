@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is an extra: pip install 'tttc[o
 pytest.importorskip("onnxruntime", reason="onnxruntime is an extra: pip install 'tttc[onnx]'")
 
 TOKENS = 13
+RESIDENT = Path("/proc/self/statm")
 CUTS = ((), (1, 2, 6, 6), tuple(range(1, TOKENS)))  # as one call, with one of no tokens, and token by token
 OFF = {
     **WORSE,
@@ -118,6 +121,24 @@ def test_equal_layers_are_equal_files(tmp_path):
     assert about["tttc.variant"] == "TTTLinear"
     assert about["tttc.onnxruntime"] == ">=1.32"
     assert "def loss" in about["tttc.declaration"]
+
+
+@pytest.mark.skipif(not RESIDENT.exists(), reason="memory is read from /proc")
+def test_decoding_takes_no_more_memory_the_longer_it_goes(tmp_path):
+    """Neither the state nor the runtime: a thousand single tokens, of which the first are for what is kept for good."""
+    layer = tttc.compile(tttc.library.TTTLinear, {"D": 32}, torch.float32, backend="torch", decode="rows")
+    session = export.Session(export.save(layer, tmp_path / "layer.onnx"))
+    given = export.arrays(layer, session, inputs_for(layer, 1, batch=2, heads=4))
+    _, state = session(given)
+    given = {n: x for n, x in given.items() if not n.startswith("past_")}
+    pages, held = [], []
+    for _ in range(1000):
+        _, state = session(given, state)
+        pages.append(int(RESIDENT.read_text().split()[1]))
+        held.append(sum(x.nbytes for x in state.values()))
+    assert len(set(held)) == 16
+    assert held[992 - 16 : 992] == held[:16]
+    assert (pages[-1] - pages[300]) * resource.getpagesize() < 2**21
 
 
 def test_the_graph_of_a_layer(golden):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,11 @@ class EmittedProgram(AdjointProgram):
 
 class Backend(Protocol):
     """The functions of a backend package: those that make kernels, and those that say what about them may be chosen."""
+
+    @property
+    def ROWS(self) -> Collection[str]:
+        """The operations that it has a row for: what is defined by a formula, and has none, it is given as that."""
+        ...
 
     def refusals(self, program: ScanProgram) -> list[str]:
         """Why this backend cannot run the program; empty when it can."""

@@ -77,9 +77,7 @@ FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
 }
 """SymPy's functions, as a user writes them, in the named ones."""
 
-NAMED: dict[str, Any] = {
-    row.name: row.formula.func for row in s.SCALARS.values() if isinstance(row.formula, sympy.Function)
-}
+NAMED = {row.name: row for row in s.SCALARS.values() if row.infix is None}
 """The functions with a row, which a user may name too: sympy.Function("sigmoid")(x)."""
 
 
@@ -103,8 +101,8 @@ def adopt(body: sympy.Expr) -> sympy.Expr:
         return _power(adopt(body.base), adopt(body.exp))
     if name in FUNCTIONS:
         return FUNCTIONS[name](*map(adopt, body.args))
-    if name in NAMED and len(body.args) in NAMED[name].nargs:
-        return NAMED[name](*map(adopt, body.args))
+    if name in NAMED and len(body.args) == NAMED[name].arity:
+        return NAMED[name].formula.xreplace(dict(zip(NAMED[name].symbols, map(adopt, body.args), strict=True)))
     raise ValueError(f"{name} has no elementwise form here; use one of {', '.join(function_names())}, powers")
 
 
@@ -201,6 +199,6 @@ def formula_text(formula: Formula, render: Callable[[sympy.Expr], str] = rendere
 @cache
 def numpy_function(formula: Formula) -> Callable[..., Any]:
     """A formula as a function of NumPy's arrays."""
-    scope: dict[str, Any] = dict(s.NUMPY_NAMES)
+    scope: dict[str, Any] = s.numpy_names()
     exec(formula_text(formula), scope)
     return scope[formula.name]

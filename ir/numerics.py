@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tttc.ir.scalars import NUMPY_NAMES
+from tttc.ir.scalars import numpy_names
 
 pi = np.pi
 inf = np.inf
@@ -26,7 +26,7 @@ sum = np.sum
 mean = np.mean
 max = np.max
 cumprod = np.cumprod
-globals().update(NUMPY_NAMES)
+globals().update(numpy_names())
 
 
 def chunks(tokens: int | range, length: int) -> list[range]:

@@ -1,10 +1,12 @@
 """Elementwise functions: a SymPy formula for each, from which SymPy takes every derivative.
 
 SymPy rewrites on its own (`exp(a) * exp(b)`, `x / x`), which can overflow where the original did not. Functions with a
-numerically stable form (sigmoid, softplus, rsqrt, ...) therefore stay named functions with a derivative of their own,
-in terms of named functions again:
+numerically stable form (sigmoid, softplus, rsqrt, ...) therefore stay named functions with a derivative of their own.
+The formula of every other row is in terms of these, and so is its derivative:
 
     silu = x * sigmoid(x)      ->  silu' = sigmoid(x) + x * sigmoid(x) * (1 - sigmoid(x))
+
+A backend that has no row for such a function computes its formula (backends/rows.py).
 """
 
 from __future__ import annotations
@@ -45,8 +47,6 @@ sqrt: Any = _named("sqrt", lambda a: 1 / (2 * sqrt(a)))
 sin = _named("sin", lambda a: cos(a))
 cos: Any = _named("cos", lambda a: -sin(a))
 erf = _named("erf", lambda a: 2 / sqrt(sympy.pi) * exp(-(a**2)))
-silu = _named("silu", lambda a: sympy.diff(SILU, x).subs(x, a))
-gelu = _named("gelu", lambda a: sympy.diff(GELU, x).subs(x, a))
 less_equal = type(
     "less_equal", (sympy.Function,), {"is_real": True, "nargs": (2,), "fdiff": lambda self, i=1: sympy.Integer(0)}
 )
@@ -89,6 +89,12 @@ class Scalar:
     def symbols(self) -> tuple[sympy.Symbol, ...]:
         return (x, y, z)[: self.arity]
 
+    @property
+    def definition(self) -> Formula | None:
+        """The function in terms of others, which every backend can compute; None where it is one of these itself."""
+        elementary = self.infix is not None or self.formula.func.__name__ == self.name
+        return None if elementary else Formula(self.name, self.symbols, self.formula)
+
 
 @dataclass(frozen=True)
 class Formula:
@@ -118,28 +124,6 @@ def _huber(a: Any, delta: Any) -> Any:
     return np.where(np.abs(a) <= delta, 0.5 * a * a, delta * (np.abs(a) - 0.5 * delta))
 
 
-NUMPY_NAMES: dict[str, Callable[..., Any]] = {
-    "exp": np.exp,
-    "log": np.log,
-    "sqrt": np.sqrt,
-    "tanh": np.tanh,
-    "sin": np.sin,
-    "cos": np.cos,
-    "erf": _erf,
-    "abs": np.abs,
-    "sign": np.sign,
-    "sigmoid": _sigmoid,
-    "softplus": lambda a: np.maximum(a, 0) + np.log1p(np.exp(-np.abs(a))),
-    "rsqrt": lambda a: 1 / np.sqrt(a),
-    "relu": lambda a: np.maximum(a, 0),
-    "step": lambda a: np.where(np.asarray(a) > 0, 1.0, 0.0),
-    "silu": lambda a: a * _sigmoid(a),
-    "gelu": _gelu,
-    "huber": _huber,
-    "less_equal": lambda a, b: np.where(np.asarray(a) <= b, 1.0, 0.0),
-    "select": lambda c, a, b: np.where(np.asarray(c) > 0.5, a, b),
-}
-
 _positive = (0.1, 3.0)
 SCALARS: dict[str, Scalar] = {
     row.name: row
@@ -149,27 +133,32 @@ SCALARS: dict[str, Scalar] = {
         Scalar("mul", x * y, np.multiply, infix="*"),
         Scalar("div", x / y, np.divide, infix="/", domain=_positive),
         Scalar("neg", -x, np.negative, infix="-"),
-        Scalar("exp", exp(x), NUMPY_NAMES["exp"]),
-        Scalar("log", log(x), NUMPY_NAMES["log"], domain=_positive),
-        Scalar("sqrt", sqrt(x), NUMPY_NAMES["sqrt"], domain=_positive),
-        Scalar("rsqrt", rsqrt(x), NUMPY_NAMES["rsqrt"], domain=_positive),
-        Scalar("tanh", tanh(x), NUMPY_NAMES["tanh"]),
-        Scalar("sin", sin(x), NUMPY_NAMES["sin"]),
-        Scalar("cos", cos(x), NUMPY_NAMES["cos"]),
-        Scalar("erf", erf(x), NUMPY_NAMES["erf"]),
-        Scalar("abs", absolute(x), NUMPY_NAMES["abs"]),
-        Scalar("sign", sign(x), NUMPY_NAMES["sign"]),
-        Scalar("step", step(x), NUMPY_NAMES["step"]),
-        Scalar("relu", relu(x), NUMPY_NAMES["relu"]),
-        Scalar("sigmoid", sigmoid(x), NUMPY_NAMES["sigmoid"]),
-        Scalar("softplus", softplus(x), NUMPY_NAMES["softplus"]),
-        Scalar("silu", silu(x), NUMPY_NAMES["silu"], opaque_derivative=True),
-        Scalar("gelu", gelu(x), NUMPY_NAMES["gelu"], opaque_derivative=True),
-        Scalar("huber", HUBER, NUMPY_NAMES["huber"]),
-        Scalar("less_equal", less_equal(x, y), NUMPY_NAMES["less_equal"]),
-        Scalar("select", select(x, y, z), NUMPY_NAMES["select"]),
+        Scalar("exp", exp(x), np.exp),
+        Scalar("log", log(x), np.log, domain=_positive),
+        Scalar("sqrt", sqrt(x), np.sqrt, domain=_positive),
+        Scalar("rsqrt", rsqrt(x), lambda a: 1 / np.sqrt(a), domain=_positive),
+        Scalar("tanh", tanh(x), np.tanh),
+        Scalar("sin", sin(x), np.sin),
+        Scalar("cos", cos(x), np.cos),
+        Scalar("erf", erf(x), _erf),
+        Scalar("abs", absolute(x), np.abs),
+        Scalar("sign", sign(x), np.sign),
+        Scalar("step", step(x), lambda a: np.where(np.asarray(a) > 0, 1.0, 0.0)),
+        Scalar("relu", relu(x), lambda a: np.maximum(a, 0)),
+        Scalar("sigmoid", sigmoid(x), _sigmoid),
+        Scalar("softplus", softplus(x), lambda a: np.maximum(a, 0) + np.log1p(np.exp(-np.abs(a)))),
+        Scalar("silu", SILU, lambda a: a * _sigmoid(a), opaque_derivative=True),
+        Scalar("gelu", GELU, _gelu, opaque_derivative=True),
+        Scalar("huber", HUBER, _huber),
+        Scalar("less_equal", less_equal(x, y), lambda a, b: np.where(np.asarray(a) <= b, 1.0, 0.0)),
+        Scalar("select", select(x, y, z), lambda c, a, b: np.where(np.asarray(c) > 0.5, a, b)),
     )
 }
+
+
+def numpy_names() -> dict[str, Callable[..., Any]]:
+    """The rows that a NumPy program calls by their names."""
+    return {row.name: row.numpy for row in SCALARS.values() if row.infix is None}
 
 
 def derivative_name(name: str, index: int, arity: int) -> str:

@@ -14,8 +14,9 @@ tune.py        what may be chosen: nothing
 
 from tttc.backends.onnx.emit import emit_source, notes, refusals
 from tttc.backends.onnx.load import here, load_scans, unavailable
+from tttc.backends.onnx.ops import ROWS
 from tttc.backends.onnx.tune import toolchain
 from tttc.backends.untuned import choices, identity, preferred_chunk
 
-__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
-__all__ += ["toolchain", "unavailable"]
+__all__ = ["ROWS", "choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk"]
+__all__ += ["refusals", "toolchain", "unavailable"]

@@ -13,7 +13,8 @@ import sympy
 
 from tttc.backends.onnx.nodes import Nodes
 from tttc.backends.onnx.ops import ROWS
-from tttc.ir.expr import OPS, Axes, Axis, Expr, postorder
+from tttc.backends.rows import in_others
+from tttc.ir.expr import Axes, Axis, Expr, postorder
 from tttc.ir.names import marked
 from tttc.ir.ops import einsum_spec, is_upper
 from tttc.ir.scalars import SCALARS
@@ -100,9 +101,8 @@ class Lowering(Nodes):
         return self.known[e]
 
     def _lowered(self, e: Expr) -> str:
-        lower = OPS[e.op].lower
-        if e.op not in ROWS and lower is not None:
-            return self(lower(e))
+        if e.op not in ROWS and (made_of := in_others(e)) is not None:
+            return self(made_of)
         if e.op in SCALARS:
             return self.applied(e.op, *(self.aligned(s, e.axes) for s in e.src))
         if ROWS[e.op].startswith("_"):

@@ -19,7 +19,8 @@ On a CPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set befo
 
 from tttc.backends.triton.emit import emit_source, notes, refusals
 from tttc.backends.triton.load import here, load_scans, unavailable
+from tttc.backends.triton.ops import ROWS
 from tttc.backends.triton.tune import choices, identity, preferred_chunk, toolchain
 
-__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
-__all__ += ["toolchain", "unavailable"]
+__all__ = ["ROWS", "choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk"]
+__all__ += ["refusals", "toolchain", "unavailable"]

@@ -21,8 +21,9 @@ first kernel is compiled.
 
 from tttc.backends.tvm_cpu.emit import emit_source, refusals
 from tttc.backends.tvm_cpu.load import here, load_scans, unavailable
+from tttc.backends.tvm_cpu.ops import ROWS
 from tttc.backends.tvm_cpu.tune import choices, identity, preferred_chunk, toolchain
 from tttc.backends.untuned import notes
 
-__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
-__all__ += ["toolchain", "unavailable"]
+__all__ = ["ROWS", "choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk"]
+__all__ += ["refusals", "toolchain", "unavailable"]

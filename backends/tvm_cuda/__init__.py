@@ -19,8 +19,9 @@ tune.py         what may be tuned
 from tttc.backends.tvm_common.refusals import only_chunk as preferred_chunk
 from tttc.backends.tvm_cuda.emit import emit_source, refusals
 from tttc.backends.tvm_cuda.load import here, load_scans, unavailable
+from tttc.backends.tvm_cuda.ops import ROWS
 from tttc.backends.tvm_cuda.tune import toolchain
 from tttc.backends.untuned import choices, identity, notes
 
-__all__ = ["choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk", "refusals"]
-__all__ += ["toolchain", "unavailable"]
+__all__ = ["ROWS", "choices", "emit_source", "here", "identity", "load_scans", "notes", "preferred_chunk"]
+__all__ += ["refusals", "toolchain", "unavailable"]

@@ -25,7 +25,7 @@ from tttc.ir.names import own
 from tttc.ir.ops import align, evaluate
 from tttc.ir.program import Assign, Block, Function, Program
 from tttc.ir.program_text import program_text
-from tttc.ir.scalars import NUMPY_NAMES, SCALARS, Formula
+from tttc.ir.scalars import SCALARS, Formula, numpy_names
 
 SIZES = {"D": 3, "E": 4, "P": 5}
 D, E = Axis("D", "D"), Axis("E", "E")
@@ -440,7 +440,7 @@ def test_the_formula_of_a_row_is_its_meaning(name):
     """What SymPy differentiates is what NumPy computes, on the domain of the row."""
     row = SCALARS[name]
     values = [np.random.default_rng(i).uniform(*row.domain, 50) for i in range(row.arity)]
-    compiled = sympy.lambdify(row.symbols, row.formula, modules=[NUMPY_NAMES, "numpy"])
+    compiled = sympy.lambdify(row.symbols, row.formula, modules=[numpy_names(), "numpy"])
     np.testing.assert_allclose(compiled(*values), row.numpy(*values), rtol=1e-13, atol=1e-13)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from tttc.backends.garbage import gc_paused
 from tttc.backends.interface import HOST, Backend, EmittedProgram, Placement, Settings
+from tttc.backends.rows import spelled_out
 from tttc.compiler.stage_check import blamed, check_meaning, checking
 from tttc.declare.checks import no_exact_form, no_gradient
 from tttc.declare.lower import declare
@@ -173,7 +174,14 @@ def dualized(program: LoopProgram, _: Options) -> DualProgram:
 
 
 def scheduled(program: DualProgram, options: Options) -> ScanProgram:
-    """The program as scans of chunks: the chunk as given or tuned, or as the backend would have a free one."""
+    """The program as scans of chunks: the chunk as given or tuned, or as the backend would have a free one. What the
+    backend has no row for is spelled out.
+    """
+    made = _in_chunks(program, options)
+    return made if options.backend is None else spelled_out(made, options.backend.ROWS)
+
+
+def _in_chunks(program: DualProgram, options: Options) -> ScanProgram:
     chunk = options.chunk if options.tuned is None else options.tuned(program)
     made = schedule(program, chunk)
     if chunk is not None or not made.plan.free or options.backend is None or program.telemetry:

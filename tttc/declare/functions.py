@@ -17,6 +17,7 @@ from tttc.backends.torch.ops import function_of
 from tttc.declare.declared import Declared, no_value
 from tttc.declare.number import number
 from tttc.declare.sizes import axis_size
+from tttc.declare.suggest import OPERATIONS
 from tttc.declare.traced_functions import apply_formula, trace
 from tttc.declare.tracer import Traced, unsupported
 from tttc.ir.formulas import formula_of
@@ -34,6 +35,7 @@ def _dispatch(name: str, meaning: Callable[..., Any], doc: str) -> Callable[...,
 
     operation.__name__ = operation.__qualname__ = name
     operation.__doc__ = doc
+    OPERATIONS.append(name)
     return operation
 
 

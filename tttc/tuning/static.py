@@ -26,6 +26,7 @@ from tttc.backends import registry
 from tttc.backends.cost_model import EstimatedKernel, NotCompiled
 from tttc.backends.interface import Tunable
 from tttc.backends.registry import Unit
+from tttc.backends.rows import spelled_out
 from tttc.backends.target import GPU, GPUS
 from tttc.compiler.aot import refuse_to_compile
 from tttc.compiler.driver import untuned
@@ -217,6 +218,7 @@ class _Estimated:
                 program = untuned(task.variant, task.dims, self.unit.backend)
             else:
                 program = task.compiled(task.dtype, "torch", chunk=chunk).stages.program
+                program = spelled_out(program, self.unit.backend.ROWS)
             turns = {scan.name: n for scan, n in _regular(program, task.tokens)}
             target = self.gpu.target
             self._made[chunk] = self.estimator.tunable(program, turns, task.dtype, target, task.forward_only)

@@ -217,7 +217,8 @@ def compare(
             torch.autograd.grad(xs, [*given, *weights], seeds, retain_graph=True, allow_unused=True)
             for xs in (made, wanted)
         )
-        errors = [relative(x, y) for x, y in zip((*made, *pulled), (*wanted, *expected), strict=True)]
+        least = 1e-3 * max(float(torch.linalg.vector_norm(y.detach())) for y in (*wanted, *expected) if y is not None)
+        errors = [relative(x, y, least) for x, y in zip((*made, *pulled), (*wanted, *expected), strict=True)]
         said = [f"{n} {e:.0e}" for n, e in zip(names, errors, strict=True)]
         print(f"{title}: {', '.join(said)}")
         right &= max(errors) <= 1e-9
@@ -225,8 +226,10 @@ def compare(
     return right
 
 
-def relative(x: torch.Tensor | None, y: torch.Tensor | None) -> float:
-    """How far x is from y, relative to y; what is not there is zero."""
+def relative(x: torch.Tensor | None, y: torch.Tensor | None, least: float) -> float:
+    """How far x is from y, relative to y, or to `least` where y is smaller; what is not there is zero."""
     x, y = (torch.zeros(()) if t is None else t.detach() for t in (x, y))
-    error = torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp_min(1e-6)
+    if x.shape != y.shape and x.dim() and y.dim():
+        return math.inf
+    error = torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp_min(least)
     return float(error) if math.isfinite(error) else math.inf

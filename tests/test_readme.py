@@ -22,6 +22,7 @@ import tttc
 from tests.test_examples import run as run_example
 from tttc import library
 from tttc.cli.main import app
+from tttc.export.package import Example, inlined_program
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 200  # lines of the README
@@ -231,11 +232,18 @@ def _to_onnx(module: torch.nn.Module, x: torch.Tensor) -> bool:
     return isinstance(module, Wrapped) and bool(tttc.export.onnx.model(module.layer).graph.node)
 
 
+@torch.no_grad()
+def _packs(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """As operations of torch alone, which are compared with the module; tests/test_packages.py compiles them."""
+    return bool(inlined_program(Example.of(module, x))[1])
+
+
 PROBES: dict[str, Callable[[torch.nn.Module, torch.Tensor], bool]] = {
     "train": _trains,
     "decode": _decodes,
     "`torch.compile": _compiles,
     "`torch.export`": _exports,
+    "a package": _packs,
     "packed": _takes("cu_seqlens"),
     "padded": _takes("mask", "lengths"),
     "states in files": _in_files,

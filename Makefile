@@ -5,6 +5,10 @@ EXTRAS ?= dev
 # Options of the soak, which lists them with SOAK=--help.
 SOAK ?= --jobs 2
 
+# Two processes, each with one half of the tests, so that what one file compiles is compiled once; who is done first
+# takes from the other.
+SPREAD := -n 2 --dist worksteal
+
 VENV  := .venv
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -21,13 +25,13 @@ demo: $(STAMP) ## Compile a few layers, check them against their definition, and
 	@$(BIN)/tttc demo
 
 test: $(STAMP) ## Run the tests, but for the slow ones
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q $(SPREAD) -m "not slow"
 
 smoke: $(STAMP) ## Run a few tests of every room, in a minute and a half: what a commit is checked with
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" @tests/smoke.txt
+	$(BIN)/python -m pytest -q $(SPREAD) -m "not slow" @tests/smoke.txt
 
 test-all: $(STAMP) ## Run all the tests
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q $(SPREAD)
 
 soak: $(STAMP) ## Draw declarations without end and compare them with the definition: make soak SOAK="--seconds 600"
 	$(BIN)/python -m tests.soak $(SOAK)

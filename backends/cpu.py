@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,11 @@ def processor() -> str:
 def instruction_sets() -> frozenset[str]:
     """The flags of an x86 processor, the features of an ARM one; none where the system does not tell."""
     return frozenset(f"{_told('flags')} {_told('Features')}".split())
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, where the system says so: in a container they are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _told(key: str) -> str:

@@ -77,6 +77,11 @@ FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
 }
 """SymPy's functions, as a user writes them, in the named ones."""
 
+ELEMENTARY: dict[str, Any] = {
+    name: row.formula.func for name, row in s.SCALARS.items() if row.infix is None and row.definition is None
+}
+"""The named functions that no formula defines: what `adopt` leaves of functions."""
+
 NAMED = {row.name: row for row in s.SCALARS.values() if row.infix is None}
 """The functions with a row, which a user may name too: sympy.Function("sigmoid")(x)."""
 

@@ -10,8 +10,8 @@ from tttc.backends import nvidia
 from tttc.backends.interface import Built
 from tttc.backends.target import Target
 from tttc.backends.tvm_common.scan import stored_tokens
-from tttc.backends.tvm_cpu.emit import refusals
 from tttc.backends.tvm_cuda.device import gpu
+from tttc.backends.tvm_cuda.emit import refusals
 from tttc.backends.tvm_cuda.load import compiled
 from tttc.backends.tvm_cuda.scan import CudaScan
 from tttc.ir.program import AdjointProgram, ScanProgram

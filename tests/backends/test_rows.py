@@ -191,6 +191,13 @@ def test_a_user_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
         tttc.compile(LinearAttention, {"D": 3}, backend="torch")
 
 
+@pytest.mark.parametrize("name", ["tvm_cuda", "triton"])
+def test_what_compiles_for_absent_gpus_names_its_own_table(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delitem(import_module(f"{PACKAGES[name]}.ops").ROWS, "erf")
+    reasons = import_module(f"{PACKAGES[name]}.aot").unbuildable(using("erf"), "sm_90")
+    assert f"it has no row for the operation `erf`: add one to backends/{name}/ops.py" in reasons
+
+
 def test_the_toy_stays_small() -> None:
     assert sum(len(f.read_text().splitlines()) for f in (Path(__file__).parent / "toy").glob("*.py")) <= 150
 

@@ -19,7 +19,7 @@ import torch
 
 from tttc.backends import registry
 from tttc.backends.cache import CACHE_VARIABLE, cache_dir
-from tttc.backends.cpu import instruction_sets, processor
+from tttc.backends.cpu import instruction_sets, processor, usable_cores
 from tttc.backends.folders import exposed
 from tttc.backends.registry import Package, Unit
 from tttc.backends.target import architecture
@@ -101,12 +101,7 @@ def _processor() -> DoctorFinding:
     known = [flag for flag in INSTRUCTION_SETS if flag in instruction_sets()]
     used = torch.backends.cpu.get_cpu_capability()
     instructions = f"; has {', '.join(known)}" if known else ""
-    return DoctorFinding("cpu", "ok", f"{processor()}, {_usable_cores()} cores{instructions}; torch uses {used}")
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return DoctorFinding("cpu", "ok", f"{processor()}, {usable_cores()} cores{instructions}; torch uses {used}")
 
 
 def _devices() -> list[DoctorFinding]:

@@ -17,7 +17,7 @@ import sympy
 
 from tttc.export.json_checks import LARGEST_INTEGER, Malformed, fail, integer, items, name, number, one_of, shown, table
 from tttc.ir.expr import OPS, Axis, Expr, Leaf, postorder
-from tttc.ir.formulas import NAMED, formula_name
+from tttc.ir.formulas import ELEMENTARY, formula_name
 from tttc.ir.scalars import SCALARS, Formula
 from tttc.ir.spec import OF_ONE_TOKEN
 
@@ -175,7 +175,7 @@ def _written_part(part: Any, operands: list[int]) -> list[Any]:
     if part.is_Pow and type(part).__name__ == "Pow":
         return ["power", *operands]
     kind = {sympy.Add: "add", sympy.Mul: "mul"}.get(type(part)) or type(part).__name__
-    if kind not in SUMS and kind not in NAMED:
+    if kind not in SUMS and kind not in ELEMENTARY:
         fail(f"a formula has {kind}, for which files have no word")
     return [kind, *operands]
 
@@ -223,8 +223,8 @@ def _part(line: list[Any], operands: list[Any], where: str) -> Any:
         made = _power(operands[0], operands[1], where)
     elif kind in SUMS and len(rest) > 1:
         made = SUMS[kind](*operands)
-    elif kind in NAMED and len(rest) in NAMED[kind].nargs:
-        made = NAMED[kind](*operands)
+    elif kind in ELEMENTARY and len(rest) in ELEMENTARY[kind].nargs:
+        made = ELEMENTARY[kind](*operands)
     else:
         fail(f"{where} is {shown(line)}")
     if made.is_Rational:

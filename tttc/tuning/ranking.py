@@ -6,7 +6,6 @@ estimate. It knows no declarations.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -16,6 +15,7 @@ from typing import Protocol
 import torch
 
 from tttc.backends.cost_model import EstimatedKernel, estimate
+from tttc.backends.cpu import usable_cores
 from tttc.backends.target import GPU
 from tttc.tuning.descent import Candidate, Choices, Progress, Value, default_of, descend
 
@@ -110,7 +110,7 @@ class _Ranking:
         report: Callable[[Ranking], None],
     ) -> None:
         self.subject, self.found, self.began, self.report = subject, found, began, report
-        self.pool = ThreadPoolExecutor(workers or _cores())
+        self.pool = ThreadPoolExecutor(workers or usable_cores())
         self.seen: set[Hashable] = set()
 
     def run(self, known: Sequence[Candidate]) -> None:
@@ -169,11 +169,6 @@ class _Ranking:
     def _news(self, waiting: Iterable[Candidate]) -> None:
         self.found.now = "; ".join(shown(c) or "the default" for c in list(waiting)[:2])
         self.report(self.found)
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shown(candidate: Candidate) -> str:

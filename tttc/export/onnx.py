@@ -76,14 +76,18 @@ class ExportMismatch(TTTCError):
 
 def text(layer: Layer, linear: Linear = "auto") -> str:
     """The graph in ONNX's own language."""
-    return Stream(_in(torch.float32, layer), linear).text()
+    return _stream(_in(torch.float32, layer), linear).text()
+
+
+def _stream(layer: Layer, linear: Linear) -> Stream:
+    return Stream(layer.stages.program, layer.signature, layer.sequencing, linear)
 
 
 def model(layer: Layer, linear: Linear = "auto") -> Any:
     """The graph as an `onnx.ModelProto`, checked; equal bytes for equal layers."""
     onnx = _here("onnx")
     single = _in(torch.float32, layer)
-    stream = Stream(single, linear)
+    stream = _stream(single, linear)
     made = onnx.parser.parse_model(stream.text())
     about = {
         "tttc.version": __version__,

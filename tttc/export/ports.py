@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tttc.declare.variant import Signature
 from tttc.ir.names import marked, own, prefixed, suffixed
-from tttc.runtime.layer import Layer
+from tttc.runtime.sequencing import Sequencing
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,15 @@ class Port:
         return [n - 1 for n in self.window] if self.group == "taps" else []
 
 
-def ports_of(layer: Layer, opens: bool, rows: bool) -> tuple[Port, ...]:
+def ports_of(
+    declared: Signature, dims: Mapping[str, int], sequencing: Sequencing, opens: bool, rows: bool
+) -> tuple[Port, ...]:
     """The ports of a layer, in their order; `opens`: a call may end inside a mini-batch, which is carried as its `rows`
     or as sums.
     """
-    declared, sequencing = layer.signature, layer.sequencing
 
     def sized(names: Sequence[str]) -> tuple[int, ...]:
-        return tuple(layer.dims[d] for d in names)
+        return tuple(dims[d] for d in names)
 
     found = []
     for n, token in declared.tokens.items():

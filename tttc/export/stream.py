@@ -14,13 +14,14 @@ from tttc.backends.onnx.composed import composed_functions, composed_scan
 from tttc.backends.onnx.emit import DEFAULT, functions, model_text
 from tttc.backends.onnx.loop import block, loop_functions
 from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM
+from tttc.declare.variant import Signature
 from tttc.errors import BackendRefusal
 from tttc.export.ports import Port, ports_of
 from tttc.ir.linear_recurrence import linear_recurrence
 from tttc.ir.names import marked, own, prefixed
-from tttc.ir.program import EACH, Scan, ScanKind
+from tttc.ir.program import EACH, Scan, ScanKind, ScanProgram
 from tttc.runtime.flat_call import GIVEN
-from tttc.runtime.layer import Layer
+from tttc.runtime.sequencing import Sequencing
 
 LAST = 2**31 - 1  # as far as a slice can go
 AUTO = "auto"
@@ -33,9 +34,8 @@ class Stream:
     where the rule is one of it, "scan" for a Scan over chunks, "auto" for what is fastest.
     """
 
-    def __init__(self, layer: Layer, linear: str = AUTO) -> None:
-        self.layer, self.program, self.declared = layer, layer.stages.program, layer.signature
-        self.sequencing = layer.sequencing
+    def __init__(self, program: ScanProgram, declared: Signature, sequencing: Sequencing, linear: str = AUTO) -> None:
+        self.program, self.declared, self.sequencing = program, declared, sequencing
         self.plan = self.sequencing.plan
         self.linear = self._form(linear)
         self.lines: list[str] = []
@@ -45,7 +45,7 @@ class Stream:
             self.scans[ScanKind.WHOLE] = self.composed
         self.rows = self.sequencing.decode == "rows"
         self.opens = not self.plan.free and self.plan.mini_batch != 1
-        self.ports = ports_of(layer, self.opens, self.rows)
+        self.ports = ports_of(declared, program.dims, sequencing, self.opens, self.rows)
 
     def _form(self, linear: str) -> str:
         """Raises `BackendRefusal` where an operator is asked for that has no such rule."""
@@ -122,7 +122,6 @@ class Stream:
 
     def text(self) -> str:
         """The model."""
-        inputs = [p.typed(p.input, "past") for p in self.ports]
         self._lengths()
         sequences = self._sequences()
         values = self._values()
@@ -131,12 +130,17 @@ class Stream:
         else:
             z, after = self._whole(values, sequences)
         self._returned(z, after)
-        shape = ", ".join(["B, T, H", *map(str, self.sequencing.width)])
-        results = [f"float[{shape}] {marked(own('z'))}", *(p.typed(p.output, "present") for p in self.carried)]
         called = self._whole_functions()
         called += [f for scan in self._scans_called() for f in functions(scan, self.program, self.linear)]
         called += [self._piece()] if self.opens and not self.rows else []
-        return model_text(block(self.program.name, inputs, results, self.lines), called, self.linear)
+        return model_text(block(self.program.name, self._inputs(), self._results(), self.lines), called, self.linear)
+
+    def _inputs(self) -> list[str]:
+        return [p.typed(p.input, "past") for p in self.ports]
+
+    def _results(self) -> list[str]:
+        shape = ", ".join(["B, T, H", *map(str, self.sequencing.width)])
+        return [f"float[{shape}] {marked(own('z'))}", *(p.typed(p.output, "present") for p in self.carried)]
 
     @property
     def carried(self) -> list[Port]:
@@ -171,8 +175,7 @@ class Stream:
         """The tokens and gates as [N, T, ...], with their windows."""
         found = {}
         for p in self.of("token", "gate"):
-            turned = [0, 2, 1, *range(3, 3 + len(p.dims))]
-            x = self.add(suffix(p.input, "heads"), f"Transpose <perm = {turned}> ({p.input})")
+            x = self._by_heads(p)
             window = p.window
             if window:
                 x = self._windows(p, x, window[0])
@@ -180,6 +183,11 @@ class Stream:
         if self.sequencing.counts and not self.rows:
             found[EACH.name] = self._ones(self.T)
         return found
+
+    def _by_heads(self, p: Port) -> str:
+        """[B, T, H, *dims] -> [B, H, T, *dims]."""
+        turned = [0, 2, 1, *range(3, 3 + len(p.dims))]
+        return self.add(suffix(p.input, "heads"), f"Transpose <perm = {turned}> ({p.input})")
 
     def _ones(self, tokens: str) -> str:
         return self.value("each", f"Expand ({self.number(1.0)}, {self.shape([self.N, tokens])})")
@@ -201,9 +209,7 @@ class Stream:
         """Params and what is carried as [N, ...], by groups."""
         found: Groups = {g: {} for g in ("param", "weights", "memory", "start", "summed", "rows")}
         for p in self.of("param"):
-            wide = self.add(suffix(p.input, "wide"), f"Unsqueeze ({p.input}, {self.integer(0)})")
-            spread = self.shape([self.B, self.H, *self.sizes(p.dims)])
-            each = self.add(suffix(p.input, "each"), f"Expand ({wide}, {spread})")
+            each = self._of_each(p)
             found["param"][p.name] = self.reshaped(suffix(p.input, "flat"), each, [self.N, *self.sizes(p.dims)])
         for p in self.of("weights", "memory", "start", "summed"):
             found[p.group][p.name] = self.reshaped(suffix(p.input, "flat"), p.input, [self.N, *self.sizes(p.dims)])
@@ -212,6 +218,12 @@ class Stream:
             begins = self.value("begins", f"Less ({marked(prefixed('past', own('position')))}, {self.integer(0)})")
             found["memory"] = self.where("memory", begins, begun, found["memory"])
         return found
+
+    def _of_each(self, p: Port) -> str:
+        """A param [P, *dims] as [B, H, *dims]."""
+        wide = self.add(suffix(p.input, "wide"), f"Unsqueeze ({p.input}, {self.integer(0)})")
+        spread = self.shape([self.B, self.H, *self.sizes(p.dims)])
+        return self.add(suffix(p.input, "each"), f"Expand ({wide}, {spread})")
 
     def _whole(self, values: Groups, sequences: Names) -> tuple[str, Groups]:
         """Any number of tokens at once."""
@@ -378,16 +390,25 @@ class Stream:
         """What a caller is given: [B, T, H, ...], and the state as it was given."""
         width = self.sizes(self.sequencing.width)
         heads = self.reshaped(marked(own("z_heads")), z, [self.B, self.H, self.T, *width])
-        turned = [0, 2, 1, *range(3, 3 + len(width))]
-        self.lines.append(f"{marked(own('z'))} = Transpose <perm = {turned}> ({heads})")
+        self._returned_output(heads)
         for p in self.carried:
             if p.group == "position":
-                self.lines.append(f"{p.output} = Identity ({after['position']['']})")
+                self._returned_position(p, after["position"][""])
             elif p.group == "rows":
-                count = self.add(suffix(p.output, "count"), f"Shape <start = 1, end = 2> ({after['rows'][p.name]})")
-                self.reshaped(p.output, after["rows"][p.name], [self.B, self.H, count, *self.sizes(p.dims)])
+                self._returned_rows(p, after["rows"][p.name])
             elif p.group != "taps":
                 self.reshaped(p.output, after[p.group][p.name], [self.B, self.H, *self.sizes(p.dims)])
+
+    def _returned_output(self, heads: str) -> None:
+        turned = [0, 2, 1, *range(3, 3 + len(self.sequencing.width))]
+        self.lines.append(f"{marked(own('z'))} = Transpose <perm = {turned}> ({heads})")
+
+    def _returned_position(self, p: Port, position: str) -> None:
+        self.lines.append(f"{p.output} = Identity ({position})")
+
+    def _returned_rows(self, p: Port, rows: str) -> None:
+        count = self.add(suffix(p.output, "count"), f"Shape <start = 1, end = 2> ({rows})")
+        self.reshaped(p.output, rows, [self.B, self.H, count, *self.sizes(p.dims)])
 
 
 def suffix(name: str, word: str) -> str:

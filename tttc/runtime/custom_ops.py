@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import Lock, local
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ Function = Callable[..., Any]
 Result = TypeVar("Result")
 _known: dict[str, Operator] = {}
 _lock = Lock()
+_by_name = local()
 
 
 class Operator:
@@ -40,7 +42,8 @@ class Operator:
         self.name, self.call, self.layer = name, call, layer
         self.backward = _backward(f"tttc::{name}_backward", call)
         self.forward = _forward(f"tttc::{name}", call, self.backward)
-        self._run = getattr(torch.ops.tttc, name).default
+        self.target = getattr(torch.ops.tttc, name).default
+        """What graphs call."""
         self._in_parts = False
         if "torch.distributed.tensor" in sys.modules:
             self.in_parts()
@@ -52,7 +55,7 @@ class Operator:
         if (parted := next((x for x in inputs if in_parts(x)), None)) is not None:
             self.in_parts()
             inputs = [x if in_parts(x) else _on_every_part(x, parted) for x in inputs]
-        return tuple(self._run(*inputs, position, checkpoint, keep)[: self.call.results])
+        return tuple(self.target(*inputs, position, checkpoint, keep)[: self.call.results])
 
     def in_parts(self) -> None:
         """Make it known to `torch.distributed.tensor`: every part has some of the sequences, or some of the heads."""
@@ -62,7 +65,7 @@ class Operator:
         from torch.distributed.tensor.experimental import register_sharding
 
         backward = getattr(torch.ops.tttc, f"{self.name}_backward").default
-        for operator in (self._run, backward):
+        for operator in (self.target, backward):
             register_sharding(operator)(partial(_placements, operator, [Replicate(), Shard(0), Shard(1)]))
         self._in_parts = True
 
@@ -85,6 +88,28 @@ def _placements(operator: Any, known: Sequence[Any], *arguments: Any) -> list[tu
         given = [placement if hasattr(x, "placements") else None for x in arguments]
         found.append(([placement for _ in results], given))
     return found
+
+
+def operator_of(target: Any) -> Operator | None:
+    """The operator that a node of a graph calls, if it is one of a layer."""
+    return next((o for o in _known.values() if o.target is target), None)
+
+
+@contextmanager
+def as_operators() -> Iterator[None]:
+    """Calls of layers in this thread are those of their operators, as in a graph: a state that one returns has all of
+    its parts.
+    """
+    before, _by_name.on = getattr(_by_name, "on", False), True
+    try:
+        yield
+    finally:
+        _by_name.on = before
+
+
+def asked_by_name() -> bool:
+    """Whether calls are those of operators, graph or not."""
+    return getattr(_by_name, "on", False)
 
 
 def operator(name: str, call: FlatCall, layer: Any) -> Operator:

@@ -67,7 +67,8 @@ class FlatCall:
         dtype: torch.dtype,
         every: Callable[[int], int],
     ) -> None:
-        self.program, self.sequencing, self.dtype, self.every = program, sequencing, dtype, every
+        self.program, self.declared, self.sequencing = program, declared, sequencing
+        self.dtype, self.every = dtype, every
         self.scans = {n: s.custom_op for n, s in scans.items()}
         self._recorded = scans
         self._params = {s.name: s.params for s in program.scans}

@@ -26,7 +26,7 @@ from tttc.ir.structure import digest
 from tttc.runtime import autograd
 from tttc.runtime.arguments import BoundCall
 from tttc.runtime.call import Call
-from tttc.runtime.custom_ops import Operator, in_parts, operator, registered, untraced
+from tttc.runtime.custom_ops import Operator, asked_by_name, in_parts, operator, registered, untraced
 from tttc.runtime.flat_call import DECIDED_LATER, FlatCall
 from tttc.runtime.graphs import constant_in_graphs, outside_graphs
 from tttc.runtime.inlining import inlining
@@ -239,7 +239,7 @@ class Layer:
         read.
         """
         tensors = call.queries, *call.state.weights.values()
-        if torch.compiler.is_compiling() or any(map(in_parts, tensors)):
+        if torch.compiler.is_compiling() or asked_by_name() or any(map(in_parts, tensors)):
             return True
         return self._of_kernels and (torch._C._len_torch_dispatch_stack() > 0 or fake(tensors))
 

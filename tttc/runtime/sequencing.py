@@ -66,7 +66,9 @@ class Sequencing:
             q = call.queries
             call.sequences[EACH.name] = q.new_ones(q.shape[:3])
         if call.tokens == 0:
-            return self._nothing(call), call.state.map(_copied)
+            after = call.state.map(_copied)
+            after.memory = after.memory or self._begin(call, outputs, after.weights)
+            return self._nothing(call), after
         if call.tokens == 1 and self._has_kernel_of(call):
             z, after = self._decode_step(call, outputs)
         elif self.plan.substitution:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,11 @@ import numpy as np
 import torch
 
 from tttc.compiler.driver import compile
-from tttc.errors import BackendRefusal, ShapeError, TTTCError
+from tttc.errors import ShapeError
 from tttc.export.ports import Port
+from tttc.export.runtime import RUNTIME, SEVERAL, TOLERANCE, ExportMismatch, package, runtime_session
 from tttc.export.stream import Stream
+from tttc.export.whole import save_model
 from tttc.ir.program import TokenProgram
 from tttc.ir.structure import digest
 from tttc.runtime.flat_call import BEGINS, GIVEN
@@ -30,21 +31,9 @@ from tttc.verification.comparison import relative_error
 from tttc.verification.inputs import Inputs, random_inputs
 from tttc.version import __version__
 
-RUNTIME = "1.32"  # of ONNX Runtime: before, a call of no tokens may return memory that was never written
-TOLERANCE = 1e-5  # relative, of float32
-"""What a file may differ by from the layer that it was made of, before it is written."""
-SEVERAL = 5.0  # times what float32 does to the layer itself
-
+__all__ = ["ExportMismatch", "Session", "model", "save", "save_model", "text"]
 Arrays = dict[str, np.ndarray]
 Linear = Literal["auto", "com.microsoft", "ai.onnx", "scan"]
-
-
-def _here(name: str) -> Any:
-    """A package, imported now; raises `BackendRefusal` where it is not installed."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise BackendRefusal(f"{name} is not installed, which ONNX files need.\n  pip install 'tttc[onnx]'") from None
 
 
 def save(layer: Layer, path: str | Path, linear: Linear = "auto") -> Path:
@@ -70,10 +59,6 @@ def save(layer: Layer, path: str | Path, linear: Linear = "auto") -> Path:
     return path
 
 
-class ExportMismatch(TTTCError):
-    """An exported file that does not compute what its layer does; it was not written."""
-
-
 def text(layer: Layer, linear: Linear = "auto") -> str:
     """The graph in ONNX's own language."""
     return _stream(_in(torch.float32, layer), linear).text()
@@ -85,7 +70,7 @@ def _stream(layer: Layer, linear: Linear) -> Stream:
 
 def model(layer: Layer, linear: Linear = "auto") -> Any:
     """The graph as an `onnx.ModelProto`, checked; equal bytes for equal layers."""
-    onnx = _here("onnx")
+    onnx = package("onnx")
     single = _in(torch.float32, layer)
     stream = _stream(single, linear)
     made = onnx.parser.parse_model(stream.text())
@@ -120,11 +105,7 @@ class Session:
     """
 
     def __init__(self, source: str | Path | bytes) -> None:
-        onnxruntime = _here("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-        given = source if isinstance(source, bytes) else str(source)
-        self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        self.session = runtime_session(source if isinstance(source, bytes) else str(source))
         self.ports = json.loads(self.session.get_modelmeta().custom_metadata_map["tttc.ports"])
         self.outputs = [o.name for o in self.session.get_outputs()]
 

@@ -12,20 +12,27 @@ of a domain of its own.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import GetAttrKey, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from tttc.backends.onnx.emit import OPSET
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.export.call_graph import DOMAIN, CallGraph
+from tttc.export.runtime import RUNTIME, TOLERANCE, ExportMismatch, package, runtime_session
 from tttc.ir.names import spelled
 from tttc.runtime.custom_ops import Operator, as_operators, operator_of
 from tttc.runtime.state import Cache, State
+from tttc.runtime.tensor_file import tensor_file, write
+from tttc.verification.comparison import relative_error
+from tttc.version import __version__
 
 Named = list[tuple[str, Any]]
 
@@ -57,19 +64,20 @@ class FlatModel(torch.nn.Module):
             )
         complete = iter(present)
         parameters = list(inspect.signature(model.forward).parameters)
-        named = [(parameters[path[0].idx], next(complete) if _is_cache(x) else x) for path, x in found]
+        named = [
+            (parameters[getattr(path[0], "idx", 0)], _completed(x, next(complete)) if _is_cache(x) else x)
+            for path, x in found
+        ]
         self.inputs, self.values, self.moving, self.parts = _flattened(named, "past")
         leaves = tree_leaves(returned, is_leaf=_is_cache)
         self.outputs, *_ = _flattened([("output", x) for x in leaves], "present")
 
     def forward(self, *values: Any) -> list[Any]:
-        rest = list(values)
-        leaves = []
-        for count, tree in self.parts:
-            leaves.append(tree_unflatten(rest[:count], tree))
-            rest = rest[count:]
+        rest = iter(values)
+        leaves = [tree_unflatten([next(rest) if there else None for there in has], tree) for has, tree in self.parts]
         returned = self.model(*tree_unflatten(leaves, self.tree))
-        return tree_leaves(returned)
+        parts = [_numbered(x) if _is_cache(x) else x for x in tree_leaves(returned, is_leaf=_is_cache)]
+        return [x for x in tree_leaves(parts) if x is not None]
 
 
 def _flattened(named: Named, word: str) -> tuple[list[str], list[Any], list[bool], list[Any]]:
@@ -81,10 +89,11 @@ def _flattened(named: Named, word: str) -> tuple[list[str], list[Any], list[bool
         cache = _is_cache(leaf)
         found, tree = tree_flatten_with_path(_numbered(leaf) if cache else leaf)
         first = f"{word}.{caches}" if cache else own if own not in names else f"{own}.{len(names)}"
-        names += [".".join([first, *_words(path)]) for path, _ in found]
-        values += [int(x) if isinstance(x, Number) else x.detach() for _, x in found]
-        moving += [cache] * len(found)
-        parts.append((len(found), tree))
+        there = [(path, x) for path, x in found if x is not None]
+        names += [".".join([first, *_words(path)]) for path, _ in there]
+        values += [int(x) if isinstance(x, Number) else x.detach() for _, x in there]
+        moving += [cache] * len(there)
+        parts.append(([x is not None for _, x in found], tree))
         caches += cache
     return names, values, moving, parts
 
@@ -93,18 +102,109 @@ def _is_cache(x: Any) -> bool:
     return isinstance(x, Cache | State)
 
 
+def _completed(given: Any, model: Any) -> Any:
+    """A cache with all parts that one like `model` has; those that it lacks count at no place where it stands."""
+    if isinstance(given, Cache):
+        return replace(given, state=_completed(given.state, model.state))
+    if set(model.memory) - set(given.memory):
+        raise ShapeError("a state lacks what its rule carries.\n  Give caches that a call returned.")
+    parts: dict[str, Any] = {}
+    for group in ("memory", "start", "summed", "rows"):
+        own = given.weights | getattr(given, group) if group == "start" else getattr(given, group)
+        room = {n: torch.zeros_like(x) for n, x in getattr(model, group).items()}
+        for n, x in own.items():
+            if n in room:
+                room[n] = x if x.shape == room[n].shape else torch.cat([x, room[n][:, :, x.shape[2] :]], 2)
+        parts[group] = room
+    return replace(given, **parts, telemetry={})
+
+
 def _numbered(x: Any) -> Any:
     """A cache whose positions are inputs, where they count: that of a state does inside its mini-batch."""
     if isinstance(x, Cache):
-        return replace(x, state=_numbered(x.state), position=Number(x.position))
+        return replace(x, state=_numbered(x.state), position=_number(x.position))
     opens = bool(x.start or x.summed or x.rows)
-    return replace(x, position=Number(x.position)) if opens else x
+    return replace(x, position=_number(x.position)) if opens else x
+
+
+def _number(position: Any) -> Any:
+    """In a graph it is a formula, which is no constant."""
+    return Number(position) if type(position) is int else position
 
 
 def _words(path: Any) -> list[str]:
     """What a part of a cache is called: state.W, state.start.W, state.position, taps."""
     keys = [key.name if isinstance(key, GetAttrKey) else spelled(str(key.key)) for key in path]
     return [key for key in keys if key not in ("weights", "summed", "memory")]
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: torch.nn.Module, path: str | Path, arguments: tuple[Any, ...], linear: str = "auto") -> Path:
+    """Write a model with layers of tttc in it as one ONNX file, once it was seen to compute what the model does.
+
+    `arguments` are those of a call, such as (ids, caches): tensors, with two sequences and three tokens at least, and
+    the caches that a call returned, where the model takes and returns some. All
+    sizes that can be others are dynamic, the caches go in as `past.0.state.W`, ... and come out as
+    `present.0.state.W`, ...; `past.0.position` counts the tokens seen. What the caches of `arguments` hold of their
+    first sequence is written beside the file, as `<path>.past.safetensors` (its positions among the metadata): with the
+    caches of a call of no tokens, it is what a sequence begins with.
+
+    >>> _, caches = model(ids[:, :0], None)
+    >>> tttc.export.onnx.save_model(model, "model.onnx", (ids, caches))
+
+    Raises:
+        BackendRefusal: a layer has no such graph, or onnx, onnxscript or onnxruntime is not installed.
+        ShapeError: the model does not return a cache for each that it is given.
+        ExportMismatch: what ONNX Runtime computes is not what the model does; nothing is written then.
+    """
+    onnx, path = package("onnx"), Path(path)
+    package("onnxscript")
+    model = model.eval()
+    flat = FlatModel(model, arguments)
+    made = whole_model(onnx, flat, linear)
+    onnx.checker.check_model(made, full_check=True)
+    about = {"tttc.version": __version__, "tttc.onnxruntime": f">={RUNTIME}"}
+    onnx.helper.set_model_props(made, about)
+    written = made.SerializeToString(deterministic=True)
+    _compare(flat, written)
+    path.write_bytes(written)
+    held = {n: x for n, x, moves in zip(flat.inputs, flat.values, flat.moving, strict=True) if moves}
+    if held:
+        first = {n: x[:1] for n, x in held.items() if isinstance(x, torch.Tensor)}
+        about["tttc.positions"] = json.dumps({n: x for n, x in held.items() if n not in first})
+        write(path.with_name(f"{path.name}.past.safetensors"), tensor_file(first, about))
+    return path
+
+
+def _compare(flat: FlatModel, written: bytes) -> None:
+    """Calls one after the other, of all tokens, of one and of two, against the model; raises `ExportMismatch`."""
+    session = runtime_session(written)
+    outputs = [x.name for x in session.get_outputs()]
+    taken = {x.name for x in session.get_inputs()}
+    values = list(flat.values)
+    for tokens in (None, 1, 2):
+        cut = [x if moves or tokens is None else _cut(x, tokens) for x, moves in zip(values, flat.moving, strict=True)]
+        with torch.no_grad(), as_operators():
+            wanted = flat(*cut)
+        fed = {n: _array(x) for n, x in zip(flat.inputs, cut, strict=True) if n in taken}
+        found = dict(zip(outputs, session.run(None, fed), strict=True))
+        for name, x in zip(flat.outputs, wanted, strict=True):
+            error = relative_error(torch.from_numpy(np.asarray(found[name])).double(), torch.as_tensor(x).double())
+            if not error <= TOLERANCE:
+                raise ExportMismatch(f"{name} differs by {error:.1e} in ONNX Runtime.\n  Nothing was written.")
+        after = dict(zip(flat.outputs, wanted, strict=True))
+        names = [f"present{n.removeprefix('past')}" for n in flat.inputs]
+        values = [after.get(n, x) if m else x for n, x, m in zip(names, values, flat.moving, strict=True)]
+
+
+def _cut(x: Any, tokens: int) -> Any:
+    return x[:, :tokens] if isinstance(x, torch.Tensor) and x.dim() > 1 else x
+
+
+def _array(x: Any) -> np.ndarray:
+    return x.numpy() if isinstance(x, torch.Tensor) else np.array(int(x), np.int64)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -118,7 +218,7 @@ def whole_model(onnx: Any, flat: FlatModel, linear: str) -> Any:
         operators = [o for o in map(operator_of, {n.target for n in exported.graph.nodes}) if o is not None]
         operators.sort(key=lambda o: o.name)
         graphs = [CallGraph(o.call, linear) for o in operators]
-        made = torch.onnx.export(
+        program = torch.onnx.export(
             exported,
             dynamo=True,
             verbose=False,
@@ -127,7 +227,9 @@ def whole_model(onnx: Any, flat: FlatModel, linear: str) -> Any:
             custom_translation_table={
                 o.target: _translation(onnx, o, g) for o, g in zip(operators, graphs, strict=True)
             },
-        ).model_proto
+        )
+    assert program is not None  # None is for files
+    made = program.model_proto
     for operator, graph in zip(operators, graphs, strict=True):
         made.functions.extend(_functions(onnx, operator, graph))
     _in_opset(onnx, made)

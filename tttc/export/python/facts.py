@@ -38,7 +38,7 @@ class Facts:
             )
         self.opens = not self.plan.free and self.plan.mini_batch != 1
         self.rows = self.opens and self.sequencing.decode == "rows"
-        self.ports = ports_of(layer, self.opens, self.rows)
+        self.ports = ports_of(layer.signature, layer.dims, layer.sequencing, self.opens, self.rows)
         self.scans: dict[ScanKind, Scan] = {s.kind: s for s in self.program.scans if s.kind in self._kinds}
         self.title = _free(self.declared.name, {"F", "State", *vars(glue)})
         self.width = tuple(self.sequencing.width)

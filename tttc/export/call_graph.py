@@ -9,8 +9,9 @@ is what stream.py says.
 from __future__ import annotations
 
 from tttc.errors import BackendRefusal
+from tttc.export.graph_text import suffix
 from tttc.export.ports import Port
-from tttc.export.stream import AUTO, Stream, suffix
+from tttc.export.stream import AUTO, Stream
 from tttc.ir.names import marked, own
 from tttc.ir.program import EACH
 from tttc.runtime.flat_call import FlatCall

@@ -8,14 +8,13 @@ A position of -1 begins a sequence: what a rule carries beside the weights then 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tttc.backends.onnx.composed import composed_functions, composed_scan
 from tttc.backends.onnx.emit import DEFAULT, functions, model_text
 from tttc.backends.onnx.loop import block, loop_functions
 from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM
 from tttc.declare.variant import Signature
 from tttc.errors import BackendRefusal
+from tttc.export.graph_text import GraphText, Names, suffix
 from tttc.export.ports import Port, ports_of
 from tttc.ir.linear_recurrence import linear_recurrence
 from tttc.ir.names import marked, own, prefixed
@@ -25,20 +24,19 @@ from tttc.runtime.sequencing import Sequencing
 
 LAST = 2**31 - 1  # as far as a slice can go
 AUTO = "auto"
-Names = dict[str, str]
 Groups = dict[str, Names]
 
 
-class Stream:
+class Stream(GraphText):
     """The text of the graph, and its ports in their order. `linear` is the domain whose LinearAttention the graph has
     where the rule is one of it, "scan" for a Scan over chunks, "auto" for what is fastest.
     """
 
     def __init__(self, program: ScanProgram, declared: Signature, sequencing: Sequencing, linear: str = AUTO) -> None:
+        super().__init__()
         self.program, self.declared, self.sequencing = program, declared, sequencing
         self.plan = self.sequencing.plan
         self.linear = self._form(linear)
-        self.lines: list[str] = []
         self.scans: dict[ScanKind, Scan] = {s.kind: s for s in self.program.scans}
         self.composed = composed_scan(self.program)
         if self.composed is not None:
@@ -63,52 +61,6 @@ class Stream:
         return [p for p in self.ports if p.group in groups]
 
     # -- lines
-
-    def add(self, name: str, node: str) -> str:
-        if not any(line.startswith(f"{name} = ") for line in self.lines):
-            self.lines.append(f"{name} = {node}")
-        return name
-
-    def value(self, word: str, node: str) -> str:
-        return self.add(marked(own(word)), node)
-
-    def integer(self, value: int) -> str:
-        word = f"int_{value}" if value >= 0 else f"int_minus_{-value}"
-        return self.value(word, f"Constant <value = int64[1] {{{value}}}> ()")
-
-    def number(self, value: float) -> str:
-        return self.value(
-            f"float_{str(value).replace('.', '_').replace('-', 'minus_')}", f"Constant <value = float {{{value}}}> ()"
-        )
-
-    def reshaped(self, name: str, x: str, shape: Sequence[str]) -> str:
-        """A tensor in another shape; a length of zero is one."""
-        sizes = self.shape(shape)
-        return self.add(name, f"Reshape <allowzero = 1> ({x}, {sizes})")
-
-    def shape(self, sizes: Sequence[str]) -> str:
-        """Several lengths, put together once."""
-        node = f"Concat <axis = 0> ({', '.join(sizes)})"
-        known = (line.partition(" = ") for line in self.lines)
-        made = next((name for name, _, made_by in known if made_by == node), None)
-        return made or self.value(f"shape_{len(self.lines)}", node)
-
-    def sizes(self, dims: Sequence[int]) -> list[str]:
-        return [self.integer(d) for d in dims]
-
-    def part(self, sequences: Names, word: str, begin: str, end: str) -> Names:
-        """The tokens of all sequences from one to another."""
-        first = self.integer(1)
-        return {n: self.add(suffix(x, word), f"Slice ({x}, {begin}, {end}, {first})") for n, x in sequences.items()}
-
-    def where(self, word: str, condition: str, yes: Names, no: Names) -> Names:
-        """Those of `no`, but for what `yes` has while the condition holds."""
-        found = {
-            n: self.add(suffix(marked(n), word), f"Where ({condition}, {yes[n]}, {x})")
-            for n, x in no.items()
-            if n in yes
-        }
-        return no | found
 
     def called(self, scan: Scan, word: str, values: Names, sequences: Names) -> tuple[list[str], Names]:
         """What a scan stores, and the new values by name."""
@@ -409,11 +361,6 @@ class Stream:
     def _returned_rows(self, p: Port, rows: str) -> None:
         count = self.add(suffix(p.output, "count"), f"Shape <start = 1, end = 2> ({rows})")
         self.reshaped(p.output, rows, [self.B, self.H, count, *self.sizes(p.dims)])
-
-
-def suffix(name: str, word: str) -> str:
-    """A marked name with a further word."""
-    return f"{name[:-1]}'{word}{name[-1]}"
 
 
 def updated(values: Names, new: Names) -> Names:

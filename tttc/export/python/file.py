@@ -182,7 +182,8 @@ def _docstring(of: Facts) -> str:
         f"Sizes: {', '.join(f'{d} = {n}' for d, n in program.dims.items())}; any batch, length and number of heads.",
     ]
     lines += ["", *(f"    {x}" for x in _usage(of))]
-    lines += ["", f"Made by tttc {__version__} of the declaration {digest(token)[:16]}."]
+    torch_version = torch.__version__.partition("+")[0]
+    lines += ["", f"Made by tttc {__version__} with torch {torch_version}, of the declaration", f"{digest(token)}."]
     lines += ["Run by itself, this file compares the layer with its definition, token by token with torch.autograd."]
     said = "\n".join(x.rstrip() for x in lines).replace("\\", "\\\\").replace('"""', "'''")
     return f'"""{said}\n"""'

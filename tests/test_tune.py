@@ -265,6 +265,7 @@ def faulty(fault):
         return {n: Faulty(s, fault) for n, s in scans.items()} if (settings or {}).get("fault") == 2 else scans
 
     return SimpleNamespace(
+        ROWS=torch_backend.ROWS,
         refusals=torch_backend.refusals,
         unavailable=torch_backend.unavailable,
         notes=torch_backend.notes,

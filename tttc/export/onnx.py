@@ -3,8 +3,9 @@
 layer = tttc.compile(tttc.library.TTTLinear, {"D": 64})
 tttc.export.onnx.save(layer, "ttt_linear.onnx")
 session = tttc.export.onnx.Session("ttt_linear.onnx")
-z, state = session(q=q, k=k, v=v, lr=lr, tau=tau, gamma=gamma, beta=beta)
-z, state = session(q=q, k=k, v=v, lr=lr, tau=tau, gamma=gamma, beta=beta, state=state)
+given = {"q": q, "k": k, "v": v, "lr": lr, "tau": tau, "gamma": gamma, "beta": beta}
+z, state = session(given | {"past_W1": W1, "past_b1": b1})
+z, state = session(given, state)                                 # the tokens that follow
 """
 
 from __future__ import annotations

@@ -228,8 +228,10 @@ def _in_files(module: torch.nn.Module, x: torch.Tensor) -> bool:
 
 
 def _to_onnx(module: torch.nn.Module, x: torch.Tensor) -> bool:
-    """A layer alone is exported."""
-    return isinstance(module, Wrapped) and bool(tttc.export.onnx.model(module.layer).graph.node)
+    if isinstance(module, Wrapped):
+        return bool(tttc.export.onnx.model(module.layer).graph.node)
+    with tempfile.TemporaryDirectory() as folder:
+        return tttc.export.onnx.save_model(module, Path(folder) / "model.onnx", (x,)).exists()
 
 
 @torch.no_grad()

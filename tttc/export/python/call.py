@@ -45,7 +45,7 @@ def forward(of: Facts) -> list[str]:
     lines += _in_rows(of) if of.rows else _in_sums(of) if of.opens else _freely(of)
     empty = f"tokens[0].new_zeros({', '.join(map(str, ['B * H', 0, *of.width]))})"
     lines += [
-        f"        z = torch.cat(found, 1) if found else {empty}",
+        f"        z = torch.cat(found, 1) if found else {empty} + 0 * tokens[0].sum()",
         *listed("        held = (", held, f"{',' * (len(held) == 1)})", each=True),
         f"        after = State(*(x.unflatten(0, (B, H)) for x in held){', position' * of.opens})",
         f"        return z.unflatten(0, (B, H)).transpose(1, 2).to({q}.dtype), after",

@@ -81,8 +81,8 @@ def self_test(of: Facts) -> str:
     short = b is not None and b > LONGEST_TESTED
     b = TESTED if short else b
     T = 19 if b is None else b + 3
-    cuts = [c for c in (1, 7, (b or 9) + 1) if c < T]
-    cuts = cuts if of.declared.read != "end" or not of.opens else [] if b is None else [b]
+    cuts = [c for c in (1, 7, 7, (b or 9) + 1) if c < T]  # a call of no tokens among them
+    cuts = cuts if of.declared.read != "end" or not of.opens else [] if b is None else [b, b]
     domains = _domains(of)
     lines = ["def self_test() -> bool:"]
     lines.append('    """Compare the layer with its definition, in float64: outputs, weights and every gradient."""')

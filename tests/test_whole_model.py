@@ -20,7 +20,6 @@ from tttc.runtime.tensor_file import parsed
 onnx = pytest.importorskip("onnx", reason="onnx is an extra: pip install 'tttc[onnx]'")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is an extra: pip install 'tttc[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript is an extra: pip install 'tttc[onnx]'")
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own exporter
 
 
 class Block(nn.Module):

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -213,7 +216,7 @@ def _array(x: Any) -> np.ndarray:
 def whole_model(onnx: Any, flat: FlatModel, linear: str) -> Any:
     """The graph as an `onnx.ModelProto`."""
     sizes = [_dynamic(x, moves) for x, moves in zip(flat.values, flat.moving, strict=True)]
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         exported = torch.export.export(flat, tuple(flat.values), dynamic_shapes=(tuple(sizes),))
         operators = [o for o in map(operator_of, {n.target for n in exported.graph.nodes}) if o is not None]
         operators.sort(key=lambda o: o.name)
@@ -234,6 +237,20 @@ def whole_model(onnx: Any, flat: FlatModel, linear: str) -> Any:
         made.functions.extend(_functions(onnx, operator, graph))
     _in_opset(onnx, made)
     return made
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of itself: a form of trees that it still asks for, packages that it lacks."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _dynamic(x: Any, moves: bool) -> Any:

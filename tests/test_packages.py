@@ -13,7 +13,7 @@ from tests.learners import LEARNERS
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.export import package, scan_operator
-from tttc.library import TTTMLP, GatedDeltaNet, Moneta, TTTLinear
+from tttc.library import GLA, TTTMLP, GatedDeltaNet, Moneta, TTTLinear
 
 
 class OneByOne(tttc.Variant):
@@ -118,11 +118,13 @@ def _saved(program, path):
     return path
 
 
-def test_the_command(tmp_path, uncompiled):
-    path = tmp_path / "gla.pt2"
-    done = CliRunner().invoke(app, ["export", "gla", "--dim", "D=4", "--format", "aoti", "-o", str(path)])
-    assert done.exit_code == 0, done.output
-    assert path.exists()
+def test_the_commands(tmp_path, uncompiled):
+    for form in ("aoti", "pt2"):
+        path = tmp_path / f"{form}.pt2"
+        done = CliRunner().invoke(app, ["export", "gla", "--dim", "D=4", "--format", form, "-o", str(path)])
+        assert done.exit_code == 0, done.output
+    inputs = example(tttc.compile(GLA, {"D": 4}), 21, heads=4)
+    torch.testing.assert_close(tttc.export.load(path)(**inputs), tttc.compile(GLA, {"D": 4})(**inputs)[0])
 
 
 def test_a_wrong_package_is_not_written(tmp_path, uncompiled, monkeypatch):

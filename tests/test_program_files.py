@@ -23,7 +23,9 @@ from tttc.ir.program import TokenProgram
 from tttc.ir.structure import written as as_text
 
 a = sympy.Symbol("a")
-bent = tttc.elementwise(sympy.Piecewise((sympy.pi * a**3 / 7, a > 0.1), (sympy.sqrt(2) * sympy.sinh(a), True)))
+bent = tttc.elementwise(
+    sympy.Piecewise((sympy.pi * a**3 / 7, a > 0.1), (sympy.sqrt(2) * sympy.sinh(a) + 2**a * sympy.erf(abs(a)), True))
+)
 
 
 class Bent(library.TTTLinear):

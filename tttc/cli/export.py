@@ -23,6 +23,7 @@ class Form(StrEnum):
 
     ONNX = "onnx"
     AOTI = "aoti"
+    PT2 = "pt2"
     PYTHON = "python"
     HUB = "hub"
 
@@ -49,6 +50,11 @@ FORMATS = {
     Form.AOTI: Exporter(
         "a package of AOTInductor for processes that have torch alone; sequences begin with the call",
         "tttc export ttt_mlp --format aoti -o ttt_mlp.pt2",
+        package.save_inlined,
+    ),
+    Form.PT2: Exporter(
+        "an exported program and the layer's own, for processes that have tttc and not the declaration",
+        "tttc export ttt_mlp --format pt2 -o ttt_mlp.pt2",
         package.save_layer,
     ),
     Form.PYTHON: Exporter(

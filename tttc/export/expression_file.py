@@ -149,6 +149,11 @@ def _node(line: Sequence[Any], where: str, known: Sequence[Expr]) -> Expr:
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 CONSTANTS = {"pi": sympy.pi, "e": sympy.E}
+OF_NUMBERS: dict[str, Any] = {
+    f"{f.__name__} of a number": f
+    for f in (sympy.exp, sympy.log, sympy.sin, sympy.cos, sympy.tan, sympy.sinh, sympy.cosh, sympy.tanh, sympy.erf)
+}
+"""SymPy's own functions, which stay where a formula has a number of theirs."""
 SUMS = {"add": sympy.Add, "mul": sympy.Mul}
 
 
@@ -174,10 +179,10 @@ def _written_part(part: Any, operands: list[int]) -> list[Any]:
         return ["float", -int(mantissa) if sign else int(mantissa), int(exponent), int(part._prec)]
     if part.is_Pow and type(part).__name__ == "Pow":
         return ["power", *operands]
-    kind = {sympy.Add: "add", sympy.Mul: "mul"}.get(type(part)) or type(part).__name__
-    if kind not in SUMS and kind not in ELEMENTARY:
-        fail(f"a formula has {kind}, for which files have no word")
-    return [kind, *operands]
+    for kind, made_by in (SUMS | ELEMENTARY | OF_NUMBERS).items():
+        if type(part) is made_by:
+            return [kind, *operands]
+    fail(f"a formula has {type(part).__name__}, for which files have no word")
 
 
 def read_formula(x: Any, where: str) -> Formula:
@@ -225,6 +230,8 @@ def _part(line: list[Any], operands: list[Any], where: str) -> Any:
         made = SUMS[kind](*operands)
     elif kind in ELEMENTARY and len(rest) in ELEMENTARY[kind].nargs:
         made = ELEMENTARY[kind](*operands)
+    elif kind in OF_NUMBERS and len(rest) == 1 and operands[0].is_number:
+        made = OF_NUMBERS[kind](*operands)
     else:
         fail(f"{where} is {shown(line)}")
     if made.is_Rational:

@@ -141,11 +141,16 @@ def _with_programs(call: Example, path: Path) -> Path:
     return path
 
 
-def save_layer(layer: Layer, path: str | Path) -> Path:
-    """A layer with an example of its own: `tttc export --format aoti`."""
+def save_inlined(layer: Layer, path: str | Path) -> Path:
+    """A layer with an example of its own, for torch alone: `tttc export --format aoti`."""
+    return save_layer(layer, path, inlined=True)
+
+
+def save_layer(layer: Layer, path: str | Path, *, inlined: bool = False) -> Path:
+    """A layer with an example of its own: `tttc export --format pt2`."""
     inputs = random_inputs(layer.signature, layer.dims, 2, 19, 3).map(lambda x: x.to(layer.dtype))
     given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.keywords()}
-    return save(layer, path, tree_map_only(torch.Tensor, lambda x: x.detach(), given), inlined=True)
+    return save(layer, path, tree_map_only(torch.Tensor, lambda x: x.detach(), given), inlined=inlined)
 
 
 class LayerModule(torch.nn.Module):

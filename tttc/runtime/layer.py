@@ -83,6 +83,7 @@ class Layer:
         self._operator: Operator | None = None
         self._carried = carried(program)
         self.sequencing = Sequencing(program, signature, self.dims, settings.decode)
+        self._measured = list(map(spelled, self.sequencing.measures))  # a graph calls no function that has a cache
 
     @property
     def decode(self) -> str:
@@ -225,7 +226,7 @@ class Layer:
         kept = kept and not torch.compiler.is_exporting()  # what is exported is first of all run
         results = self._operator(inputs, position, self._checkpoint(call.tokens) if kept else DECIDED_LATER, kept)
         after = flat.state_after(results, position, call.tokens)
-        after.telemetry = dict(zip(map(spelled, self.sequencing.measures), flat.measured(results), strict=True))
+        after.telemetry = dict(zip(self._measured, flat.measured(results), strict=True))
         return results[0], after
 
     @outside_graphs(

@@ -240,12 +240,21 @@ def _packs(module: torch.nn.Module, x: torch.Tensor) -> bool:
     return bool(inlined_program(Example.of(module, x))[1])
 
 
+@torch.no_grad()
+def _saves(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """As a file, which here is read where the operators are known; tests/test_program_files.py reads it elsewhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        again = tttc.export.load(tttc.export.save(module, Path(folder) / "model.pt2", (x,)))
+    return torch.allclose(again(x), module(x), atol=1e-5)
+
+
 PROBES: dict[str, Callable[[torch.nn.Module, torch.Tensor], bool]] = {
     "train": _trains,
     "decode": _decodes,
     "`torch.compile": _compiles,
     "`torch.export`": _exports,
     "a package": _packs,
+    "a file": _saves,
     "packed": _takes("cu_seqlens"),
     "padded": _takes("mask", "lengths"),
     "states in files": _in_files,

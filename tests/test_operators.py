@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import tttc
+from tests.draws.declaration import declaration
+from tests.draws.recipe import Recipe
 from tests.helpers import LIBRARY, dims_of
 from tttc.library import TTTMLP, GatedDeltaNet, Titans, TTTLinear
 from tttc.nn import TTT, Cache
@@ -118,7 +120,7 @@ def test_an_operator_is_what_it_says(backend, variant, dtype, settings):
         torch.library.opcheck(made.forward, (*leaves, position, 2, True))
         found = made.forward(*inputs, position, 2, True)
         kept, cotangents = found[made.call.results :], map(torch.ones_like, found[: made.call.differentiated])
-        torch.library.opcheck(made.backward, (*inputs, *kept, *cotangents, position, 2), test_utils=CHECKS)
+        torch.library.opcheck(made.backward, (*inputs, [*kept], [*cotangents], position, 2), test_utils=CHECKS)
 
 
 CHECKS = ("test_schema", "test_faketensor")  # of what has no gradient of its own
@@ -272,6 +274,38 @@ def test_packed_sequences():
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cu_seqlens is a tensor, .* pass a list of ints"):
         graph_of(layer)(**given, cu_seqlens=ends)
     same(torch.compile(layer, backend="aot_eager")(**given, cu_seqlens=ends), wanted)
+
+
+def test_more_heads_of_q():
+    """They read the weights of k and v, which are given as a dict."""
+    layer = layer_of(TTTLinear, "torch")
+    given = arguments(layer, 21)
+    given["q"] = torch.cat([given["q"], -given["q"]], 2).detach().requires_grad_()
+    wanted, found = layer(**given), graph_of(layer)(**given)
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
+
+
+def test_no_tokens():
+    """The cotangents of the state are handed on as they are, in memory of their own."""
+    layer = layer_of(GatedDeltaNet, "torch")
+    given = arguments(layer, 0)
+    wanted, found = layer(**given), graph_of(layer)(**given)
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
+
+
+def test_many_states():
+    """An operator has 64 arguments at most, and a layer may keep and return more tensors than that."""
+    many = Recipe(hidden=("silu", "tanh"), use="sum", bias="plain", branch="state", scaled="number", momentum="number")
+    dims = dict.fromkeys("DEFGJKM", 2)
+    layer = tttc.compile(declaration(many), dims, torch.float64, backend="torch")
+    given = arguments(layer, 5)
+    wanted, found = layer(**given), graph_of(layer)(**given)
+    call = layer._operator.call
+    assert len(call.inputs) + call.kept + call.differentiated > 64
+    same(found, wanted)
+    same(gradients(found, given), gradients(wanted, given))
 
 
 def test_errors_say_what_they_say_without_a_graph():

@@ -85,7 +85,8 @@ def _placements(operator: Any, known: Sequence[Any], *arguments: Any) -> list[tu
     results = [None] * len(operator._schema.returns)
     found = []
     for placement in known:
-        given = [placement if hasattr(x, "placements") else None for x in arguments]
+        each = [x for group in arguments for x in (group if isinstance(group, tuple) else [group])]
+        given = [placement if hasattr(x, "placements") else None for x in each]
         found.append(([placement for _ in results], given))
     return found
 
@@ -172,43 +173,45 @@ def _forward(name: str, call: FlatCall, backward: Function) -> Function:
             given[0].new_zeros(shape, dtype=dtype) if c is None else c
             for c, (shape, dtype) in zip(cotangents, ctx.shapes, strict=False)
         ]
-        return (*backward(*given, *states, *whole, ctx.position, checkpoint), None, None, None)
+        return (*backward(*given, list(states), whole, ctx.position, checkpoint), None, None, None)
 
     run.register_autograd(differentiate, setup_context=remember)
     return run
 
 
 def _backward(name: str, call: FlatCall) -> Function:
-    counts = len(call.inputs), call.kept, call.differentiated
-    first, second = counts[0], counts[0] + counts[1]
-    extra = [*(f"kept_{i}" for i in range(counts[1])), *(f"cotangent_{i}" for i in range(counts[2]))]
+    count = len(call.inputs)
+    # an operator has at most 64 arguments: what a layer is given may be many, what it keeps and returns as many again
+    settings = "Tensor[] kept, Tensor[] cotangents, SymInt position, SymInt checkpoint"
 
-    @custom_op(name, mutates_args=(), schema=_schema(call.inputs, "SymInt position, SymInt checkpoint", first, extra))
+    @custom_op(name, mutates_args=(), schema=_schema(call.inputs, settings, count))
     def run(*given: Any) -> tuple[torch.Tensor, ...]:
-        *tensors, position, checkpoint = given
-        kept, cotangents = tensors[first:second], tensors[second:]
-        return tuple(call.backward(tensors[:first], kept, position, checkpoint, cotangents))
+        kept, cotangents, position, checkpoint = given[count:]
+        return tuple(call.backward(given[:count], kept, position, checkpoint, cotangents))
 
     @run.register_fake
     def shapes(*given: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(call.gradients(given[:first]))
+        return tuple(call.gradients(given[:count]))
 
     @run.register_vmap
-    def mapped(info: Any, dims: Sequence[int | None], *given: Any) -> Any:
-        folded = autograd.folded(given[:-2], dims[:-2], info.batch_size)
-        return autograd.unfolded(run(*folded, *given[-2:]), info.batch_size)
+    def mapped(info: Any, dims: Sequence[Any], *given: Any) -> Any:
+        def over(tensors: Sequence[torch.Tensor], of: Sequence[int | None]) -> list[torch.Tensor]:
+            return autograd.folded(tensors, of, info.batch_size)
+
+        inputs, others = over(given[:count], dims[:count]), map(over, given[count:-2], dims[count:-2])
+        return autograd.unfolded(run(*inputs, *others, *given[-2:]), info.batch_size)
 
     return run
 
 
-def _schema(inputs: Sequence[FlatTensor], settings: str, results: int, extra: Sequence[str] = ()) -> str:
+def _schema(inputs: Sequence[FlatTensor], settings: str, results: int) -> str:
     names: list[str] = []
     for slot in inputs:
         name = f"{slot.group}_{re.sub('[^0-9A-Za-z_]', '_', spelled(slot.name))}"  # an operator's names are ASCII
         while name in names:
             name += "_"
         names.append(name)
-    given = ", ".join(f"Tensor {n}" for n in (*names, *extra))
+    given = ", ".join(f"Tensor {n}" for n in names)
     return f"({given}, {settings}) -> ({', '.join(['Tensor'] * results)})"
 
 

@@ -267,7 +267,7 @@ class FlatCall:
             found = [(y, c.to(y.dtype)) for y, c in zip(made, cotangents, strict=True) if y.requires_grad]
             results, seeds = zip(*found, strict=True)
             gradients = torch.autograd.grad(results, leaves, seeds, allow_unused=True, materialize_grads=True)
-        taken: set[int] = set()
+        taken = {_memory_of(x) for x in (*inputs, *kept, *cotangents)}  # a cotangent may be passed on as it is
         return [_settled(x, to, taken) for x, to in zip(gradients, memory, strict=True)]
 
     def gradients(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

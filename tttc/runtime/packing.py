@@ -60,13 +60,12 @@ def ungrouped(given: Arguments, declared: Signature, changing: Set[tuple[str, st
     wide = _of_the_heads_of_q(given, declared, q.shape[2])
     _refuse_apart(wide, declared, changing, q.shape[2], heads)
 
-    def heads_of(x: Any, axis: int) -> Any:
-        fits = isinstance(x, torch.Tensor) and x.dim() > axis and x.shape[axis] == heads
+    def heads_of(x: Any, axis: int | None) -> Any:
+        fits = axis is not None and isinstance(x, torch.Tensor) and x.dim() > axis and x.shape[axis] == heads
         return x.repeat_interleave(n, axis) if fits else x
 
     def weights(values: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, Any]:
-        axes = {m: _heads_axis(x, specs.get(m)) for m, x in values.items()}
-        return {m: x if (axis := axes[m]) is None else heads_of(x, axis) for m, x in values.items()}
+        return {m: heads_of(x, _heads_axis(x, specs.get(m))) for m, x in values.items()}
 
     state = given.state
     if isinstance(state, State):

@@ -129,7 +129,7 @@ class FlatCall:
 
     def flat(self, call: Call) -> tuple[list[torch.Tensor], Any]:
         """The tensors of a call in their order, those that its state lacks made up, and its position."""
-        state, q = call.state, call.queries
+        state = call.state
         position = state.position
         if self.sequencing.memory and not state.memory:
             position = BEGINS
@@ -138,15 +138,17 @@ class FlatCall:
         found = []
         for tensor in self.inputs:
             x = groups[tensor.group].get(tensor.name)
-            found.append(self._absent(tensor, q, state) if x is None else x)
+            found.append(self._absent(tensor, call) if x is None else x)
         return found, position
 
-    def _absent(self, tensor: FlatTensor, q: torch.Tensor, state: State) -> torch.Tensor:
-        like = next(iter(state.weights.values()))
+    def _absent(self, tensor: FlatTensor, call: Call) -> torch.Tensor:
+        """Room for the tokens of an open mini-batch, in their dtype; sums in that of arithmetic."""
+        leading = call.queries.shape[:2]
         if tensor.group == "rows":
             room = 0 if self._b is None else self._b
-            return like.new_zeros((*q.shape[:2], room, *tensor.dims))
-        return like.new_full((*q.shape[:2], *tensor.dims), tensor.begins)
+            return call.sequences.get(tensor.name, call.queries).new_zeros((*leading, room, *tensor.dims))
+        like = next(iter(call.state.weights.values()))
+        return like.new_full((*leading, *tensor.dims), tensor.begins)
 
     def state_after(self, results: Sequence[torch.Tensor], position: Any, tokens: Any) -> State:
         """What a call returns beside z, from the results of its operator."""

@@ -78,7 +78,11 @@ class Tiled(tttc.library.Titans):
     mini_batch = 6
 
 
-LAYERS = {**VARIANTS, **{v.__name__: v for v in (Windowed, OneByOne, Renewed, Tiled)}}
+class AsRows(tttc.library.TTTLinear):
+    """An open mini-batch carried as its tokens, which an export takes where it is asked to."""
+
+
+LAYERS = {**VARIANTS, **{v.__name__: v for v in (Windowed, OneByOne, Renewed, Tiled, AsRows)}}
 CHUNKS = {"OneByOne": 3, "Tiled": 4}
 
 
@@ -86,8 +90,9 @@ def compiled(name):
     variant = LAYERS[name]
     long = isinstance(variant.mini_batch, int) and variant.mini_batch > SHORT and name not in CHUNKS
     variant = variant.replace(mini_batch=SHORT) if long else variant
-    chunk = CHUNKS.get(name)
-    return tttc.compile(variant, dims_of(variant, 3, 5) | {"K": 3}, torch.float32, backend="torch", chunk=chunk)
+    decode = "rows" if name == "AsRows" else "auto"
+    given = {"backend": "torch", "chunk": CHUNKS.get(name), "decode": decode}
+    return tttc.compile(variant, dims_of(variant, 3, 5) | {"K": 3}, torch.float32, **given)
 
 
 def in_calls(session, arrays, cuts):
@@ -112,6 +117,23 @@ def test_a_saved_layer_goes_on_where_it_stopped(name, tmp_path):
         z, state = in_calls(session, export.arrays(layer, session, inputs), cuts)
         final = dict(zip(wanted.final, (torch.from_numpy(state[n]).double() for n in weights), strict=True))
         assert differences(Result(torch.from_numpy(z).double(), final, {}), wanted, allowed, allowed) == ""
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_where_a_sequence_begins_nothing_is_read_of_a_mini_batch_before_it(tokens):
+    """By the scan of one token and by the others: what such a state carries for an open mini-batch may be anything."""
+    layer = compiled("TTTLinear")
+    session = export.Session(export.model(layer).SerializeToString())
+    inputs = inputs_for(layer, tokens, batch=2, heads=2)
+    given = export.arrays(layer, session, inputs)
+    opened = {p["name"] for p in session.ports if p["group"] in ("start", "summed")}
+    assert opened == {"past_W1_start", "past_b1_start", "past_S_W1", "past_S_b1"}
+    poisoned = {n: np.full_like(x, np.nan) if n in opened else x for n, x in session.begin(2, 2).items()}
+    z, state = session(given)
+    again, after = session({n: x for n, x in given.items() if n not in poisoned}, poisoned)
+    np.testing.assert_array_equal(again, z)
+    for name, x in state.items():
+        np.testing.assert_array_equal(after[name], x)
 
 
 def test_equal_layers_are_equal_files(tmp_path):

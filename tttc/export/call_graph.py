@@ -68,16 +68,14 @@ class CallGraph(Stream):
         ones = [f"float[B, H, R] {marked(own('ones_after'))}" for _ in self.extra]
         return [f"float[{shape}] {marked(own('z'))}", *found, *ones]
 
-    def _returned_output(self, heads: str) -> None:
-        self.lines.append(f"{marked(own('z'))} = Identity ({heads})")
+    def _returned(self) -> None:
+        """z as it is, and no position: a graph of PyTorch has a formula for it."""
+        self.lines.append(f"{marked(own('z'))} = Identity ({self.heads})")
         b = self.plan.mini_batch
         for _ in self.extra:
-            length = self.integer(b) if isinstance(b, int) else marked(own("stands"))
+            length = self.integer(b) if isinstance(b, int) else self.stands
             shape = self.value("ones_shape", f"Concat <axis = 0> ({self.B}, {self.H}, {length})")
             self.value("ones_after", f"Expand ({self.number(1.0)}, {shape})")
-
-    def _returned_position(self, p: Port, position: str) -> None:
-        """A graph of PyTorch has a formula for it."""
 
     def _returned_rows(self, p: Port, rows: str) -> None:
         """With room for those that a mini-batch lacks."""

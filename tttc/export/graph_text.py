@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tttc.ir.names import marked, own
 
@@ -14,6 +14,7 @@ class GraphText:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self._shapes = 0
 
     def add(self, name: str, node: str) -> str:
         if not any(line.startswith(f"{name} = ") for line in self.lines):
@@ -42,7 +43,10 @@ class GraphText:
         node = f"Concat <axis = 0> ({', '.join(sizes)})"
         known = (line.partition(" = ") for line in self.lines)
         made = next((name for name, _, made_by in known if made_by == node), None)
-        return made or self.value(f"shape_{len(self.lines)}", node)
+        if made is None:
+            self._shapes += 1
+            made = self.value(f"shape_{self._shapes}", node)
+        return made
 
     def sizes(self, dims: Sequence[int]) -> list[str]:
         return [self.integer(d) for d in dims]
@@ -60,6 +64,35 @@ class GraphText:
             if n in yes
         }
         return no | found
+
+    def choose(
+        self, word: str, condition: str, then: Callable[[], Names], otherwise: Callable[[], Names], inner: str = ""
+    ) -> Names:
+        """Names for what one of two branches gives; each adds its lines, and returns its own name for each of these.
+        A branch that is inside of another gives them names with `inner` in them.
+        """
+        (taken, found), (skipped, others) = self._branch(then), self._branch(otherwise)
+        made = {name: suffix(name, inner) if inner else name for name in found}
+        self.lines += [
+            f"{', '.join(made.values())} = If <then_branch = {word}_then () => ({', '.join(found.values())}) {{",
+            *(f"   {line}" for line in taken),
+            f"}}, else_branch = {word}_else () => ({', '.join(others[name] for name in found)}) {{",
+            *(f"   {line}" for line in skipped),
+            f"}}> ({condition})",
+        ]
+        return made
+
+    def _branch(self, make: Callable[[], Names]) -> tuple[list[str], Names]:
+        """The lines of a branch, and what it gives; constants stay outside."""
+        count = len(self.lines)
+        found = make()
+        lines = self.lines[count:]
+        self.lines[count:] = [x for x in lines if _is_constant(x)]
+        return [x for x in lines if not _is_constant(x)], found
+
+
+def _is_constant(line: str) -> bool:
+    return " = Constant <" in line
 
 
 def suffix(name: str, word: str) -> str:

@@ -24,7 +24,7 @@ from tttc.export.ports import Port
 from tttc.export.runtime import RUNTIME, SEVERAL, TOLERANCE, ExportMismatch, package, runtime_session
 from tttc.export.stream import Stream
 from tttc.export.whole import save_model
-from tttc.ir.program import TokenProgram
+from tttc.ir.program import ScanKind, TokenProgram
 from tttc.ir.structure import digest
 from tttc.runtime.flat_call import BEGINS, GIVEN
 from tttc.runtime.layer import Layer
@@ -47,6 +47,8 @@ def save(layer: Layer, path: str | Path, linear: Linear = "auto") -> Path:
     Inputs are the tokens [B, T, H, *dims], gates [B, T, H, ...], params [P, *dims] with P one or the heads, what the
     state carries, `past_...` [B, H, *dims], and `past_position` [1]: -1 where a sequence begins. Outputs are z
     [B, T, H, E] and the same state as `present_...`. All is float32. The metadata of the file says what it was made of.
+    An open mini-batch is carried as its sums where one token has a scan of its own, unless the layer was compiled with
+    decode="rows".
 
     Raises:
         BackendRefusal: the layer has no such graph yet, or none with the operator that was asked for; or onnx or
@@ -89,8 +91,12 @@ def model(layer: Layer, linear: Linear = "auto") -> Any:
 
 
 def _in(dtype: torch.dtype, layer: Layer) -> Layer:
-    """The same layer in another dtype, in operations of PyTorch."""
+    """The same layer in another dtype, in operations of PyTorch. An open mini-batch is carried as its sums where a
+    token alone has a scan that adds to them, unless rows were asked for.
+    """
     changed = {"dtype": dtype, "device": "cpu", "backend": "torch", "config": None, "telemetry": False}
+    if layer.settings.decode == "auto" and layer.stages.program.scan(ScanKind.TOKEN) is not None:
+        changed["decode"] = "sums"
     return compile(layer.signature.variant, **{**vars(layer.settings), **changed})
 
 

@@ -8,42 +8,36 @@ A position of -1 begins a sequence: what a rule carries beside the weights then 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tttc.backends.onnx.composed import composed_functions, composed_scan
 from tttc.backends.onnx.emit import DEFAULT, functions, model_text
 from tttc.backends.onnx.loop import block, loop_functions
 from tttc.backends.onnx.recurrence import OPERATORS, SCAN_FORM
 from tttc.declare.variant import Signature
 from tttc.errors import BackendRefusal
-from tttc.export.graph_text import GraphText, Names, suffix
-from tttc.export.ports import Port, ports_of
+from tttc.export.call_text import CallText, Groups
+from tttc.export.graph_text import Names, suffix
 from tttc.ir.linear_recurrence import linear_recurrence
-from tttc.ir.names import marked, own, prefixed
+from tttc.ir.names import marked, own
 from tttc.ir.program import EACH, Scan, ScanKind, ScanProgram
-from tttc.runtime.flat_call import GIVEN
 from tttc.runtime.sequencing import Sequencing
 
-LAST = 2**31 - 1  # as far as a slice can go
 AUTO = "auto"
-Groups = dict[str, Names]
 
 
-class Stream(GraphText):
+class Stream(CallText):
     """The text of the graph, and its ports in their order. `linear` is the domain whose LinearAttention the graph has
     where the rule is one of it, "scan" for a Scan over chunks, "auto" for what is fastest.
     """
 
     def __init__(self, program: ScanProgram, declared: Signature, sequencing: Sequencing, linear: str = AUTO) -> None:
-        super().__init__()
-        self.program, self.declared, self.sequencing = program, declared, sequencing
-        self.plan = self.sequencing.plan
+        super().__init__(program, declared, sequencing)
         self.linear = self._form(linear)
-        self.scans: dict[ScanKind, Scan] = {s.kind: s for s in self.program.scans}
         self.composed = composed_scan(self.program)
         if self.composed is not None:
             self.scans[ScanKind.WHOLE] = self.composed
-        self.rows = self.sequencing.decode == "rows"
-        self.opens = not self.plan.free and self.plan.mini_batch != 1
-        self.ports = ports_of(declared, program.dims, sequencing, self.opens, self.rows)
+        self._token = self.scans.get(ScanKind.TOKEN) if self.opens and not self.rows else None
 
     def _form(self, linear: str) -> str:
         """Raises `BackendRefusal` where an operator is asked for that has no such rule."""
@@ -57,47 +51,24 @@ class Stream(GraphText):
             )
         return linear
 
-    def of(self, *groups: str) -> list[Port]:
-        return [p for p in self.ports if p.group in groups]
-
-    # -- lines
-
-    def called(self, scan: Scan, word: str, values: Names, sequences: Names) -> tuple[list[str], Names]:
-        """What a scan stores, and the new values by name."""
-        given = [values.get(p.name) or sequences[p.name] for p in scan.params]
-        found = [suffix(marked(e.name), word) for e in scan.results]
-        self.lines.append(f"{', '.join(found)} = tttc.{scan.name} ({', '.join(given)})")
-        stored = len(scan.outputs)
-        return found[:stored], {a.leaf.name: x for a, x in zip(scan.updates, found[stored:], strict=True)}
-
     # -- the graph
 
     def text(self) -> str:
         """The model."""
         self._lengths()
-        sequences = self._sequences()
+        for p in self.of("token", "gate"):
+            self._seen(p)
         values = self._values()
-        if self.opens:
-            z, after = self._in_rows(values, sequences) if self.rows else self._in_sums(values, sequences)
+        if self._token is not None:
+            self._decoding(self._token, values)
         else:
-            z, after = self._whole(values, sequences)
-        self._returned(z, after)
+            run = self._whole if not self.opens else self._in_rows if self.rows else self._in_sums
+            self._settled(*run(values, self._sequences()))
+        self._returned()
         called = self._whole_functions()
         called += [f for scan in self._scans_called() for f in functions(scan, self.program, self.linear)]
         called += [self._piece()] if self.opens and not self.rows else []
         return model_text(block(self.program.name, self._inputs(), self._results(), self.lines), called, self.linear)
-
-    def _inputs(self) -> list[str]:
-        return [p.typed(p.input, "past") for p in self.ports]
-
-    def _results(self) -> list[str]:
-        shape = ", ".join(["B, T, H", *map(str, self.sequencing.width)])
-        return [f"float[{shape}] {marked(own('z'))}", *(p.typed(p.output, "present") for p in self.carried)]
-
-    @property
-    def carried(self) -> list[Port]:
-        """What a state is made of."""
-        return [p for p in self.ports if p.group not in GIVEN]
 
     def _whole_functions(self) -> list[str]:
         """The scan of whole mini-batches, where there is one."""
@@ -110,72 +81,8 @@ class Stream(GraphText):
 
     def _scans_called(self) -> list[Scan]:
         """The others."""
-        kinds = [ScanKind.BEGIN, *([ScanKind.OPEN, ScanKind.CLOSE] if self.opens and not self.rows else [])]
-        return [self.scans[k] for k in kinds if k in self.scans]
-
-    def _lengths(self) -> None:
-        q = marked(self.declared.identity("token", "q"))
-        for i, word in enumerate(("B", "T", "H")):
-            self.value(word, f"Shape <start = {i}, end = {i + 1}> ({q})")
-        self.value("N", f"Mul ({self.B}, {self.H})")
-        self.value("at", f"Max ({marked(prefixed('past', own('position')))}, {self.integer(0)})")
-
-    B, T, H, N = (marked(own(word)) for word in "BTHN")
-    at = marked(own("at"))
-
-    def _sequences(self) -> Names:
-        """The tokens and gates as [N, T, ...], with their windows."""
-        found = {}
-        for p in self.of("token", "gate"):
-            x = self._by_heads(p)
-            window = p.window
-            if window:
-                x = self._windows(p, x, window[0])
-            found[p.name] = self.reshaped(suffix(p.input, "flat"), x, [self.N, self.T, *self.sizes((*window, *p.dims))])
-        if self.sequencing.counts and not self.rows:
-            found[EACH.name] = self._ones(self.T)
-        return found
-
-    def _by_heads(self, p: Port) -> str:
-        """[B, T, H, *dims] -> [B, H, T, *dims]."""
-        turned = [0, 2, 1, *range(3, 3 + len(p.dims))]
-        return self.add(suffix(p.input, "heads"), f"Transpose <perm = {turned}> ({p.input})")
-
-    def _ones(self, tokens: str) -> str:
-        return self.value("each", f"Expand ({self.number(1.0)}, {self.shape([self.N, tokens])})")
-
-    def _windows(self, p: Port, x: str, length: int) -> str:
-        """The last tokens of each token, [B, H, T, K, ...]; those of the call before come first."""
-        taps = next(t for t in self.of("taps") if t.name == p.name)
-        axis, after = self.integer(2), self.integer(3)
-        joined = self.add(suffix(p.input, "joined"), f"Concat <axis = 2> ({taps.input}, {x})")
-        shifted = []
-        for i in range(length):
-            end = self.add(suffix(p.input, f"end{i}"), f"Add ({self.T}, {self.integer(i)})")
-            one = self.add(suffix(p.input, f"shifted{i}"), f"Slice ({joined}, {self.integer(i)}, {end}, {axis})")
-            shifted.append(self.add(suffix(p.input, f"row{i}"), f"Unsqueeze ({one}, {after})"))
-        self.add(taps.output, f"Slice ({joined}, {self.T}, {self.integer(LAST)}, {axis})")
-        return self.add(suffix(p.input, "windows"), f"Concat <axis = 3> ({', '.join(shifted)})")
-
-    def _values(self) -> Groups:
-        """Params and what is carried as [N, ...], by groups."""
-        found: Groups = {g: {} for g in ("param", "weights", "memory", "start", "summed", "rows")}
-        for p in self.of("param"):
-            each = self._of_each(p)
-            found["param"][p.name] = self.reshaped(suffix(p.input, "flat"), each, [self.N, *self.sizes(p.dims)])
-        for p in self.of("weights", "memory", "start", "summed"):
-            found[p.group][p.name] = self.reshaped(suffix(p.input, "flat"), p.input, [self.N, *self.sizes(p.dims)])
-        if (begin := self.scans.get(ScanKind.BEGIN)) is not None:
-            _, begun = self.called(begin, "begun", found["param"] | found["weights"], {})
-            begins = self.value("begins", f"Less ({marked(prefixed('past', own('position')))}, {self.integer(0)})")
-            found["memory"] = self.where("memory", begins, begun, found["memory"])
-        return found
-
-    def _of_each(self, p: Port) -> str:
-        """A param [P, *dims] as [B, H, *dims]."""
-        wide = self.add(suffix(p.input, "wide"), f"Unsqueeze ({p.input}, {self.integer(0)})")
-        spread = self.shape([self.B, self.H, *self.sizes(p.dims)])
-        return self.add(suffix(p.input, "each"), f"Expand ({wide}, {spread})")
+        opened = [ScanKind.OPEN, ScanKind.CLOSE, ScanKind.TOKEN] if self.opens and not self.rows else []
+        return [self.scans[k] for k in (ScanKind.BEGIN, *opened) if k in self.scans]
 
     def _whole(self, values: Groups, sequences: Names) -> tuple[str, Groups]:
         """Any number of tokens at once."""
@@ -183,10 +90,61 @@ class Stream(GraphText):
         (z, *_), new = self.called(self.scans[ScanKind.WHOLE], "whole", values["param"] | carried, sequences)
         return z, {g: updated(values[g], new) for g in ("weights", "memory")} | {"position": {"": self.integer(0)}}
 
+    def _decoding(self, token: Scan, values: Groups) -> None:
+        """A token alone by the scan of one token, unless it ends a mini-batch and changes more than the weights there;
+        all else in sums.
+        """
+        b = self.plan.mini_batch
+        alone = self.value("single", f"Equal ({self.T}, {self.integer(1)})")
+        if isinstance(b, int) and self.sequencing.ends_more:
+            alone = self.value("alone", f"And ({alone}, {self._goes_on(b)})")
+        self._inside()
+
+        def several() -> Names:
+            return self._settled(*self._in_sums(values, self._sequences()), "several")
+
+        self.choose("alone", alone, lambda: self._placed(token, values), several)
+
+    def _goes_on(self, b: int) -> str:
+        return self.value("goes_on", f"Less ({self.at}, {self.integer(b - 1)})")
+
+    def _placed(self, token: Scan, values: Groups) -> Names:
+        """One token, which begins a mini-batch, ends it, or neither: a branch for each, of which none chooses between
+        states number by number.
+        """
+        sequences = {}
+        for p in self.of("token", "gate"):
+            sizes = [self.N, *self.sizes((*p.window, *p.dims))]
+            sequences[p.name] = self.reshaped(suffix(p.input, "one"), self._seen(p), sizes)
+        if self.sequencing.counts:
+            sequences[EACH.name] = self.value("one", f"Expand ({self.number(1.0)}, {self.N})")
+        first = {"start": values["weights"], "summed": self._fresh()}
+        b = self.plan.mini_batch
+
+        def one(word: str, before: Groups) -> Callable[[], Names]:
+            return lambda: self._settled(*self._one(word, token, values | before, sequences), word)
+
+        def inside() -> Names:
+            if not isinstance(b, int) or self.sequencing.ends_more:
+                return one("inside", {})()
+            return self.choose("last", self._goes_on(b), one("inside", {}), one("last", {}), "later")
+
+        return self.choose("first", self._inside(), inside, one("first", first), "one")
+
+    def _one(self, word: str, token: Scan, values: Groups, sequences: Names) -> tuple[str, Groups]:
+        given = values["param"] | values["memory"] | values["start"] | values["summed"]
+        _, new = self.called(token, word, given, sequences)
+        after = {g: updated(values[g], new) for g in ("weights", "memory", "summed")} | {"start": values["start"]}
+        position = self.value(f"after_{word}", f"Add ({self.at}, {self.integer(1)})")
+        if word == "last":
+            after |= {"start": after["weights"], "summed": self._fresh()}
+            position = self.integer(0)
+        return new[token.updates[0].leaf.name], after | {"position": {"": position}}
+
     def _in_sums(self, values: Groups, sequences: Names) -> tuple[str, Groups]:
         """What is left of an open mini-batch, whole ones, and what opens another."""
         b = self.plan.mini_batch
-        inside = self.value("inside", f"Greater ({self.at}, {self.integer(0)})")
+        inside = self._inside()
         fresh = {p.name: self.number(p.begins) for p in self.of("summed")}
         now = {
             "weights": values["weights"],
@@ -199,7 +157,7 @@ class Stream(GraphText):
         }
         if not isinstance(b, int):  # the whole sequence is one
             z, now, _ = self._run_piece("all", values["param"], now, sequences)
-            position = self.value("stands", f"Add ({self.at}, {self.T})")
+            position = self.value("after_all", f"Add ({self.at}, {self.T})")
             return z, now | {"position": {"": position}}
         length, none = self.integer(b), self.integer(0)
         left = self.value("left", f"Mod ({self.value('missing', f'Sub ({length}, {self.at})')}, {length})")
@@ -220,13 +178,13 @@ class Stream(GraphText):
         now["start"] = self.where("start", between, now["weights"], now["start"])
         now["summed"] = self.where("fresh", between, fresh, now["summed"])
         last, now, _ = self._run_piece("tail", values["param"], now, self.part(sequences, "tail", until, self.T))
-        position = self.value("stands", f"Add ({position}, {self.value('open', f'Sub ({rest}, {whole})')})")
+        position = self.value("after_tail", f"Add ({position}, {self.value('open', f'Sub ({rest}, {whole})')})")
         z = self.value("joined", f"Concat <axis = 1> ({first}, {middle}, {last})")
         return z, now | {"position": {"": position}}
 
     def _in_rows(self, values: Groups, sequences: Names) -> tuple[str, Groups]:
         """Whole mini-batches; an open one is run again from its first token."""
-        inside = self.value("inside", f"Greater ({self.at}, {self.integer(0)})")
+        inside = self._inside()
         before = self.value("before", f"Shape <start = 2, end = 3> ({self.of('rows')[0].input})")
         total = self.value("total", f"Add ({self.T}, {before})")
         joined = {}
@@ -246,7 +204,7 @@ class Stream(GraphText):
         carried = values["param"] | weights | values["memory"]
         z, new, kept = self._kept(carried, joined)
         z = self.value("seen", f"Slice ({z}, {before}, {total}, {self.integer(1)})")
-        position = self.value("stands", f"Sub ({total}, {whole})")
+        position = self.value("after_rows", f"Sub ({total}, {whole})")
         after = {"memory": updated(values["memory"], kept), "start": updated(weights, kept)}
         after |= {"weights": updated(weights, new), "rows": self.part(joined, "open", whole, total)}
         return z, after | {"position": {"": position}}
@@ -335,32 +293,6 @@ class Stream(GraphText):
 
     def _given(self, scan: Scan, new: Names, lasts: Names) -> list[str]:
         return [lasts.get(p.name) or new.get(p.name) or marked(p.name) for p in scan.params]
-
-    # -- results
-
-    def _returned(self, z: str, after: Groups) -> None:
-        """What a caller is given: [B, T, H, ...], and the state as it was given."""
-        width = self.sizes(self.sequencing.width)
-        heads = self.reshaped(marked(own("z_heads")), z, [self.B, self.H, self.T, *width])
-        self._returned_output(heads)
-        for p in self.carried:
-            if p.group == "position":
-                self._returned_position(p, after["position"][""])
-            elif p.group == "rows":
-                self._returned_rows(p, after["rows"][p.name])
-            elif p.group != "taps":
-                self.reshaped(p.output, after[p.group][p.name], [self.B, self.H, *self.sizes(p.dims)])
-
-    def _returned_output(self, heads: str) -> None:
-        turned = [0, 2, 1, *range(3, 3 + len(self.sequencing.width))]
-        self.lines.append(f"{marked(own('z'))} = Transpose <perm = {turned}> ({heads})")
-
-    def _returned_position(self, p: Port, position: str) -> None:
-        self.lines.append(f"{p.output} = Identity ({position})")
-
-    def _returned_rows(self, p: Port, rows: str) -> None:
-        count = self.add(suffix(p.output, "count"), f"Shape <start = 1, end = 2> ({rows})")
-        self.reshaped(p.output, rows, [self.B, self.H, count, *self.sizes(p.dims)])
 
 
 def updated(values: Names, new: Names) -> Names:

@@ -39,8 +39,8 @@ class Sequencing:
         self._made = {s.name: [str(a.leaf.name) for a in s.updates] for s in program.scans}
         self.measures = [str(a.leaf.name) for a in program.scans[0].outputs[1:]]
         """What chunks measure, where there is telemetry."""
-        # whether the end of a mini-batch changes what is carried beside the weights
-        self._ends_more = bool(set(self._made.get(self._named.get(ScanKind.CLOSE, ""), ())) - set(declared.states))
+        self.ends_more = bool(set(self._made.get(self._named.get(ScanKind.CLOSE, ""), ())) - set(declared.states))
+        """Whether the end of a mini-batch changes what is carried beside the weights."""
         self.opened = openings(program.update)
         """What an open mini-batch carries beside its weights."""
         self.memory = tuple(m.variable for m in memories(program.update))
@@ -144,7 +144,7 @@ class Sequencing:
         """
         if self._token is None or self.decode == "rows" or call.recorded:
             return False
-        if call.state.position + 1 == self.plan.mini_batch and self._ends_more:
+        if call.state.position + 1 == self.plan.mini_batch and self.ends_more:
             return False
         state = call.state
         groups = (call.sequences, call.params, state.weights, state.start, state.summed, state.memory)

@@ -21,6 +21,7 @@ from tests.helpers import LIBRARY, dims_of
 from tttc.library import TTTMLP, GatedDeltaNet, Titans, TTTLinear
 from tttc.nn import TTT, Cache
 from tttc.runtime.arguments import BoundCall
+from tttc.runtime.custom_ops import MOST_TENSORS
 from tttc.runtime.packing import Arguments
 from tttc.runtime.state import State, compact
 from tttc.verification.comparison import random_inputs, relative_error
@@ -306,6 +307,21 @@ def test_many_states():
     assert len(call.inputs) + call.kept + call.differentiated > 64
     same(found, wanted)
     same(gradients(found, given), gradients(wanted, given))
+
+
+def test_more_states_than_an_operator_may_have():
+    """Such a layer runs beside the graph; where there must be one graph, it says why there is none."""
+    last: dict[str, Any] = {"decay": "number", "average": "number", "norm": "layer_norm", "clip": 0.05, "keep": "token"}
+    last |= {"bias": "plain", "branch": "state", "mini_batch": 3}
+    many = Recipe(hidden=("silu", "tanh"), use="sum", scaled="number", momentum="number", **last)
+    dims = dict.fromkeys("DEFGJKM", 2)
+    layer = tttc.compile(declaration(many), dims, torch.float64, backend="torch", decode="sums")
+    assert len(layer._flat_call().inputs) > MOST_TENSORS
+    given = tree_map(torch.Tensor.detach, arguments(layer, 5))
+    same(torch.compile(layer, backend="aot_eager")(**given), layer(**given))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph"):
+        graph_of(layer)(**given)
 
 
 def test_errors_say_what_they_say_without_a_graph():

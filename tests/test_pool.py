@@ -13,6 +13,7 @@ import torch
 import tttc
 from tests.test_state import VARIANTS, Sequences, same
 from tttc.errors import PoolError, ShapeError, StateMismatch, TTTCError
+from tttc.runtime.custom_ops import as_operators
 from tttc.runtime.pool import StatePool
 from tttc.runtime.state import State
 
@@ -89,6 +90,21 @@ def begun(tokens: int = 3) -> tuple[StatePool, Sequences]:
     pool.allocate(3)
     pool.scatter([0, 2], sequences.call(slice(0, tokens), rows=slice(0, 2))[1])
     return pool, sequences
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 4])
+@pytest.mark.parametrize("decode", ["sums", "rows"])
+def test_a_state_of_a_graph(decode: str, tokens: int) -> None:
+    """It has all its parts at every place, and room for the tokens of a whole mini-batch."""
+    sequences = Sequences("TTTLinear")
+    sequences.layer = tttc.compile(VARIANTS["TTTLinear"], sequences.layer.dims, F64, backend="torch", decode=decode)
+    _, wanted = sequences.call(slice(0, tokens), rows=slice(0, 2))
+    with as_operators():
+        _, state = sequences.call(slice(0, tokens), rows=slice(0, 2))
+    pool = sequences.layer.pool(2, heads=2)
+    pool.scatter(pool.allocate(2), state)
+    wanted.telemetry = {}
+    same(pool.gather([0, 1]), wanted)
 
 
 def test_what_is_put_into_slots_comes_out_of_them() -> None:

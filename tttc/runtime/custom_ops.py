@@ -30,6 +30,8 @@ from tttc.runtime.flat_call import FlatCall, FlatTensor
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
+MOST_TENSORS = 60
+"""As many are given to an operator, which has 64 arguments at most, beside four others."""
 _known: dict[str, Operator] = {}
 _lock = Lock()
 _by_name = local()
@@ -181,7 +183,7 @@ def _forward(name: str, call: FlatCall, backward: Function) -> Function:
 
 def _backward(name: str, call: FlatCall) -> Function:
     count = len(call.inputs)
-    # an operator has at most 64 arguments: what a layer is given may be many, what it keeps and returns as many again
+    # what a layer keeps and returns may be as many as it is given: an operator has not so many arguments
     settings = "Tensor[] kept, Tensor[] cotangents, SymInt position, SymInt checkpoint"
 
     @custom_op(name, mutates_args=(), schema=_schema(call.inputs, settings, count))

@@ -26,7 +26,7 @@ from tttc.ir.structure import digest
 from tttc.runtime import autograd
 from tttc.runtime.arguments import BoundCall
 from tttc.runtime.call import Call
-from tttc.runtime.custom_ops import Operator, asked_by_name, in_parts, operator, registered, untraced
+from tttc.runtime.custom_ops import MOST_TENSORS, Operator, asked_by_name, in_parts, operator, registered, untraced
 from tttc.runtime.flat_call import DECIDED_LATER, FlatCall
 from tttc.runtime.graphs import constant_in_graphs, outside_graphs
 from tttc.runtime.inlining import inlining
@@ -214,6 +214,8 @@ class Layer:
             return self.sequencing.run(call, self._outputs)
         if torch.compiler.is_compiling() and transformed():
             return self._transformed(call)
+        if torch.compiler.is_compiling() and not self._fits():
+            return self._too_many(call)
         self._prepare()
         return self._as_operator(call)
 
@@ -234,6 +236,18 @@ class Layer:
     )
     def _transformed(self, call: Call) -> tuple[torch.Tensor, State]:
         return self.sequencing.run(call, self._outputs)
+
+    @outside_graphs(
+        "the operator of this layer would have more tensors than one of PyTorch may have: compile "
+        "without fullgraph, or declare fewer and larger states."
+    )
+    def _too_many(self, call: Call) -> tuple[torch.Tensor, State]:
+        return self.sequencing.run(call, self._outputs)
+
+    @constant_in_graphs
+    def _fits(self) -> bool:
+        """Whether an operator may have as many tensors as the calls."""
+        return self._operator is not None or len(self._flat_call().inputs) <= MOST_TENSORS
 
     def _by_name(self, call: Call) -> bool:
         """Whether a graph is being made of the call, or its tensors are in parts, or have no memory that a kernel could

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tttc.errors import PoolError, ShapeError, StateMismatch
-from tttc.runtime.state import GROUPS, PackedState, State, Tensors, tensors_of
+from tttc.runtime.state import GROUPS, PackedState, State, Tensors, compact, tensors_of
 from tttc.runtime.state_file import misfit
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class StatePool:
             PoolError: a slot is not allocated, or given twice.
             StateMismatch: it is no state of this layer, of so many sequences and heads.
         """
-        known = self._allocated(ids)
+        known, state = self._allocated(ids), compact(state)
         tensors = {(g, n): x.detach() for g, ts in tensors_of(state).items() if g != "telemetry" for n, x in ts.items()}
         self._refuse_foreign(len(known), state.position, tensors)
         index = self._index(known)

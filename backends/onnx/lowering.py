@@ -19,6 +19,7 @@ from tttc.ir.names import marked
 from tttc.ir.ops import einsum_spec, is_upper
 from tttc.ir.scalars import SCALARS
 
+Factor = tuple[str, Axes]  # the name of an array, and its axes after N
 BATCH = "z"  # the letter of N in an Einsum: the axes of an expression have the first of the alphabet
 
 
@@ -72,6 +73,9 @@ class Lowering(Nodes):
         name = self(e)
         if not is_array(e):
             return name
+        order = tuple(a for a in to if a in e.axes)
+        if order != e.axes and name in self.nodes and (factors := self._outer(e)) is not None:
+            return self._spread(self._product(*factors, order), order, to)
         return self._spread(name, e.axes, to)
 
     def _spread(self, name: str, axes: Axes, to: Sequence[Axis]) -> str:
@@ -103,6 +107,8 @@ class Lowering(Nodes):
     def _lowered(self, e: Expr) -> str:
         if e.op not in ROWS and (made_of := in_others(e)) is not None:
             return self(made_of)
+        if e.op == "mul" and (factors := self._outer(e)) is not None:
+            return self._product(*factors, e.axes)
         if e.op in SCALARS:
             return self.applied(e.op, *(self.aligned(s, e.axes) for s in e.src))
         if ROWS[e.op].startswith("_"):
@@ -229,7 +235,7 @@ class Lowering(Nodes):
             (left, la), (right, ra) = (right, ra), (left, la)  # otherwise the product is transposed
         rows, columns = ([a for a in axes if a not in batch and a not in over] for axes in (la, ra))
         if not over:
-            return self.node("Mul", self._spread(left, la, e.axes), self._spread(right, ra, e.axes))
+            return self._product((left, la), (right, ra), e.axes)
         if not rows and not columns:
             left, right = (self.transposed(x, axes, [*batch, *over]) for x, axes in ((left, la), (right, ra)))
             last = self.integers(*range(len(batch) + 1, len(batch) + len(over) + 1))
@@ -245,6 +251,26 @@ class Lowering(Nodes):
         product = product if rows else self.node("Squeeze", product, self.integers(-2))
         product = product if columns else self.node("Squeeze", product, self.integers(-1))
         return self.transposed(product, [*batch, *rows, *columns], e.axes)
+
+    def _outer(self, e: Expr) -> tuple[Factor, Factor] | None:
+        """The factors of an outer product, of which neither has all axes; what multiplies it belongs to one of them,
+        which is smaller.
+        """
+        if e.op == "contract" and not e.arg and len(e.src) == 2:
+            left, right = ((self.filled(x, x.axes), x.axes) for x in e.src)
+            return (left, right) if max(len(left[1]), len(right[1])) < len(e.axes) else None
+        for scale, product in (e.src, e.src[::-1]) if e.op == "mul" else ():
+            for one, other in self._ways(product):
+                if set(scale.axes) <= set(one[1]):
+                    return (self.applied("mul", self.aligned(scale, one[1]), one[0]), one[1]), other
+        return None
+
+    def _ways(self, e: Expr) -> list[tuple[Factor, Factor]]:
+        factors = self._outer(e)
+        return [] if factors is None else [factors, factors[::-1]]
+
+    def _product(self, left: Factor, right: Factor, to: Axes) -> str:
+        return self.node("Mul", self._spread(*left, to), self._spread(*right, to))
 
     def _summed(self, name: str, axes: Axes, e: Expr, other: int) -> tuple[str, Axes]:
         """An operand of a contraction, summed over the axes that it alone has."""

@@ -18,10 +18,11 @@ import tttc
 from tests.draws.declaration import declaration
 from tests.draws.recipe import Recipe
 from tests.helpers import LIBRARY, dims_of
+from tttc.errors import BackendRefusal
 from tttc.library import TTTMLP, GatedDeltaNet, Titans, TTTLinear
 from tttc.nn import TTT, Cache
 from tttc.runtime.arguments import BoundCall
-from tttc.runtime.custom_ops import MOST_TENSORS
+from tttc.runtime.custom_ops import MOST_TENSORS, as_operators
 from tttc.runtime.packing import Arguments
 from tttc.runtime.state import State, compact
 from tttc.verification.comparison import random_inputs, relative_error
@@ -322,6 +323,8 @@ def test_more_states_than_an_operator_may_have():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph"):
         graph_of(layer)(**given)
+    with as_operators(), pytest.raises(BackendRefusal, match="at most 60"):
+        layer(**given)
 
 
 def test_errors_say_what_they_say_without_a_graph():

@@ -34,7 +34,15 @@ MOST_TENSORS = 60
 """As many are given to an operator, which has 64 arguments at most, beside four others."""
 _known: dict[str, Operator] = {}
 _lock = Lock()
-_by_name = local()
+
+
+class _ByName(local):
+    """Whether calls in this thread are those of operators; every call asks."""
+
+    on = False
+
+
+_by_name = _ByName()
 
 
 class Operator:
@@ -103,7 +111,7 @@ def as_operators() -> Iterator[None]:
     """Calls of layers in this thread are those of their operators, as in a graph: a state that one returns has all of
     its parts.
     """
-    before, _by_name.on = getattr(_by_name, "on", False), True
+    before, _by_name.on = _by_name.on, True
     try:
         yield
     finally:
@@ -112,7 +120,7 @@ def as_operators() -> Iterator[None]:
 
 def asked_by_name() -> bool:
     """Whether calls are those of operators, graph or not."""
-    return getattr(_by_name, "on", False)
+    return _by_name.on
 
 
 def operator(name: str, call: FlatCall, layer: Any) -> Operator:

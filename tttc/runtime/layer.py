@@ -18,7 +18,7 @@ from tttc.compiler.pipeline import History
 from tttc.declare.pickling import PickledVariant
 from tttc.declare.specs import initial_value
 from tttc.declare.variant import Signature
-from tttc.errors import ShapeError
+from tttc.errors import BackendRefusal, ShapeError
 from tttc.explain.report import explain
 from tttc.ir.names import spelled
 from tttc.ir.program import TokenProgram, number_of
@@ -214,7 +214,7 @@ class Layer:
             return self.sequencing.run(call, self._outputs)
         if torch.compiler.is_compiling() and transformed():
             return self._transformed(call)
-        if torch.compiler.is_compiling() and not self._fits():
+        if not self._fits():
             return self._too_many(call)
         self._prepare()
         return self._as_operator(call)
@@ -242,6 +242,11 @@ class Layer:
         "without fullgraph, or declare fewer and larger states."
     )
     def _too_many(self, call: Call) -> tuple[torch.Tensor, State]:
+        if self._by_name(call):
+            raise BackendRefusal(
+                f"variant `{self.signature.name}`: its calls have {len(self._flat_call().inputs)} tensors, an operator "
+                f"of PyTorch at most {MOST_TENSORS}.\n  Declare fewer and larger states."
+            )
         return self.sequencing.run(call, self._outputs)
 
     @constant_in_graphs

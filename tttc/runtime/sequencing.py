@@ -80,8 +80,10 @@ class Sequencing:
 
     def _refuse_unfit(self, call: Call) -> None:
         state, b = call.state, self.mini_batch
+        if not state.position:
+            return
         stands = f"variant `{self.title}`: the state stands {state.position} tokens into a mini-batch"
-        if state.position and self.read == "end" and call.tokens:
+        if self.read == "end" and call.tokens:
             raise StateMismatch(
                 f'{stands} of {b}, and read="end" reads weights that the tokens already returned could not see.\n'
                 "  Cut sequences at whole mini-batches, or start a new one from dict(state)."
@@ -90,7 +92,7 @@ class Sequencing:
             raise StateMismatch(f"{stands} of {b}.\n  Pass the state that a call of this layer returned.")
         kept, other = ("rows", "sums") if self.decode == "rows" else ("sums", "rows")
         names = call.sequences if kept == "rows" else [o.variable.name for o in self.opened]
-        if state.position and set(names) - set(state.rows if kept == "rows" else state.summed):
+        if set(names) - set(state.rows if kept == "rows" else state.summed):
             raise StateMismatch(
                 f"{stands} of {b}, and does not have the {kept} of these tokens, which this layer carries.\n"
                 f'  Pass a state of a layer with decode="{kept}", not "{other}", or one at a mini-batch\'s end.'

@@ -14,7 +14,7 @@ from tttc.backends.cost_model import EstimatedKernel
 from tttc.backends.scan import CompiledScan
 from tttc.backends.target import Resources
 from tttc.ir.names import Wording
-from tttc.ir.program import AdjointProgram, ScanProgram
+from tttc.ir.program import AdjointProgram, Scan, ScanProgram
 
 Settings = Mapping[str, int]
 """How kernels are made, beside the program: names that the backend gives, which never change a result."""
@@ -72,6 +72,39 @@ class EmittedProgram(AdjointProgram):
 
     def __str__(self) -> str:
         return self.source.shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileKernels:
+    """Kernels in an exported Python file, whose loops are what calls them."""
+
+    about: str
+    """What the file says of them."""
+    imports: str
+    source: Path
+    """A file that has the functions and classes `names`, of which the exported one has copies."""
+    names: tuple[str, ...]
+    head: str
+    """What makes the kernels of one loop, of the arguments `made`, by the words for the loops; None where they cannot
+    run: "Kernels("."""
+    made: Mapping[str, Sequence[str]]
+
+    @property
+    def place(self) -> str:
+        """What stands in a file instead of the kernels until its names are words."""
+        return "# fmt: off\n# fmt: on"
+
+    def within(self, file: str) -> str:
+        """A file with the kernels at their place."""
+        raise NotImplementedError
+
+
+class FileWriter(Protocol):
+    """What writes kernels into exported Python files."""
+
+    @property
+    def file_kernels(self) -> Callable[[AdjointProgram, Mapping[str, Scan]], FileKernels | None]:
+        """Those of scans, by the words that stand for these in the file; None where none of them is a kernel."""
 
 
 class Backend(Protocol):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tttc.backends.interface import Backend, Compiler, Estimator
+from tttc.backends.interface import Backend, Compiler, Estimator, FileWriter
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Unit:
     """What compiles for these."""
     estimator: Callable[[], Estimator] | None = None
     """What ranks kernels for these that were not run."""
+    in_files: Callable[[], FileWriter] | None = None
+    """What writes its kernels into exported Python files."""
 
     @property
     def backend(self) -> Backend:
@@ -125,6 +127,11 @@ def estimators() -> list[Unit]:
     return [u for u in _units if u.estimator]
 
 
+def file_writers() -> list[Unit]:
+    """Whose kernels exported Python files have."""
+    return [u for u in _units if u.in_files]
+
+
 # -- the backends of this package ------------------------------------------------------------------------------------
 
 TVM = Package("apache-tvm", "tvm", "pip install 'tttc[tvm]'")
@@ -146,13 +153,14 @@ def _lazy(module: str) -> Callable[[], Any]:
 if TYPE_CHECKING:  # that they have the functions which they are to have
     from tttc.backends import onnx, triton, tvm_cpu, tvm_cuda
     from tttc.backends import torch as _torch
-    from tttc.backends.triton import aot
+    from tttc.backends.triton import aot, files
     from tttc.backends.triton import candidates as estimates
     from tttc.backends.tvm_cuda import aot as cuda_aot
 
     _backends: list[Backend] = [_torch, tvm_cpu, tvm_cuda, triton, onnx]
     _compilers: list[Compiler] = [cuda_aot, aot]
     _estimators: list[Estimator] = [estimates]
+    _file_writers: list[FileWriter] = [files]
 
 register(Unit("torch", "runs every program, on any device", _lazy("tttc.backends.torch"), of_torch=True))
 register(Unit("tvm", "native kernels for this CPU", _lazy("tttc.backends.tvm_cpu"), ("cpu",), ("cpu",), (TVM,)))
@@ -179,6 +187,7 @@ register(
         targets=("NVIDIA", "AMD"),
         compiler=_lazy("tttc.backends.triton.aot"),
         estimator=_lazy("tttc.backends.triton.candidates"),
+        in_files=_lazy("tttc.backends.triton.files"),
     )
 )
 register(

@@ -17,6 +17,7 @@ import tttc
 from tests.helpers import LIBRARY, dims_of
 from tests.learners import CausalConvolution, LowRank
 from tttc.backends import generated
+from tttc.backends.triton import kernel_spec
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal
 from tttc.export import hub
@@ -98,10 +99,65 @@ def folder(tmp_path_factory):
 
 def test_every_file_is_its_definition_where_there_is_no_tttc(folder):
     """In one call, in several, by operators: outputs, weights and every gradient, against torch.autograd in float64."""
-    settings = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    settings = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-I", "-c", FRESH, *sorted(map(str, folder.glob("*.py")))]
     done = subprocess.run(command, env=settings, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is for Linux alone")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["TTTLinear", "LowRank"])
+def test_kernels_are_the_definition_in_float32(folder, name, capsys):
+    """In Triton's interpreter, where there is no GPU."""
+    made = _made(folder, name)
+    assert made.self_test()
+    assert "by kernels, in float32" in capsys.readouterr().out
+    assert made.WHOLE.kernels is not made.PART.kernels
+
+
+@needs_triton
+def test_kernels_of_groups_of_chunks_and_of_strips(monkeypatch):
+    """Every other carry is kept, and the last chunk is not whole; the parts that strips make are added up."""
+    monkeypatch.setattr(kernel_spec, "LARGEST_STATE", 32 * 16)
+    layer = tttc.compile(LIBRARY["GatedDeltaNet"], {"D": 32}, backend="torch", chunk=8)
+    made = generated.module(export.text(layer), "layer", "<layer>")
+    assert made.WHOLE_KERNELS.strips == 2
+    layer = made.GatedDeltaNet(num_heads=1, every=2).double()
+    tokens = [torch.randn(1, 21, 1, 32, dtype=torch.float64) / 8 for _ in "qkv"]
+    tokens += [torch.rand(1, 21, 1, dtype=torch.float64) for _ in range(2)]
+    arguments = [x.requires_grad_() for x in tokens], ["z", "W", *"qkvab", "dW"], []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert made.compare(layer, made.definition, *arguments, device, torch.float32)
+    monkeypatch.setattr(made, "placed", lambda tensors, of="": [])
+    with pytest.raises((TypeError, ValueError)):  # what was compared are the kernels
+        made.compare(layer, made.definition, *arguments, device, torch.float32)
+
+
+@needs_triton
+def test_what_kernels_do_not_do_pytorch_does(folder, monkeypatch):
+    """Second derivatives, float64, other chunks, and all of it where there is no Triton."""
+    made = _made(folder, "TTTLinear")
+    x, found = torch.randn(1, SHORT, 1, 3, dtype=torch.float64), []
+    layer = made.TTTLinear(num_heads=1)
+    torch.nn.init.eye_(layer.W1[0])
+    for dtype in (torch.float32, torch.float64):
+        k, rate = x.to(dtype, copy=True).requires_grad_(), torch.full((1, SHORT, 1), 0.1, dtype=dtype)
+        (first,) = torch.autograd.grad(layer.to(dtype)(k, k, k, rate, rate)[0].sum(), k, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), k)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-3, atol=1e-4)
+    assert made.WHOLE_KERNELS.take([x.float()], SHORT)
+    assert not made.WHOLE_KERNELS.take([x.float()], SHORT + 1)
+    assert not made.WHOLE_KERNELS.take([x], SHORT)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert _made(folder, "TTTLinear").WHOLE.kernels is None
+
+
+def _made(folder, name):
+    """A file as a module."""
+    return generated.module((folder / f"{name}.py").read_text(encoding="utf-8"), "layer", f"<{name}>")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ruff") is None, reason="ruff is of the extra dev")
@@ -178,7 +234,7 @@ def test_the_command(tmp_path):
     assert "import tttc" not in path.read_text(encoding="utf-8")
 
 
-def test_a_folder_of_the_hub_is_imported_as_kernels_does(tmp_path, capsys):
+def test_a_folder_of_the_hub_is_imported_as_kernels_does(tmp_path, capsys, monkeypatch):
     """By a name that the metadata says, as a package that imports nothing but itself and torch."""
     hub.save(tttc.compile(LIBRARY["GatedDeltaNet"], {"D": 3}), tmp_path)
     assert sorted(p.name for p in (tmp_path / "build").iterdir()) == ["torch-cpu", "torch-cuda"]
@@ -193,6 +249,7 @@ def test_a_folder_of_the_hub_is_imported_as_kernels_does(tmp_path, capsys):
         "python-depends": [],
         "backend": {"type": "cpu"},
     }
+    monkeypatch.setitem(sys.modules, "triton", None)  # which it needs not
     spec = importlib.util.spec_from_file_location(about["id"], folder / "__init__.py")
     kernel = sys.modules[about["id"]] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernel)

@@ -7,6 +7,7 @@
     padding.py  what lies beyond the ends of blocks
     ops.py      the table of operations, and functions that Triton lacks
     load.py     kernels launched on torch tensors
+    files.py    the same kernels in exported files; launch.py is what launches them there
     tune.py     what may be tuned
     aot.py      kernels compiled for a GPU that need not be there
     candidates.py  these ranked for such a GPU, with what cost_model.py says of a turn of their loops

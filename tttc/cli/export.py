@@ -58,7 +58,7 @@ FORMATS = {
         package.save_layer,
     ),
     Form.PYTHON: Exporter(
-        "one file to read, with the mathematics, the PyTorch program, a module, and a test of itself",
+        "one file to read, with the mathematics, the PyTorch program, Triton kernels, a module, and a test of itself",
         "tttc export ttt_mlp --format python --dim D=64 -o ttt_mlp.py",
         python.save,
     ),

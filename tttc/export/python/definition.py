@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from tttc.backends.interface import FileKernels
 from tttc.backends.torch.functions import Writer, assigned, block_function, listed, returned, token_loops
-from tttc.export.python.facts import Facts
+from tttc.export.python.facts import LONGEST_TESTED, Facts
 from tttc.ir.expr import Expr, leaf
 from tttc.ir.names import differential, function, marked, own, size_of, spelled
 from tttc.ir.primal import declared_loop
 from tttc.ir.program import EACH, GradientProgram, TokenProgram, blocks
 from tttc.verification.inputs import random_inputs
 
-LONGEST_TESTED = 64  # tokens of a mini-batch that the test of a file runs as they are; it runs longer ones with TESTED
-TESTED = 8
+TESTED = 8  # tokens of a mini-batch in the test of a file, where they are more than LONGEST_TESTED
 DRAWN = 64  # tokens, of which the domains of the test are taken
 
 
@@ -103,9 +103,21 @@ def self_test(of: Facts) -> str:
     pulled = [*map(spelled, of.sequences), *params, *weights]
     names = [f'"{n}"' for n in ("z", *weights, *(f"d{n}" for n in pulled))]
     lines += ["    ]", *listed("    names = [", names, "]", each=True)]
-    return "\n".join(
-        [*lines, f"    return compare(layer, {marked(function('definition'))}, given, names, cuts={cuts})"]
-    )
+    call = f"compare(layer, {marked(function('definition'))}, given, names, {cuts}"
+    return "\n".join([*lines, *(_with_kernels(call, of.kernels) if of.kernels else [f"    return {call})"])])
+
+
+def _with_kernels(call: str, kernels: FileKernels) -> list[str]:
+    """The lines that compare the layer with its definition, and its kernels where they run."""
+    some = f"{next(iter(kernels.made)).upper()}_KERNELS"
+    return [
+        f"    right = {call})",
+        '    device = "cuda" if torch.cuda.is_available() else "cpu"',
+        f'    if right and {some} and (device == "cuda" or {some}.interpreted):',
+        '        print(f"by kernels, in float32 on the device {device}:")',
+        f"        right &= {call}, device, torch.float32)",
+        "    return right",
+    ]
 
 
 def _domains(of: Facts) -> dict[str, str]:

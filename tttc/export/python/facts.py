@@ -7,6 +7,8 @@ from functools import cached_property
 
 import torch
 
+from tttc.backends.interface import FileKernels
+from tttc.backends.registry import file_writers
 from tttc.declare.specs import Normal
 from tttc.errors import BackendRefusal
 from tttc.export.ports import Port, ports_of
@@ -17,6 +19,7 @@ from tttc.runtime.layer import Layer
 
 NOT_HELD = ("token", "gate", "param", "position")  # the groups of which a state holds no tensor
 HELD = {"start": "start", "rows": "rows", "taps": "taps"}  # groups whose variables are called as others are
+LONGEST_TESTED = 64  # tokens of a mini-batch that the test of a file runs as they are
 WORDS = {ScanKind.WHOLE: "whole", ScanKind.OPEN: "part", ScanKind.CLOSE: "close", ScanKind.BEGIN: "begin"}
 
 
@@ -40,11 +43,24 @@ class Facts:
         self.rows = self.opens and self.sequencing.decode == "rows"
         self.ports = ports_of(layer.signature, layer.dims, layer.sequencing, self.opens, self.rows)
         self.scans: dict[ScanKind, Scan] = {s.kind: s for s in self.program.scans if s.kind in self._kinds}
-        self.title = _free(self.declared.name, {"F", "State", *vars(glue)})
         self.width = tuple(self.sequencing.width)
 
         self.mini_batch = self.plan.mini_batch if self.opens and isinstance(self.plan.mini_batch, int) else None
         """How many tokens the constant MINI_BATCH of the file is, where it has one."""
+
+        self.kernels = self._kernels()
+        taken = {"F", "State", *vars(glue), *(self.kernels.names if self.kernels else ())}
+        self.title = _free(self.declared.name, taken)
+
+    def _kernels(self) -> FileKernels | None:
+        """Those of the loops: of chunks that the file calls them with, in its test as well."""
+        chunk = self.plan.chunk
+        if self.mini_batch == chunk and self.mini_batch > LONGEST_TESTED:
+            return None
+        kinds = [k for k in (ScanKind.WHOLE, ScanKind.OPEN) if k in self.scans and self.scans[k].chunk == chunk]
+        scans = {WORDS[k]: self.scans[k] for k in kinds}
+        found = (u.in_files().file_kernels(self.program, scans) for u in file_writers() if u.in_files)
+        return next((kernels for kernels in found if kernels), None)
 
     @property
     def _kinds(self) -> tuple[ScanKind, ...]:

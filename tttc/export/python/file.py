@@ -17,8 +17,8 @@ from tttc.compiler.driver import compile
 from tttc.explain.update_rule import read_text, update_lines
 from tttc.export.onnx import ExportMismatch
 from tttc.export.python import glue
-from tttc.export.python.definition import LONGEST_TESTED, declared_functions, definition, self_test, values
-from tttc.export.python.facts import WORDS, Facts
+from tttc.export.python.definition import declared_functions, definition, self_test, values
+from tttc.export.python.facts import LONGEST_TESTED, WORDS, Facts
 from tttc.export.python.module import loops, module, state_class
 from tttc.ir.names import spelled, worded
 from tttc.ir.program import ScanKind, TokenProgram
@@ -39,6 +39,7 @@ IMPORTS = """\
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -73,7 +74,9 @@ def checked(layer: Layer) -> str:
 
 def text(layer: Layer) -> str:
     """The file: equal for equal layers."""
-    return worded(_marked_text(Facts(plain(layer, torch.float32)))).text
+    of = Facts(plain(layer, torch.float32))
+    made = worded(_marked_text(of)).text
+    return of.kernels.within(made) if of.kernels else made
 
 
 def plain(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -108,8 +111,8 @@ def _compare(layer: Layer, made: str) -> None:
 
 
 def _marked_text(of: Facts) -> str:
-    """The file, its names marked."""
-    program = of.program
+    """The file, its names marked, and its kernels not there yet."""
+    program, kernels = of.program, of.kernels
     functions, roots = [], values(of)
     for kind in WORDS:
         if (scan := of.scans.get(kind)) is None:
@@ -128,7 +131,9 @@ def _marked_text(of: Facts) -> str:
         "aten = torch.ops.aten" if "aten." in "".join(functions) else "",
         *helpers_of(roots),
         *functions,
+        *([*_section("the same as kernels, laid out as they are printed"), kernels.place] if kernels else []),
         *_section("loops over chunks"),
+        *(_glue(*kernels.names, of=kernels.source) if kernels else []),
         *_glue("Loop", "chunks", "forward", "backward", "Derived", "register", "own", "run"),
         loops(of, made),
         *_section("the layer"),
@@ -141,12 +146,13 @@ def _marked_text(of: Facts) -> str:
         definition(of),
         *_glue("gradients"),
         *_section("the test: python this_file.py"),
-        *_glue("compare", "relative"),
+        *_glue("compare", "expected", "relative"),
         self_test(of),
         MAIN,
     ]
     body = "\n\n\n".join(p for p in parts if p)
     imports = f"{IMPORTS}import torch.nn.functional as F\n" if re.search(r"\bF\.\w", body) else IMPORTS
+    imports += f"\n{kernels.imports}" if kernels else ""
     return "\n".join([LICENSE, _docstring(of), "", imports, body])
 
 
@@ -185,6 +191,7 @@ def _docstring(of: Facts) -> str:
     torch_version = torch.__version__.partition("+")[0]
     lines += ["", f"Made by tttc {__version__} with torch {torch_version}, of the declaration", f"{digest(token)}."]
     lines += ["Run by itself, this file compares the layer with its definition, token by token with torch.autograd."]
+    lines += ["", *of.kernels.about.splitlines()] if of.kernels else []
     said = "\n".join(x.rstrip() for x in lines).replace("\\", "\\\\").replace('"""', "'''")
     return f'"""{said}\n"""'
 
@@ -206,9 +213,9 @@ def _about(of: Facts) -> str:
 
 
 @cache
-def _sources() -> dict[str, str]:
-    """The functions of glue.py as text, by name."""
-    whole = Path(glue.__file__).read_text(encoding="utf-8")
+def _sources(path: Path) -> dict[str, str]:
+    """The functions and classes of a file as text, by name."""
+    whole = path.read_text(encoding="utf-8")
     lines = whole.splitlines()
     return {
         node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])
@@ -217,5 +224,6 @@ def _sources() -> dict[str, str]:
     }
 
 
-def _glue(*names: str) -> list[str]:
-    return [_sources()[n] for n in names]
+def _glue(*names: str, of: Path = Path(glue.__file__)) -> list[str]:
+    """What every file has a copy of."""
+    return [_sources(of)[n] for n in names]

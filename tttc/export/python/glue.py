@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Loop(NamedTuple):
     fixed: int
     sequences: int
     width: tuple[int, ...]  # of z: [G, T, *width]
+    kernels: Any = None  # the same in float32, for GPUs
 
     def parts(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], ...]:
         """Inputs as carry, what stays, and sequences."""
@@ -62,6 +64,8 @@ def forward(
     loop: Loop, inputs: Sequence[torch.Tensor], chunk: int, every: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """z and the new carry; and the carry before each `every`-th chunk, which the backward starts from."""
+    if loop.kernels and loop.kernels.take(inputs, chunk):
+        return loop.kernels.run(loop, inputs, every)
     carry, fixed, sequences = loop.parts(inputs)
     found: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
@@ -83,6 +87,8 @@ def backward(
     cotangents: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """The cotangents of the inputs, from the last chunk to the first."""
+    if loop.kernels and loop.kernels.take(inputs, chunk):
+        return loop.kernels.pull(loop, inputs, kept, every, cotangents)
     _, fixed, sequences = loop.parts(inputs)
     dz, *d_carry = cotangents
     d_fixed: list[Any] = [torch.zeros_like(x) for x in fixed]
@@ -194,41 +200,53 @@ def compare(
     given: Sequence[torch.Tensor],
     names: Sequence[str],
     cuts: Sequence[int],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
 ) -> bool:
     """What the layer makes of these tokens, in one call, in several and by its operators, against the definition."""
-    weights, B, H = list(layer.parameters()), given[0].shape[0], layer.num_heads
-    wanted = truth(*(flat(x, x.dtype) for x in given), *(spread(w, B, w.dtype) for w in weights))
-    wanted = (wanted[0].unflatten(0, (B, H)).transpose(1, 2), *(x.unflatten(0, (B, H)) for x in wanted[1:]))
+    wanted = expected(layer, truth, given)
     seeds = [torch.randn_like(x) for x in wanted]
+    weights = list(layer.parameters())
+    wanted += torch.autograd.grad(wanted, [*given, *weights], seeds, allow_unused=True)
+    least = 1e-3 * max(float(torch.linalg.vector_norm(y.detach())) for y in wanted if y is not None)
+    copy = deepcopy(layer).to(device, dtype)
+    tokens = [x.detach().to(device, dtype).requires_grad_() for x in given]
     ends = [0, given[0].shape[1]]
     right = True
-    for title, places, operators in (
+    for title, places, copy.operators in (
         ("one call", ends, False),
         ("operators", ends, True),
         (f"{len(cuts) + 1} calls", [0, *cuts, ends[1]], False),
     ):
-        layer.operators, found = operators, []
+        found: list[torch.Tensor] = []
         state: Any = None
         for now, stop in pairwise(places):
-            z, state = layer(*(x[:, now:stop] for x in given), state=state)
+            z, state = copy(*(x[:, now:stop] for x in tokens), state=state)
             found.append(z)
-        made = (torch.cat(found, 1), *state[: len(wanted) - 1])
-        pulled, expected = (
-            torch.autograd.grad(xs, [*given, *weights], seeds, retain_graph=True, allow_unused=True)
-            for xs in (made, wanted)
+        made = (torch.cat(found, 1), *state[: len(seeds) - 1])
+        pulled = torch.autograd.grad(
+            made, [*tokens, *copy.parameters()], [x.to(y) for x, y in zip(seeds, made, strict=True)], allow_unused=True
         )
-        least = 1e-3 * max(float(torch.linalg.vector_norm(y.detach())) for y in (*wanted, *expected) if y is not None)
-        errors = [relative(x, y, least) for x, y in zip((*made, *pulled), (*wanted, *expected), strict=True)]
+        errors = [relative(x, y, least) for x, y in zip((*made, *pulled), wanted, strict=True)]
         said = [f"{n} {e:.0e}" for n, e in zip(names, errors, strict=True)]
         print(f"{title}: {', '.join(said)}")
-        right &= max(errors) <= 1e-9
-    layer.operators = False
+        right &= max(errors) <= (1e-9 if dtype == torch.float64 else 1e-3)
     return right
+
+
+def expected(
+    layer: Any, truth: Callable[..., tuple[torch.Tensor, ...]], given: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """z and the weights after these tokens, by the definition."""
+    B, H = given[0].shape[0], layer.num_heads
+    weights = (spread(w, B, w.dtype) for w in layer.parameters())
+    z, *after = (x.unflatten(0, (B, H)) for x in truth(*(flat(x, x.dtype) for x in given), *weights))
+    return z.transpose(1, 2), *after
 
 
 def relative(x: torch.Tensor | None, y: torch.Tensor | None, least: float) -> float:
     """How far x is from y, relative to y, or to `least` where y is smaller; what is not there is zero."""
-    x, y = (torch.zeros(()) if t is None else t.detach() for t in (x, y))
+    x, y = (torch.zeros(()) if t is None else t.detach().double().cpu() for t in (x, y))
     if x.shape != y.shape and x.dim() and y.dim():
         return math.inf
     error = torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp_min(least)

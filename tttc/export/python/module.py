@@ -47,6 +47,10 @@ def loops(of: Facts, digest: str) -> str:
         counts = [f"carried={len(scan.carry)}", f"fixed={len(scan.fixed)}", f"sequences={len(scan.sequence)}"]
         adjoint = marked(function(f"{WORDS[kind]}_adjoint"))
         arguments = [name, step, adjoint, *counts, f"width={of.width!r}"]
+        if of.kernels and WORDS[kind] in of.kernels.made:
+            kernels = f"{WORDS[kind].upper()}_KERNELS"
+            lines += listed(f"{kernels} = {of.kernels.head}", of.kernels.made[WORDS[kind]], ")")
+            arguments.append(f"kernels={kernels}")
         lines += listed(f"{WORDS[kind].upper()} = Loop(", arguments, ")")
         names.append(WORDS[kind].upper())
     return "\n".join([*lines, *(f"register({n})" for n in names)])

@@ -446,7 +446,7 @@ def test_all_problems_of_a_declaration_are_listed():
         "variant `Wrong` has 4 problems",
         "dtype is torch.int64",
         "read is 'start'.\n  It must be one of after, before, end.",
-        "scale is '1/sqrt(E)': name 'E' is not defined",
+        "scale is '1/sqrt(E)': there is no dim E",
         "an expression of the dims, D, such as",
         "kernel(s): it is not declared",
     ):

@@ -94,7 +94,7 @@ class Sequencing:
         names = call.sequences if kept == "rows" else [o.variable.name for o in self.opened]
         if set(names) - set(state.rows if kept == "rows" else state.summed):
             raise StateMismatch(
-                f"{stands} of {b}, and does not have the {kept} of these tokens, which this layer carries.\n"
+                f"{stands}, and does not have the {kept} of these tokens, which this layer carries.\n"
                 f'  Pass a state of a layer with decode="{kept}", not "{other}", or one at a mini-batch\'s end.'
             )
 

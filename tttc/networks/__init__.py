@@ -1,0 +1,1 @@
+"""`tttc.networks`: whole networks, some of whose weights learn while they read."""

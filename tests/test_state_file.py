@@ -20,7 +20,7 @@ from tests.test_state import VARIANTS, Sequences, same
 from tttc.errors import FileRefused, StateMismatch
 from tttc.nn import TTT, Cache
 from tttc.runtime.state import PackedState, State
-from tttc.runtime.state_file import _checksum
+from tttc.runtime.state_file import checksum
 from tttc.runtime.tensor_file import TensorFile, parsed, tensor_file
 
 F64 = torch.float64
@@ -149,7 +149,7 @@ def sealed(change: Callable[[dict[str, str], dict[str, torch.Tensor]], Any]) -> 
         about, tensors = dict(file.about), file.tensors()
         change(about, tensors)
         made = tensor_file(tensors, about)
-        return TensorFile({**about, "tttc.sha256": _checksum(made)}, made.table, made.data).written()
+        return TensorFile({**about, "tttc.sha256": checksum(made)}, made.table, made.data).written()
 
     return changed
 

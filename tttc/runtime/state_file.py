@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tttc.errors import FileRefused, StateMismatch
-from tttc.runtime.tensor_file import CODE_OF_DTYPE, NotTensors, TensorFile, parsed, tensor_file, write
+from tttc.runtime.tensor_file import NotTensors, TensorFile, parsed, tensor_file, write
 from tttc.version import __version__
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Contents:
 def save(path: str | Path, contents: Contents, layer: Layer) -> Path:
     """Write it; raises `StateMismatch` where it is no state of the layer, and nothing is written then."""
     path, tensors = Path(path), _named(contents)
-    wrong = [n for n, x in tensors.items() if x.dtype not in CODE_OF_DTYPE]
+    wrong = [n for n, x in tensors.items() if not x.is_floating_point()]
     problem = f"`{wrong[0]}` has the dtype {tensors[wrong[0]].dtype}" if wrong else None
     problem = problem or _misfits({n: tuple(x.shape) for n, x in tensors.items()}, contents, layer)
     if problem:
@@ -74,7 +74,7 @@ def save(path: str | Path, contents: Contents, layer: Layer) -> Path:
         **({} if contents.seen is None else {"tttc.seen": json.dumps(contents.seen)}),
     }
     file = tensor_file(tensors, about)
-    write(path, replace(file, about={**about, "tttc.sha256": _checksum(file)}))
+    write(path, replace(file, about={**about, "tttc.sha256": checksum(file)}))
     return path
 
 
@@ -172,7 +172,7 @@ def _of_another_format(file: TensorFile) -> Refusal:
 
 
 def _damaged(file: TensorFile) -> Refusal:
-    found, wanted = _checksum(file), file.about.get("tttc.sha256", "missing")
+    found, wanted = checksum(file), file.about.get("tttc.sha256", "missing")
     if found == wanted:
         return None
     return f"it was changed after it was written: its checksum is {found[:12]}, noted is {wanted[:12]}", (
@@ -242,7 +242,7 @@ def _alike(found: tuple[int, ...], leading: tuple[int, ...], of_queries: bool) -
     return found == leading or (several and found[0] == leading[0])
 
 
-def _checksum(file: TensorFile) -> str:
+def checksum(file: TensorFile) -> str:
     """Of all that a file says and holds, in whatever order it does."""
     about = sorted((n, x) for n, x in file.about.items() if n != "tttc.sha256")
     tensors = sorted((n, x["dtype"], x["shape"], file.sha256(n)) for n, x in file.table.items())

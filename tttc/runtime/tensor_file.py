@@ -22,7 +22,10 @@ from typing import Any
 
 import torch
 
-DTYPE_OF_CODE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_OF_CODE = {
+    **{"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "BOOL": torch.bool},
+}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 LONGEST_HEADER = 100_000_000  # bytes of a header, as in safetensors itself
 MOST_NUMBERS = 2**63 - 1  # numbers along all axes but empty ones: what the strides of a tensor can say

@@ -1,0 +1,1 @@
+"""What `examples.end_to_end` is made of: data, training, and what is reported of it."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import tttc
 from tests import networks
 from tttc.errors import DeclarationError, FileRefused, NonFinite, ShapeError, StateMismatch
-from tttc.nn import EndToEnd, NetworkState
+from tttc.networks.decoding import NetworkState
+from tttc.networks.end_to_end import EndToEnd
 
 CLIPPED = tttc.sgd(lr=0.8, at_end=tttc.clip_norm(0.4, scope="all"))
 

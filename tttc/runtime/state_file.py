@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tttc.errors import FileRefused, StateMismatch
-from tttc.runtime.tensor_file import NotTensors, TensorFile, parsed, tensor_file, write
+from tttc.runtime.tensor_file import DTYPE_OF_CODE, NotTensors, TensorFile, parsed, tensor_file, write
 from tttc.version import __version__
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def load(path: str | Path, kind: str, layer: Layer) -> Contents:
         raise refused(
             f"this is no file of tensors, or not all of it: {reason}", "Give one that `save` wrote."
         ) from None
-    for wrong in (_of_another_format(file), _damaged(file), _of_another_kind(file, kind), _of_another(file, layer)):
+    kinds = _of_another_format(file), _of_whole_numbers(file), _damaged(file), _of_another_kind(file, kind)
+    for wrong in (*kinds, _of_another(file, layer)):
         if wrong:
             raise refused(*wrong)
     shapes = {n: tuple(x["shape"]) for n, x in file.table.items()}
@@ -169,6 +170,13 @@ def _of_another_format(file: TensorFile) -> Refusal:
             ("Read it with that version: a state cannot be carried over."),
         )
     return None
+
+
+def _of_whole_numbers(file: TensorFile) -> Refusal:
+    found = [(n, x["dtype"]) for n, x in file.table.items() if not DTYPE_OF_CODE[x["dtype"]].is_floating_point]
+    if not found:
+        return None
+    return f"`{found[0][0]}` has the dtype {found[0][1]!r}: states are no whole numbers", "Give one that `save` wrote."
 
 
 def _damaged(file: TensorFile) -> Refusal:

@@ -32,6 +32,7 @@ from tttc.declare.functions import (
     stop_gradient,
     sum,
     tanh,
+    upstream,
     where,
 )
 from tttc.declare.specs import gate, normal, param, state, token
@@ -108,6 +109,7 @@ __all__ = [
     "tanh",
     "token",
     "tune",
+    "upstream",
     "verify",
     "weight_norm",
     "where",

@@ -26,6 +26,7 @@ import torch
 from tttc.declare.read import signature
 from tttc.declare.specs import GateSpec, ParamSpec, TokenSpec
 from tttc.declare.update_rules import AtEnd
+from tttc.declare.upstream import loss_of
 from tttc.declare.variant import Signature, Variant, bind
 
 Tensors = dict[str, torch.Tensor]
@@ -230,7 +231,7 @@ class _Head:
         """d loss(k_s, v_s) / d state at `weights`, itself differentiable in everything."""
         with torch.enable_grad():
             at = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in weights.items()}
-            loss = self.bound(s, at).loss(self.sequences["k"][s], self.sequences["v"][s])
+            loss = loss_of(self.bound(s, at), self.sequences["k"][s], self.sequences["v"][s])
             found = torch.autograd.grad(loss, list(at.values()), create_graph=True, allow_unused=True)
         return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(at.items(), found, strict=True)}
 

@@ -20,6 +20,8 @@ from tttc.declare.sizes import axis_size
 from tttc.declare.suggest import OPERATIONS
 from tttc.declare.traced_functions import apply_formula, trace
 from tttc.declare.tracer import Traced, unsupported
+from tttc.declare.upstream import from_above
+from tttc.errors import ShapeError
 from tttc.ir.formulas import formula_of
 from tttc.ir.scalars import Formula
 
@@ -136,6 +138,30 @@ def einsum(spec: str, x: Any, y: Any) -> Any:
     if isinstance(x, Traced) or isinstance(y, Traced):
         return trace("einsum", (x, y), {"spec": spec})
     return torch.einsum(spec, _as_tensor(x), _as_tensor(y))
+
+
+def upstream(z: Any) -> Any:
+    """In `loss`: the loss is whatever a network makes of z, of which it gives the derivative u = dL / dz.
+
+    That is sum(z * u), where u is the v of the call, `layer(q, k, u)`, with the axes of z: the gradients of the states
+    are then the vector-Jacobian product of what made z. `loss` may leave v out:
+
+    >>> def loss(self, k):
+    ...     return tttc.upstream(self.learner(k))
+
+    Raises:
+        TTTCError: outside of `loss`, where nothing comes from above.
+        ShapeError: where z has other axes than v, which `v = tttc.token(...)` declares.
+    """
+    u = from_above()
+    if u is None:
+        raise unsupported("tttc.upstream outside of `loss`", "Nothing comes from above there: read a token, self.u.")
+    if isinstance(z, Traced) or isinstance(u, Traced):
+        return trace("upstream", (z, u), {})
+    z = _as_tensor(z)
+    if z.shape != u.shape:
+        raise ShapeError(f"tttc.upstream of {list(z.shape)}, and v is {list(u.shape)}.")
+    return torch.sum(z * u)
 
 
 def elementwise(expression: sympy.Expr) -> Callable[..., Any]:

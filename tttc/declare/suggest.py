@@ -37,7 +37,7 @@ SPELLED = {  # names of other libraries: what is written here
 }
 
 
-OPERATIONS = ["size", "along", "einsum", "elementwise"]
+OPERATIONS = ["size", "along", "einsum", "elementwise", "upstream"]
 """The operations of a declaration; tttc/declare/functions.py adds the others as it makes them."""
 
 

@@ -111,6 +111,15 @@ def _einsum(values: list[Traced], spec: str) -> Traced:
     return Traced(b.contract(operands, over), tuple(named[c] for c in output))
 
 
+def _upstream(values: list[Traced]) -> Traced:
+    z, u = values
+    if z.dims != u.dims:
+        given = f"v = tttc.token({', '.join(repr(d) for d in z.dims)})".replace("'", '"')
+        raise shape_error("what comes from above is v, and does not fit:", values, f"It has the axes of z: {given}.")
+    operands, axes = aligned(values, "take upstream of")
+    return Traced(b.contract(operands, axes))
+
+
 def _stop_gradient(values: list[Traced]) -> Traced:
     held = Traced(b.stop_gradient(values[0].expr), values[0].axes)
     held.viewed = values[0].viewed = True
@@ -128,6 +137,7 @@ _SPECIAL: dict[str, _Special] = {
     "along": _Special(_along, 2, ("axis",)),
     "einsum": _Special(_einsum, 2, ("spec",)),
     "stop_gradient": _Special(_stop_gradient),
+    "upstream": _Special(_upstream, 2),
 }
 
 

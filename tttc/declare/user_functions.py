@@ -17,6 +17,7 @@ from tttc.declare.purity import Snapshot, changed, snapshot
 from tttc.declare.sizes import size_of_dim
 from tttc.declare.suggest import instead
 from tttc.declare.tracer import Traced, leaf_axes, lift
+from tttc.declare.upstream import loss_of
 from tttc.declare.variant import Signature, Variant, bind
 from tttc.errors import DeclarationError, Place, Problem, SourceLine, TTTCError, raised_at
 from tttc.ir.expr import Expr, leaf, leaves, rebuild, transform
@@ -100,7 +101,8 @@ def _run(
         extras = {n: e for n, e in known.tokens.items() if n not in ("q", "k", "v")}
         visible = known.states | known.params | attributes | extras
         bound = bind(declared.variant, {n: value(e) for n, e in visible.items()})
-        return lift(getattr(bound, name)(*(value(known.tokens[a]) for a in arguments)))
+        given = [value(known.tokens[a]) for a in arguments]
+        return lift(loss_of(bound, *given) if name == "loss" else getattr(bound, name)(*given))
 
     try:
         return run_twice(name, produce, places, lambda: _surroundings(declared.variant))

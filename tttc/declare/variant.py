@@ -41,7 +41,9 @@ class Variant:
         raise DeclarationError(f"variant `{type(self).__name__}` declares no `learner(self, x)`")
 
     def loss(self, k: Any, v: Any) -> Any:
-        """The self-supervised task on one token, a scalar."""
+        """The self-supervised task on one token, a scalar; `loss(self, k)` where v is not read, or by `tttc.upstream`
+        alone.
+        """
         raise DeclarationError(f"variant `{type(self).__name__}` declares no `loss(self, k, v)`")
 
     def output(self, q: Any) -> Any:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import tttc
 from tests import networks
+from tttc.cli.main import app
 from tttc.errors import DeclarationError, FileRefused, NonFinite, ShapeError, StateMismatch
 from tttc.networks.decoding import NetworkState
 from tttc.networks.end_to_end import EndToEnd
@@ -185,6 +187,42 @@ def test_tokens_that_are_drawn() -> None:
         assert (model.prefill(found[:, :t]).logits.argmax(-1) == found[:, t]).all()
     drawn = [model.generate(given, 6, top_k=3, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert (drawn[0] == drawn[1]).all()
+
+
+EXPLAINED = """\
+fast weights      4 of 18 parameters, 120 of 490 numbers, one copy for each sequence: *.prime.*
+                  blocks.0.prime.inward [6, 5]
+                  blocks.0.prime.outward [5, 6]
+                  blocks.1.prime.inward [6, 5]
+                  blocks.1.prime.outward [5, 6]
+every chunk       g = d/dW of the mean next-token loss of its 4 tokens, at the W they read
+                  S <- mu S + g
+                  W <- 0.99 W - rate * 0.5 * clip_norm(1, "all")(S)
+a training step   per token 2.51 kFLOP forward and 7.97 kFLOP backward (T = 16, products alone)
+                  2.04 times what it takes without learning, 5.15 kFLOP
+a backward keeps  1.92 kB of fast weights and 960 B of caches per sequence at 2 of 4 chunks: 5.76 kB
+                  and records one chunk at a time, keep=2
+decoding carries  4.6 kB per sequence, at any length
+"""
+
+
+def test_explains_what_learns_what_it_costs_and_what_is_kept() -> None:
+    rule = tttc.sgd(lr=0.5, momentum=tttc.param(init=0.9), decay=0.99, at_end=tttc.clip_norm(1.0, "all"))
+    model = network(update=rule, keep=2)
+    assert model.explain() == EXPLAINED
+    assert all(p.grad is None for p in model.parameters())
+    assert "nothing is learned" in network(update=None).explain(tokens=8)
+
+
+def test_the_command_explains_a_network(tmp_path: Any, capsys: Any) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tests import networks\nfrom tttc.nn import EndToEnd\n"
+        "def model():\n    return EndToEnd(*networks.modules(5), chunk=4)\n"
+    )
+    result = CliRunner().invoke(app, ["explain", f"{file}:model"])
+    assert result.exit_code == 0
+    assert "4 of 17 parameters" in result.output
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

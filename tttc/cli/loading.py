@@ -19,6 +19,7 @@ import tttc.library
 from tttc.declare.read import read_declaration
 from tttc.declare.variant import Variant
 from tttc.errors import SourceLine, TTTCError
+from tttc.networks.end_to_end import EndToEnd
 from tttc.verification.comparison import default_dims
 
 DEFAULT_WIDTH = 64
@@ -34,6 +35,19 @@ def load_variant(name: str) -> type[Variant]:
     if file.endswith(".py") or class_name or "/" in file:
         return _from_file(Path(file).expanduser(), class_name)
     return _from_library(name)
+
+
+def load_network(name: str) -> EndToEnd | None:
+    """The network that `file.py:name` stands for, or a function of no arguments there that makes one; None if the name
+    is of something else.
+    """
+    file, _, own = name.partition(":")
+    if not own or not Path(file).expanduser().is_file():
+        return None
+    found = getattr(_import_file(Path(file).expanduser()), own, None)
+    if callable(found) and not isinstance(found, type | EndToEnd):
+        found = found()
+    return found if isinstance(found, EndToEnd) else None
 
 
 def library_variants() -> dict[str, type[Variant]]:

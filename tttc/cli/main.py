@@ -22,7 +22,7 @@ from tttc.cli.app import VARIANT, DimOption, VariantArgument, app, sizes
 from tttc.cli.doctor import diagnose
 from tttc.cli.export import HELP as EXPORT_HELP
 from tttc.cli.export import export
-from tttc.cli.loading import full_dims, library_variants, load_variant
+from tttc.cli.loading import full_dims, library_variants, load_network, load_variant
 from tttc.cli.printing import kernel_table, print_diagnosis
 from tttc.compiler.aot import compile_for
 from tttc.compiler.driver import SUPPORTED_DTYPES, source_of
@@ -104,7 +104,10 @@ def explain(
         tttc explain ttt_mlp --stage dualize
         tttc explain mine.py:Mine --diff primal dualize
         tttc explain mine.py:Mine --dim D=128 --latex mine.tex
+        tttc explain mine.py:model    (a tttc.nn.EndToEnd, or a function that makes one)
     """
+    if (network := load_network(variant)) is not None:
+        return print(network.explain(), end="")
     layer = _compiled(variant, dim)
     if latex is not None:
         _write(layer.explain(latex=True), latex)

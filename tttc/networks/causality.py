@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tttc.backends.memory import fake
 from tttc.errors import DeclarationError
 
 TRIED_TOKENS = 16  # tokens that are tried
 
 
 @torch.no_grad()
-def check_causal(prefix: nn.Module, suffix: nn.Module, tokens: Tensor) -> None:
-    """Raise `DeclarationError` where what a module says of the first tokens changes with those after them. Both are run
-    on a few tokens of one sequence, as in evaluation, and run again with the second half of them in another order.
+def check_causal(prefix: nn.Module, suffix: nn.Module, tokens: Tensor) -> bool:
+    """Whether it could be tried; raises `DeclarationError` where what a module says of the first tokens changes with
+    those after them. Both are run on a few tokens of one sequence, as in evaluation, and again with another
+    second half.
     """
     few = tokens[:1, :TRIED_TOKENS]
-    if few.shape[1] < 2 or few.device.type == "meta":
-        return
+    if few.shape[1] < 2 or few.device.type == "meta" or fake([few]):
+        return False
     training = [m for m in (*prefix.modules(), *suffix.modules()) if m.training]
     with torch.random.fork_rng(enabled=bool(training)):
         for m in training:
@@ -34,6 +36,7 @@ def check_causal(prefix: nn.Module, suffix: nn.Module, tokens: Tensor) -> None:
         finally:
             for m in training:
                 m.training = True
+    return True
 
 
 def _changed(tokens: Tensor) -> Tensor:

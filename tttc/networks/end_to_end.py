@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tttc.declare.number import whole
 from tttc.declare.update_rules import SGD, clip_norm, sgd
 from tttc.errors import DeclarationError, NonFinite, ShapeError, StateMismatch
+from tttc.explain.network import explain_network
 from tttc.networks.causality import check_causal
 from tttc.networks.chunk_loss import ChunkLoss
 from tttc.networks.decoding import NetworkState, continued
@@ -118,8 +119,7 @@ class EndToEnd(nn.Module):
             `Output` with loss, nll [B, T] and chunks [B, n].
         """
         documents = Documents.of(tokens, mask, cu_seqlens)
-        if not self._causal:
-            self._check_causal(documents.inputs)
+        self._causal = self._causal or check_causal(self.prefix, self.suffix, documents.inputs)
         hidden, _ = self.prefix(documents.inputs, None)
         parts = chunks(hidden, documents.targets, documents.counts, self.chunk)
         fast, learning = self._begin(len(hidden)), self._learning(rate)
@@ -174,6 +174,16 @@ class EndToEnd(nn.Module):
         """The suffix as it is now: modules may be moved, cast or replaced."""
         return ChunkLoss(self.suffix, self.fast)
 
+    def fast_weights(self) -> dict[str, Tensor]:
+        """The parameters that sequences begin with, by their names in the suffix."""
+        return self._loss.weights()
+
+    def explain(self, tokens: int | None = None) -> str:
+        """Which weights are fast, how they learn, what a training step costs and keeps, as a text; for sequences of
+        `tokens` tokens, by default four chunks.
+        """
+        return explain_network(self, 4 * self.chunk if tokens is None else tokens)
+
     def described(self) -> dict[str, Any]:
         """What a state has to fit: the chunk, the fast weights by name, and what their update carries."""
         with torch.device("meta"):
@@ -195,10 +205,6 @@ class EndToEnd(nn.Module):
 
     def _start(self, batch: int) -> NetworkState:
         return NetworkState(self._begin(batch), chunk=self.chunk)
-
-    def _check_causal(self, inputs: Tensor) -> None:
-        check_causal(self.prefix, self.suffix, inputs)
-        self._causal = True
 
     def extra_repr(self) -> str:
         rule = "update=None" if self.update is None else ", ".join(s.label for s in self.update.rule.at_end) or "sgd"

@@ -58,8 +58,8 @@ def _weights(model: EndToEnd) -> Lines:
     fast, every = model.fast_weights(), dict(model.named_parameters())
     if model.update is None:
         return [("fast weights", "none: update=None, so that nothing is learned at test time")]
-    few, all_ = (sum(p.numel() for p in group.values()) for group in (fast, every))
-    title = f"{len(fast)} of {len(every)} parameters, {_count(few).strip()} of {_count(all_).strip()} numbers, one copy for each sequence"
+    few, all_ = (_count(sum(p.numel() for p in group.values())).strip() for group in (fast, every))
+    title = f"{len(fast)} of {len(every)} parameters, {few} of {all_} numbers, one copy for each sequence"
     shown = [("", f"{n} {list(p.shape)}") for n, p in list(fast.items())[:SHOWN_WEIGHTS]]
     rest = [("", f"... and {len(fast) - SHOWN_WEIGHTS} more")] if len(fast) > SHOWN_WEIGHTS else []
     return [("fast weights", f"{title}: {model.fast}"), *shown, *rest]

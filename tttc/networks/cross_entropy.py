@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
     """The negative log-likelihood of each target, in nats: logits [..., V], targets [...] -> [...].
@@ -32,8 +30,13 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     return _CrossEntropy.apply(logits, targets)
 
 
+def summed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of such numbers are in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _probabilities(logits: Tensor) -> Tensor:
-    return torch.softmax(logits, -1, dtype=torch.float32 if logits.dtype in _HALF else logits.dtype)
+    return torch.softmax(logits, -1, dtype=summed_in(logits.dtype))
 
 
 def _at(x: Tensor, targets: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ def _at(x: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, targets: Tensor) -> Tensor:
-        wide = logits.float() if logits.dtype in _HALF else logits
+        wide = logits.to(summed_in(logits.dtype))
         return torch.logsumexp(wide, -1) - _at(wide, targets)
 
     @staticmethod
@@ -53,14 +56,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         logits, targets = ctx.saved_tensors
-        return _Gradient.apply(logits, targets, g), None
+        return _CrossEntropyGradient.apply(logits, targets, g), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
         return _CrossEntropy.apply(*_batch_first(info.batch_size, in_dims, tensors)), 0
 
 
-class _Gradient(torch.autograd.Function):
+class _CrossEntropyGradient(torch.autograd.Function):
     """The gradient of the logits, as a function of them and of the cotangent g of the likelihoods."""
 
     @staticmethod
@@ -85,7 +88,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
-        return _Gradient.apply(*_batch_first(info.batch_size, in_dims, tensors)), 0
+        return _CrossEntropyGradient.apply(*_batch_first(info.batch_size, in_dims, tensors)), 0
 
 
 def _batch_first(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""`tttc.models`: ready models, as modules that `tttc.nn.EndToEnd` takes."""

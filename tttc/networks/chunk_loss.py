@@ -27,10 +27,12 @@ class TokenChunk(NamedTuple):
 
 
 class ChunkLoss:
-    """The suffix of a network as a function of its parameters, `fast` and slow ones."""
+    """The suffix of a network as a function of its parameters, `fast` and slow ones. `alike`: the fast weights of all
+    sequences are the same, as where nothing learns, and the suffix is called on all of them at once.
+    """
 
-    def __init__(self, suffix: nn.Module, fast: str | Sequence[str] = ()) -> None:
-        self.suffix = suffix
+    def __init__(self, suffix: nn.Module, fast: str | Sequence[str] = (), alike: bool = False) -> None:
+        self.suffix, self.alike = suffix, alike
         self.fast = _matched(suffix, (fast,) if isinstance(fast, str) else tuple(fast))
 
     def weights(self) -> Tensors:
@@ -43,7 +45,7 @@ class ChunkLoss:
     def logits(self, weights: Tensors, slow: Tensors, hidden: Tensor, caches: Any) -> tuple[Tensor, Any]:
         """[B, t, V], and the caches after these tokens. `weights` are [B, *shape], one for each sequence."""
         given = {n: w.to(self._dtypes[n]) for n, w in weights.items()}
-        if len(hidden) == 1:
+        if len(hidden) == 1 or self.alike:
             return self._called({n: w[0] for n, w in given.items()}, slow, hidden, caches)
         leaves, form = tree_flatten(caches)
         tensors = [x for x in leaves if isinstance(x, Tensor)]

@@ -100,8 +100,10 @@ class _Piece(NamedTuple):
     def bias(self, like: Tensor) -> Tensor:
         """0 where a query sees a key, -inf elsewhere: [t, S]."""
         t, S = self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
-        seen = torch.ones(t, S, dtype=like.dtype, device=like.device)
-        return seen.tril_(self.offset).triu_(self.offset - self.window + 1).log_()
+        hidden = torch.full((t, S), -torch.inf, dtype=like.dtype, device=like.device)
+        bias = hidden.triu(self.offset + 1)
+        last_query = self.offset + t - 1
+        return bias if last_query < self.window else bias.add_(hidden.tril_(self.offset - self.window))
 
 
 def _pieces(q: Tensor, k: Tensor, window: int) -> Iterator[_Piece]:

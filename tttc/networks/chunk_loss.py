@@ -43,7 +43,11 @@ class ChunkLoss:
         return {n: p for n, p in self.suffix.named_parameters() if n not in self.fast}
 
     def logits(self, weights: Tensors, slow: Tensors, hidden: Tensor, caches: Any) -> tuple[Tensor, Any]:
-        """[B, t, V], and the caches after these tokens. `weights` are [B, *shape], one for each sequence."""
+        """[B, t, V], and the caches after these tokens. `weights` are [B, *shape], one for each sequence; without any,
+        the suffix is as it is.
+        """
+        if not weights:
+            return self.suffix(hidden, caches)
         given = {n: w.to(self._dtypes[n]) for n, w in weights.items()}
         if len(hidden) == 1 or self.alike:
             return self._called({n: w[0] for n, w in given.items()}, slow, hidden, caches)

@@ -36,6 +36,7 @@ class NetworkState:
 
     fast: FastWeights
     chunk: int
+    batch: int
     position: int = 0
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     prefix_caches: Any = None
@@ -43,10 +44,6 @@ class NetworkState:
     opened_with: Any = None
     hidden: tuple[Tensor, ...] = ()
     tokens: tuple[Tensor, ...] = ()
-
-    @property
-    def batch(self) -> int:
-        return len(next(iter(self.fast.weights.values())))
 
     @property
     def open(self) -> int:

@@ -199,12 +199,13 @@ class EndToEnd(nn.Module):
 
     def _begin(self, batch: int) -> FastWeights:
         """What each of `batch` sequences begins with, in float32 at least."""
+        if self.update is None:
+            return FastWeights({})
         weights = self._loss.weights()
-        own = {n: w.to(_wide(w.dtype)).expand(batch, *w.shape) for n, w in weights.items()}
-        return FastWeights(own) if self.update is None else self.update.begin(own)
+        return self.update.begin({n: w.to(_wide(w.dtype)).expand(batch, *w.shape) for n, w in weights.items()})
 
     def _start(self, batch: int) -> NetworkState:
-        return NetworkState(self._begin(batch), chunk=self.chunk)
+        return NetworkState(self._begin(batch), self.chunk, batch)
 
     def extra_repr(self) -> str:
         rule = "update=None" if self.update is None else ", ".join(s.label for s in self.update.rule.at_end) or "sgd"

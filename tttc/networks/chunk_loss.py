@@ -27,12 +27,10 @@ class TokenChunk(NamedTuple):
 
 
 class ChunkLoss:
-    """The suffix of a network as a function of its parameters, `fast` and slow ones. `alike`: the fast weights of all
-    sequences are the same, as where nothing learns, and the suffix is called on all of them at once.
-    """
+    """The suffix of a network as a function of its parameters, `fast` and slow ones."""
 
-    def __init__(self, suffix: nn.Module, fast: str | Sequence[str] = (), alike: bool = False) -> None:
-        self.suffix, self.alike = suffix, alike
+    def __init__(self, suffix: nn.Module, fast: str | Sequence[str] = ()) -> None:
+        self.suffix = suffix
         self.fast = _matched(suffix, (fast,) if isinstance(fast, str) else tuple(fast))
 
     def weights(self) -> Tensors:
@@ -49,7 +47,7 @@ class ChunkLoss:
         if not weights:
             return self.suffix(hidden, caches)
         given = {n: w.to(self._dtypes[n]) for n, w in weights.items()}
-        if len(hidden) == 1 or self.alike:
+        if len(hidden) == 1:
             return self._called({n: w[0] for n, w in given.items()}, slow, hidden, caches)
         leaves, form = tree_flatten(caches)
         tensors = [x for x in leaves if isinstance(x, Tensor)]

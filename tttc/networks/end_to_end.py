@@ -97,7 +97,7 @@ class EndToEnd(nn.Module):
             raise DeclarationError(f"EndToEnd: backward is {backward!r}.\n  It is one of {', '.join(BACKWARDS)}.")
         self.prefix, self.suffix = prefix, suffix
         self.fast, self.backward, self.check = fast, backward, check
-        loss = ChunkLoss(suffix, fast)
+        loss = self._loss
         self.update = None if update is None else InnerUpdate(update, loss.fast)
         like = next(iter(loss.weights().values()))
         self.rates = nn.ParameterDict() if self.update is None else nn.ParameterDict(self.update.initial_rates(like))
@@ -172,7 +172,7 @@ class EndToEnd(nn.Module):
     @property
     def _loss(self) -> ChunkLoss:
         """The suffix as it is now: modules may be moved, cast or replaced."""
-        return ChunkLoss(self.suffix, self.fast, alike=self.update is None)
+        return ChunkLoss(self.suffix, self.fast)
 
     def fast_weights(self) -> dict[str, Tensor]:
         """The parameters that sequences begin with, by their names in the suffix."""

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import bz2
 import math
+import os
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from typer.testing import CliRunner
 
-from tttc.examples.networks import wikipedia
+from benchmarks import end_to_end as benchmark
+from benchmarks.contenders import Disagreement
+from tttc.examples import end_to_end
+from tttc.examples.networks import samples, training, wikipedia
+from tttc.examples.networks.curves import LEARNING, PLAIN
 from tttc.examples.networks.cycles import UNIFORM, VOCABULARY, cycles, floor
+from tttc.examples.networks.training import Recipe, Trainer, outer_rate
 from tttc.examples.networks.wikipedia import plain, read_text
+from tttc.models import e2e
+from tttc.models.schedule import inner_rate
 
 # ---- random cycles ----
 
@@ -110,3 +123,121 @@ def test_without_gensim_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(wikipedia, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"gensim, which is not installed.\n  pip install 'tttc\[examples\]'"):
         read_text()
+
+
+# ---- the story ----
+
+TINY = e2e.small(width=16, heads=2, ffn=16, prime=16, window=8, chunk=8)
+RECIPE = Recipe(steps=2, length=20, batch=4, held_out=2)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
+    """What the example prints, with tiny networks."""
+    monkeypatch.setattr(end_to_end, "CYCLES", (TINY, RECIPE))
+    monkeypatch.setattr(end_to_end, "TEXT", (replace(TINY, vocab=256), RECIPE))
+    result = CliRunner().invoke(end_to_end.app, [*map(str, options)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_story_says_what_each_network_loses_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = run(monkeypatch, "--seeds", 2, "--report", tmp_path / "cycles.html")
+    for seed in (0, 1):
+        for name in (LEARNING, PLAIN):
+            assert f"{name}, seed {seed}: 2 steps in" in said
+        assert f"  seed {seed}, in the last eighth: learns 4." in said
+    assert "random cycles, 80 tokens, 4 times the training length, nats per token:" in said
+    assert "of a round of 64 are right" in said
+    page = (tmp_path / "cycles.html").read_text()
+    assert "<svg" in page
+    assert "without learning" in page
+
+
+def test_the_story_reads_text_and_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "read_text", lambda: read_text(dump(tmp_path / "dump.xml.bz2")))
+    monkeypatch.setattr(samples, "READ", 30)
+    monkeypatch.setattr(samples, "WRITTEN", 5)
+    said = run(monkeypatch, "--text", "--minutes", 1e-6, "--report", tmp_path / "text.png")
+    assert f"{LEARNING}, seed 0: 1 steps in" in said
+    assert "Wikipedia, 80 tokens, 4 times the training length, bits per byte:" in said
+    assert "┃" in said
+    assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_training_lowers_the_loss_and_repeats(learn: bool) -> None:
+    """Of sequences that are all the same walk."""
+    walk = cycles(1, 17, torch.Generator().manual_seed(0), noise=0.0).expand(2, -1)
+    task = replace(training.random_cycles(), batch=lambda size, length, generator: walk)
+    found = []
+    for steps in (12, 2):
+        torch.manual_seed(0)
+        trainer = Trainer(e2e.build(TINY, learn), task, replace(RECIPE, steps=12, learning_rate=1e-2), seed=0)
+        found.append([trainer.step(i) for i in range(steps)])
+    assert found[0][:2] == found[1]
+    assert found[0][0] == pytest.approx(UNIFORM, abs=0.7)
+    assert found[0][-1] < 0.75 * found[0][0]
+
+
+def test_the_rates_rise_and_one_of_them_falls() -> None:
+    rates = [inner_rate(i, 100) for i in range(100)]
+    assert rates[0] == 0.1
+    assert rates[5] == pytest.approx(0.55)
+    assert rates[10:] == [1.0] * 90
+    assert inner_rate(0, 100, warmup=0.0) == 1.0
+    outer = [outer_rate(i, 100) for i in range(100)]
+    assert max(outer) == outer[9] == pytest.approx(0.98, abs=0.01)
+    assert outer[0] == pytest.approx(0.1)
+    assert outer[-1] == pytest.approx(0.1, abs=0.01)
+
+
+# ---- two processes ----
+
+
+def losses(rank: int, ranks: int, port: int, results: str) -> None:
+    """Three steps of one of so many processes, each on its part of the same four walks."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), **address}
+    walks = cycles(4, 21, torch.Generator().manual_seed(0)).tensor_split(ranks)[rank]
+    task = replace(training.random_cycles(), batch=lambda size, length, generator: walks)
+    with training.processes() as first:
+        assert first == (rank == 0)
+        torch.manual_seed(rank)  # the copies are made alike
+        trainer = Trainer(e2e.build(TINY, dtype=torch.float64), task, RECIPE, seed=0)
+        torch.save([trainer.step(i) for i in range(3)], f"{results}{ranks}.{rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo here, which connects processes")
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    results = str(tmp_path / "losses")
+    losses(0, 1, 0, results)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(losses, (2, port, results), nprocs=2)
+    halves = [torch.load(f"{results}2.{rank}") for rank in range(2)]
+    means = [sum(x) / 2 for x in zip(*halves, strict=True)]
+    assert means == pytest.approx(torch.load(f"{results}1.0"), rel=1e-9)
+    assert halves[0] != halves[1]
+
+
+# ---- the benchmark ----
+
+
+def test_the_benchmark_compares_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert max(benchmark.check().values()) <= 1e-12
+    monkeypatch.setattr(benchmark, "EXACT", 0.0)
+    with pytest.raises(Disagreement, match="the sweep's gradient is off by"):
+        benchmark.check()
+
+
+def test_the_benchmark_measures_steps_and_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    names = (benchmark.LEARNING, benchmark.PLAIN)
+    grown = {"tokens": 20, "MiB": {n: benchmark.growth(TINY, n == LEARNING, 20) for n in names}, "ratio": 1.0}
+    decoded = benchmark.decoding(TINY, 3, (16, 32))
+    assert decoded["state_bytes"]["16"] == decoded["state_bytes"]["32"] > 0
+    benchmark.show([{"network": "tiny", "step": benchmark.times(TINY, 3, 20), "memory": [grown], "decoding": decoded}])
+    assert len(capsys.readouterr().out.splitlines()) == 9

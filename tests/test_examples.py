@@ -26,9 +26,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nam
     return capsys.readouterr().out
 
 
-def test_there_are_five_and_each_is_run_here() -> None:
-    """The last is run by tests/test_train_bytes.py."""
-    assert stories() == ["own_learner", "own_rule", "stream_memory", "train_bytes", "tune_for_absent_gpu"]
+def test_there_are_six_and_each_is_run_here() -> None:
+    """But for two, which tests/test_end_to_end_example.py and tests/test_train_bytes.py run."""
+    known = ["end_to_end", "own_learner", "own_rule", "stream_memory", "train_bytes", "tune_for_absent_gpu"]
+    assert stories() == known
 
 
 @pytest.mark.parametrize("name", stories())

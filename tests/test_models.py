@@ -173,14 +173,50 @@ def test_what_learns_are_the_three_matrices_of_the_second_mlp():
     assert [n for n, _ in baseline.named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
-def test_bfloat16_is_for_products_alone():
-    losses = []
+def kept_by(function):
+    """The tensors that autograd keeps for the backward of what the function does."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        function()
+    return kept
+
+
+def test_second_derivatives_keep_the_arguments_alone(monkeypatch):
+    monkeypatch.setattr(window, "_SHORT", 0)
+    q, k, v = (torch.randn(2, 2, n, 4, requires_grad=True) for n in (30, 50, 50))
+    logits = torch.randn(6, 9, requires_grad=True)
+
+    def attend():
+        torch.autograd.grad(window.window_attention_twice(q, k, v, 21).sum(), (q, k, v), create_graph=True)
+
+    def lose():
+        torch.autograd.grad(nll(logits, torch.arange(6)).sum(), logits, create_graph=True)
+
+    assert max(x.numel() for x in kept_by(attend)) <= k.numel()
+    assert {x.data_ptr() for x in kept_by(lose) if x.numel() >= logits.numel()} == {logits.data_ptr()}
+
+
+def test_blocks_of_a_prefix_keep_nothing_inside(monkeypatch):
+    monkeypatch.setattr(e2e, "_PIECE", 8)
+    kept = {}
+    for kept_inside in (False, True):
+        model = built(e2e.small(blocks=3, suffix=1, window=8, checkpoint=not kept_inside), dtype=torch.float32)
+        tokens = tokens_of(model.prefix.config, 32)
+        found = {x.untyped_storage().data_ptr(): x.numel() for x in kept_by(lambda: model.prefix(tokens, None))}  # noqa: B023
+        kept[kept_inside] = sum(found.values())
+    assert kept[False] < 3 * 2 * 32 * 64 < kept[True] / 10
+
+
+def test_bfloat16_is_for_products_alone(monkeypatch):
+    monkeypatch.setattr(window, "_SHORT", 0)
+    losses, gradients = [], []
     for compute in (torch.bfloat16, None):
         model = built(e2e.small(window=12, chunk=8, compute=compute), dtype=torch.float32)
         out = model(tokens_of(model.prefix.config, 33))
         out.loss.backward()
         assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
         losses.append(out)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         state = model.prefill(tokens_of(model.prefix.config, 20))
         assert {x.dtype for kv in (*state.prefix_caches, *state.suffix_caches) for x in kv} == {
             compute or torch.float32
@@ -190,6 +226,7 @@ def test_bfloat16_is_for_products_alone():
     assert losses[0].nll.dtype == torch.float32
     torch.testing.assert_close(losses[0].nll, losses[1].nll, rtol=0, atol=0.06)
     assert not torch.equal(losses[0].nll, losses[1].nll)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_sizes_that_do_not_fit_are_refused_together():

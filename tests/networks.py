@@ -87,6 +87,7 @@ def definition(
     """The outer loss of one sequence [T + 1] and the loss of each token [T], by autograd through every inner step."""
     past: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(3)]
     fast = [w for block in suffix.blocks for w in (block.prime.inward, block.prime.outward)]
+    fast = fast[:2] if suffix.blocks[0] is suffix.blocks[1] else fast
     carried = [torch.zeros_like(w) for w in fast]
     losses, each = [], []
     inputs = list(F.embedding(tokens[:-1], prefix.table))
@@ -119,7 +120,16 @@ def token_loss(
         scores = torch.stack([x @ block.q @ keys[j] - block.slope * (len(keys) - 1 - j) for j in near])
         x = x + sum(p * values[j] for p, j in zip(torch.softmax(scores, 0), near, strict=True))
         if i > 0:
-            x = x + torch.tanh(x @ fast[2 * i - 2]) @ fast[2 * i - 1]
+            inward, outward = fast[-2:] if i == 2 else fast[:2]
+            x = x + torch.tanh(x @ inward) @ outward
         else:
             x = x + x  # the block of the prefix has the identity there
     return -torch.log_softmax(x @ table.T, 0)[target]
+
+
+class Twice(Suffix):
+    """The same block at two places, under two names."""
+
+    def __init__(self, window: int, table: nn.Parameter) -> None:
+        super().__init__(window, table)
+        self.blocks[1] = self.blocks[0]

@@ -152,6 +152,16 @@ def test_a_network_that_does_not_learn_is_its_modules() -> None:
     assert set(sizes) == {2}  # not mapped over sequences, which some operations of torch are slow under
 
 
+def test_a_parameter_under_two_names_is_one() -> None:
+    torch.manual_seed(0)
+    prefix = networks.Prefix(5).double()
+    model, given = EndToEnd(prefix, networks.Twice(5, prefix.table).double(), chunk=4), tokens(2, 12)
+    assert list(model.fast_weights()) == ["blocks.0.prime.inward", "blocks.0.prime.outward"]
+    found = gradients(model, model(given).loss)
+    own = [networks.definition(model.prefix, model.suffix, x, 4, 1.0, 1.0)[0] for x in given]
+    assert_close(found, gradients(model, sum(own) / 2))
+
+
 class Dropping(networks.Suffix):
     """With something that is drawn."""
 

@@ -31,6 +31,12 @@ class ChunkLoss:
 
     def __init__(self, suffix: nn.Module, fast: str | Sequence[str] = ()) -> None:
         self.suffix = suffix
+        own = dict(suffix.named_parameters())
+        names = {p: n for n, p in own.items()}
+        # a parameter may stand in several modules: each is given the same tensor, and each module once
+        places = [(f"{m}.{n}".lstrip("."), p) for m, x in suffix.named_modules() for n, p in x._parameters.items()]
+        self._given_as = {place: names[p] for place, p in places if p is not None}
+        self._dtypes = {n: p.dtype for n, p in own.items()}
         self.fast = _matched(suffix, (fast,) if isinstance(fast, str) else tuple(fast))
 
     def weights(self) -> Tensors:
@@ -72,12 +78,9 @@ class ChunkLoss:
         return each.sum(1) / chunk.counts.sum(1).clamp_min(1), each, caches
 
     def _called(self, weights: Mapping[str, Tensor], slow: Tensors, hidden: Tensor, caches: Any) -> tuple[Tensor, Any]:
-        return torch.func.functional_call(self.suffix, {**slow, **weights}, (hidden, caches))
-
-    @property
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        """Of the parameters; those of a sequence are kept in float32 at least."""
-        return {n: p.dtype for n, p in self.weights().items()}
+        given = {**slow, **weights}
+        named = {n: given[own] for n, own in self._given_as.items()}
+        return torch.func.functional_call(self.suffix, named, (hidden, caches), tie_weights=False)
 
 
 def _filled(leaves: list[Any], tensors: Sequence[Tensor]) -> list[Any]:

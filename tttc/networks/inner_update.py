@@ -96,7 +96,7 @@ class InnerUpdate:
                 update = update | self._applied(stage, update)
         before = fast.weights | fast.accumulated
         lr, decay = rates["lr"], rates["decay"]
-        weights = {n: _scaled(decay[n], w) - (rate * lr[n]) * update[n] for n, w in before.items()}
+        weights = {n: _stepped(_scaled(decay[n], w), rate * lr[n], update[n]) for n, w in before.items()}
         accumulated = fast.accumulated
         for i, stage in enumerate(rule.at_end):
             if stage.on == "view":
@@ -136,6 +136,11 @@ class InnerUpdate:
 
 def _scaled(decay: Any, weight: torch.Tensor) -> torch.Tensor:
     return weight if decay is None else decay * weight
+
+
+def _stepped(weight: torch.Tensor, rate: Any, update: torch.Tensor) -> torch.Tensor:
+    """In one pass where the rate is a number."""
+    return weight - rate * update if isinstance(rate, torch.Tensor) else weight.sub(update, alpha=rate)
 
 
 def _of_each_sequence(function: Callable[..., Any], *values: Any) -> Any:

@@ -26,8 +26,9 @@ from tttc.export.package import Example, inlined_program
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 200  # lines of the README
-README, GUIDE, MEASURED = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md", "docs/measured.md")
+README, GUIDE, MEASURED, NETWORKS = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/guide.md", "docs/measured.md", "docs/networks.md")
 )
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ir/README.md", ROOT / "backends/README.md"]
 
@@ -126,6 +127,15 @@ def test_sequences_are_saved_and_served(tmp_path, monkeypatch) -> None:
     scope = in_a_file(next(x for x in code_blocks(GUIDE, "python") if "pool" in x), tmp_path, "serving")
     assert scope["z"].shape == (1, 12, 4, 64)
     assert (scope["pool"].available, scope["pool"].position(scope["two"])) == (7, 21 % 16)
+
+
+def test_a_network_of_ones_own_learns_and_writes(tmp_path, capsys) -> None:
+    scope = in_a_file(code_blocks(NETWORKS, "python")[0], tmp_path, "network")
+    assert scope["out"].nll.shape == (4, 100)
+    assert scope["out"].chunks.shape == (4, 7)
+    assert scope["text"].shape == (4, 28)
+    assert scope["model"].suffix.prime[0].weight.grad.abs().max() > 0
+    assert "fast weights" in capsys.readouterr().out
 
 
 def test_the_pipeline_is_the_one_that_runs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -191,6 +192,32 @@ def test_half_precision_weights_learn_in_float32() -> None:
     out = model(tokens(2, 9))
     out.loss.backward()
     assert out.loss.dtype == torch.float32
+
+
+def test_learns_in_inference_mode() -> None:
+    """Where no gradient is asked for, or allowed, the inner ones are taken all the same."""
+    model, given = network(), tokens(2, 14)
+    wanted, state = model(given), model.prefill(given[:, :6])
+    logits, _ = model.decode(given[:, 6:], state)
+    with torch.inference_mode():
+        inside = model(given + 0)
+        assert torch.allclose(inside.nll, wanted.nll, rtol=1e-12)
+        assert not inside.loss.requires_grad
+        moved = model.prefill(given[:, :6]).to("cpu", copy=True)
+        assert (model.decode(given[:, 6:] + 0, moved)[0] == logits).all()
+
+
+@pytest.mark.parametrize("trained", ["suffix.*", "prefix.*", "*prime*"])
+def test_what_is_frozen_has_no_gradient(trained: str) -> None:
+    model, given = network(), tokens(2, 12)
+    wanted = gradients(model, model(given).loss)
+    model.zero_grad()
+    for name, p in model.named_parameters():
+        p.requires_grad_(fnmatchcase(name, trained))
+    model(given).loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert_close(found, {n: x for n, x in wanted.items() if fnmatchcase(n, trained)})
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def test_tokens_that_are_drawn() -> None:

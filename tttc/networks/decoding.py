@@ -6,7 +6,7 @@ taken then, before the new token is read, so that it reads what it reads in a pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +57,11 @@ class NetworkState:
         return sum(x.numel() * x.element_size() for x in leaves)
 
     def detach(self) -> NetworkState:
-        return self._mapped(Tensor.detach)
+        return self.map_tensors(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> NetworkState:
         """On another device, as `Tensor.to`."""
-        return self._mapped(lambda x: x.to(*args, **kwargs))
+        return self.map_tensors(lambda x: x.to(*args, **kwargs))
 
     def save(self, path: str | Path, model: EndToEnd) -> Path:
         """Write it as a file of tensors that `load` reads; `StateMismatch` where its caches are not plain containers of
@@ -84,7 +84,8 @@ class NetworkState:
         own = self.fast, self.logits, self.prefix_caches, self.suffix_caches
         return *own, self.opened_with, self.hidden, self.tokens
 
-    def _mapped(self, function: Any) -> NetworkState:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> NetworkState:
+        """With every tensor replaced by what `function` makes of it."""
         fast, logits, prefix, suffix, opened, hidden, tokens = tree_map(
             lambda x: function(x) if isinstance(x, Tensor) else x, self._parts()
         )

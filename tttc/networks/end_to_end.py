@@ -17,6 +17,7 @@ from tttc.networks.causality import check_causal
 from tttc.networks.chunk_loss import ChunkLoss
 from tttc.networks.decoding import NetworkState, continued
 from tttc.networks.documents import Documents
+from tttc.networks.inference import outside_inference
 from tttc.networks.inner_update import FastWeights, InnerUpdate
 from tttc.networks.passes import Learning, by_graph, by_sweep, chunks
 from tttc.networks.sampling import sampled
@@ -103,6 +104,7 @@ class EndToEnd(nn.Module):
         self.rates = nn.ParameterDict() if self.update is None else nn.ParameterDict(self.update.initial_rates(like))
         self._causal = False
 
+    @outside_inference
     def forward(
         self, tokens: Tensor, *, mask: Tensor | None = None, cu_seqlens: Any = None, rate: float | Tensor = 1.0
     ) -> Output:
@@ -133,11 +135,13 @@ class EndToEnd(nn.Module):
             _refuse_not_finite(losses, self.chunk)
         return Output((losses * asked).sum() / asked.sum().clamp_min(1), documents.packed(nll), losses)
 
+    @outside_inference
     def prefill(self, tokens: Tensor, *, rate: float = 1.0) -> NetworkState:
         """The state after tokens [B, T], T >= 1, which begin sequences; `state.logits` [B, V] are of what follows."""
         tokens = _checked_tokens(tokens)
         return continued(self, tokens, self._start(len(tokens)), rate)
 
+    @outside_inference
     def decode(self, token: Tensor, state: NetworkState, *, rate: float = 1.0) -> tuple[Tensor, NetworkState]:
         """One token further: token [B] -> logits [B, V] of what follows it, and the state. Several, [B, t], are taken
         one after the other, and the logits are of the last. Fast weights take a step where a chunk has ended.

@@ -130,7 +130,8 @@ class Sweep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_losses: Tensor, of_tokens: Tensor) -> tuple[Any, ...]:
         _, slow, rates, hidden = tree_unflatten(ctx.saved_tensors, ctx.form)
-        slow, rates = _map_tensors(_leaf, (slow, rates))
+        _, of_slow, of_rates, asked = tree_unflatten(ctx.needs_input_grad[4:], ctx.form)
+        slow, rates = tree_map(_leaf, (slow, rates), (of_slow, of_rates))
         shared = [*slow.values(), *rates.values()]
         of_shared: list[Tensor | None] = [None for _ in shared]
         of_hidden, end = torch.zeros_like(hidden), hidden.shape[1]
@@ -138,7 +139,7 @@ class Sweep(torch.autograd.Function):
         handed_on: list[Tensor | None] | None = None  # the cotangents of what the chunk hands on
         for i, (fast, caches) in _backwards(learning, ctx.kept, ctx.keep, parts, ctx.surroundings):
             begin = end - parts[i].hidden.shape[1]
-            start = _map_tensors(_leaf, (fast, caches, parts[i].hidden))
+            start = (*_map_tensors(_leaf, (fast, caches)), _leaf(parts[i].hidden, asked))
             with ctx.surroundings.of(i):
                 results = _recorded(learning, start, parts[i], last=handed_on is None)
             seeds = [of_losses[:, i], of_tokens[:, begin:end], *(handed_on or ())]
@@ -192,12 +193,14 @@ def _pulled(results: Sequence[Tensor], seeds: Sequence[Tensor | None], inputs: S
     """The cotangents of `inputs` from those of `results`; None where there is none."""
     pairs = [(y, c) for y, c in zip(results, seeds, strict=True) if c is not None and y.requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
+    asked = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in inputs]
 
 
-def _leaf(x: Tensor) -> Tensor:
-    """The same numbers, to be differentiated for; what has no derivative as it is."""
-    return x.detach().requires_grad_(x.is_floating_point())
+def _leaf(x: Tensor, asked: bool = True) -> Tensor:
+    """The same numbers, to be differentiated for if that is asked; what has no derivative as it is."""
+    return x.detach().requires_grad_(asked and x.is_floating_point())
 
 
 def _numbers(tree: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from tttc.networks.cross_entropy import summed_in
 
 _CPU_ROWS = 64  # queries of a piece: what a few heads make of it stays in the cache of a core
-_PIECE_ROWS = 256
+_MOST_ROWS = 256  # on a processor, where PyTorch's kernel walks over the keys itself
 _SHORT = 128 * 128  # scores of a head under which the operations of autograd are sooner done than Python's functions
 
 
@@ -65,7 +65,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     Returns: [..., t, D].
     """
     out = []
-    for piece in _pieces(q, k, window):
+    for piece in _pieces(q, k, window, max(_CPU_ROWS, min(window // 4, _MOST_ROWS))):
         rows, keys = piece.rows, piece.keys
         bias = None if piece.whole else piece.bias(q)
         out.append(
@@ -106,10 +106,12 @@ class _Piece(NamedTuple):
         return bias if last_query < self.window else bias.add_(hidden.tril_(self.offset - self.window))
 
 
-def _pieces(q: Tensor, k: Tensor, window: int) -> Iterator[_Piece]:
-    """The band, some queries at a time."""
+def _pieces(q: Tensor, k: Tensor, window: int, cpu_rows: int) -> Iterator[_Piece]:
+    """The band, some queries at a time: so many on a processor; on other devices, where few large kernels do better,
+    as many as a window has.
+    """
     t, before = q.shape[-2], k.shape[-2] - q.shape[-2]
-    size = _CPU_ROWS if q.device.type == "cpu" else max(_PIECE_ROWS, window)
+    size = cpu_rows if q.device.type == "cpu" else max(_MOST_ROWS, window)
     for begin in range(0, t, size):
         end = min(begin + size, t)
         first = max(0, before + begin - window + 1)
@@ -153,7 +155,7 @@ class _WindowAttentionGradient(torch.autograd.Function):
         shapes = q.shape, k.shape, v.shape
         q, k, v, g = (x.flatten(0, -3) for x in (q, k, v, g))
         dq, dk, dv = _sums(q, k, v)
-        for piece in _pieces(q, k, window):
+        for piece in _pieces(q, k, window, _CPU_ROWS):
             Q, G, K, V = q[:, piece.rows], g[:, piece.rows], k[:, piece.keys], v[:, piece.keys]
             p = _softmax(torch.baddbmm(piece.bias(q), Q, K.mT))
             ds = _pulled(G @ V.mT, p).to(q.dtype)
@@ -175,7 +177,7 @@ class _WindowAttentionGradient(torch.autograd.Function):
         D = q.shape[-1]
         onto_keys, aq = torch.cat([k, b, v, c], -1), torch.cat([a, q], -1)
         to_q, to_k, to_v, to_g = _sums(q, k, v, g)
-        for piece in _pieces(q, k, ctx.window):
+        for piece in _pieces(q, k, ctx.window, _CPU_ROWS):
             rows, keys = piece.rows, piece.keys
             Q, G, A, AQ, KB = q[:, rows], g[:, rows], a[:, rows], aq[:, rows], onto_keys[:, keys, : 2 * D]
             K, V, B, C = k[:, keys], v[:, keys], b[:, keys], c[:, keys]

@@ -6,6 +6,7 @@ import gc
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers share the cores, so each has one thread; native kernels, seconds to compile, are asked for by name.
     Without a GPU those of Triton run in its interpreter, which has to be said before Triton is imported.
     """
+    gc.disable()  # until all is imported
     os.environ["TTTC_BACKEND"] = "torch"
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
@@ -43,6 +45,8 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: no search for garbage looks through these million objects again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -54,6 +58,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def nothing_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tuned on this machine is none of the tests' business."""
     monkeypatch.setenv("TTTC_TUNING", "0")
+
+
+@pytest.fixture(scope="session")
+def folder_of_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_this_run(monkeypatch: pytest.MonkeyPatch, folder_of_run: Path) -> None:
+    """A native kernel is compiled once in a run, by whichever worker needs it first, and none is of an earlier run."""
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(folder_of_run / "kernels"))
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch: pytest.MonkeyPatch, folder_of_run: Path) -> None:
+    """Native kernels as they are written, without what LLVM makes of them, which is two thirds of the time that they
+    take: for tests of what is written.
+    """
+    machine = import_module("tttc.backends.tvm_cpu.machine").Machine
+    monkeypatch.setattr(machine, "target", lambda self, best=machine.target: best(self) | {"opt-level": 0})
+    monkeypatch.setenv("TTTC_CACHE_DIR", str(folder_of_run / "plain"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,27 +1,79 @@
-"""Triton's interpreter without its long way to the first line: it looks through all of Triton's language whenever a
-function is called, a fifth of the time of these tests, and finds the same names every time.
+"""Triton's interpreter without its long ways: it computes the same, in half of the time.
+
+It looks through all of Triton's language whenever a function is called, and finds the same names every time; it makes
+the type and the shape of every value anew; and it looks for overflows of which it says nothing.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 
 def quicken() -> None:
-    """What of a module of the language the interpreter replaces is looked for once."""
-    from triton.language.core import is_builtin
+    """Let what the interpreter finds again and again be found once."""
+    from triton.language import core
     from triton.runtime import interpreter
 
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:  # what is found of overflows is dropped
+        builder.options = replace(builder.options, sanitize_overflow=False)
+    _look_once(interpreter, core)
+    _types_once(interpreter, core)
+
+
+def _look_once(interpreter: Any, core: Any) -> None:
+    """For what of a module of the language is replaced, and whether it is, while a kernel runs."""
     names: dict[Any, list[str]] = {}
+    replaced: set[int] = set()
+    found, put_back = interpreter._patch_lang, interpreter._LangPatchScope.restore
 
     def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
         if package not in names:
-            names[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+            names[package] = [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
         for name in names[package]:
             member = getattr(package, name)
-            if is_builtin(member):  # not where a function that is running has replaced it already
+            if core.is_builtin(member):  # not where a function that is running has replaced it already
                 interpreter._patch_attr(package, name, member, builder, scope)
 
+    def patch_lang(function: Any) -> Any:
+        names_of_module = id(function.__globals__)
+        if names_of_module in replaced:  # by the kernel that calls this function
+            return None
+        replaced.add(names_of_module)
+        return found(function)
+
+    def restore(scope: Any) -> None:
+        replaced.clear()
+        put_back(scope)
+
     assert callable(interpreter._patch_builtin)
-    interpreter._patch_builtin = patch_builtin
+    interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_lang
+    interpreter._LangPatchScope.restore = restore
+
+
+def _types_once(interpreter: Any, core: Any) -> None:
+    """The shape of each type, and how NumPy calls it."""
+    found = interpreter._get_np_dtype
+    dtypes: dict[tuple[type, str], Any] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def get_np_dtype(dtype: Any) -> Any:
+        key = type(dtype), dtype.name
+        if key not in dtypes:
+            dtypes[key] = found(dtype)
+        return dtypes[key]
+
+    def tensor(self: Any, handle: Any, type: Any, make: Any = core.tensor.__init__) -> None:
+        shape = type.shape if type.is_block() else ()
+        if shape not in shapes:
+            make(self, handle, type)
+            shapes[shape] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[shape]
+
+    def unwrap_shape(shape: Any) -> list[Any]:
+        return [s.value if isinstance(s, core.constexpr) else s for s in shape]
+
+    interpreter._get_np_dtype, core.tensor.__init__, core._unwrap_shape = get_np_dtype, tensor, unwrap_shape

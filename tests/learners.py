@@ -84,5 +84,26 @@ class Upright(tttc.Variant):
     update = tttc.sgd(lr=tttc.gate("lr"), decay=tttc.gate("decay", per="channel"))
 
 
+class OneByOne(tttc.Variant):
+    """Exact online gradients of a learner that is not linear: the rows of a chunk one after the other."""
+
+    mini_batch, anchor = 4, "token"
+    W = tttc.state("D", "D", init=tttc.normal(0.5))
+
+    def learner(self, x):
+        return tttc.tanh(x @ self.W)
+
+    def loss(self, k, v):
+        return 0.1 * tttc.sum((self.learner(k) - v) ** 2)
+
+    update = tttc.sgd(lr=tttc.gate("lr"), momentum=tttc.gate("momentum"), decay=0.9)
+
+
+class Renewed(OneByOne):
+    """The same with mini-batches whose end is seen: it runs token by token."""
+
+    update = tttc.sgd(lr=tttc.gate("lr"), momentum=tttc.gate("momentum"), at_end=tttc.weight_norm(axis=0))
+
+
 LEARNERS = {v.__name__: v for v in (CausalConvolution, BlockDiagonal, LowRank, SharedWeights)}
 DIMS = {"D": 4, "K": 3, "N": 2, "P": 3, "R": 2, "F": 5}

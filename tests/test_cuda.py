@@ -44,12 +44,6 @@ TOKENS = 20  # a mini-batch of 16 and a tail
 OUTPUT = {"float32": 5e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    """Kernels of earlier runs are none of these tests' business."""
-    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture
 def folder(tmp_path_factory):
     """Where this run keeps what g++ made, for all its tests."""

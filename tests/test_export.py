@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import tttc
 from tests.backends.test_onnx import SHORT, TOLERANCE, VARIANTS, WORSE
 from tests.helpers import Result, differences, dims_of, inputs_for, oracle_result, run_alone
+from tests.learners import OneByOne, Renewed
 from tttc.backends.onnx.form import node_count
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal, ShapeError
@@ -49,27 +50,6 @@ class Windowed(tttc.Variant):
         return 0.1 * tttc.sum((self.learner(k) - v) ** 2) + 0.01 * tttc.sum(self.été) * tttc.sum(self.W * self.W)
 
     update = tttc.sgd(lr=tttc.gate("lr"), average=tttc.gate("rho"))
-
-
-class OneByOne(tttc.Variant):
-    """Gradients that come token by token, on the rows of a chunk."""
-
-    mini_batch, anchor = 4, "token"
-    W = tttc.state("D", "D", init=tttc.normal(0.5))
-
-    def learner(self, x):
-        return tttc.tanh(x @ self.W)
-
-    def loss(self, k, v):
-        return 0.1 * tttc.sum((self.learner(k) - v) ** 2)
-
-    update = tttc.sgd(lr=tttc.gate("lr"), momentum=tttc.gate("momentum"), decay=0.9)
-
-
-class Renewed(OneByOne):
-    """The same, token by token inside mini-batches, whose end is observed."""
-
-    update = tttc.sgd(lr=tttc.gate("lr"), momentum=tttc.gate("momentum"), at_end=tttc.weight_norm(axis=0))
 
 
 class Tiled(tttc.library.Titans):

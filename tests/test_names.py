@@ -25,7 +25,10 @@ from tttc.ir.verify import MalformedProgram, verify
 from tttc.verification.comparison import relative_error
 from tttc.verification.inputs import random_inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+    pytest.mark.usefixtures("plain_kernels"),  # names are in what is written
+]
 
 NAMES = (
     *("C", "c", "T", "z", "m", "F", "G", "list", "torch", "aten"),

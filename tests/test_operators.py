@@ -40,6 +40,7 @@ LAYERS = [  # one operator is like another: 16 bits of one variant are enough, a
 CLOSE = 6e-6
 
 pytestmark = [
+    pytest.mark.usefixtures("plain_kernels"),  # with and without a graph they are the same ones
     pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),  # torch.compile's look
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),  # torch.export.load, before torch 2.13
 ]

@@ -9,40 +9,18 @@ from typer.testing import CliRunner
 
 import tttc
 from tests.helpers import dims_of, inputs_for, run_alone
-from tests.learners import LEARNERS
+from tests.learners import LEARNERS, OneByOne, Renewed
 from tttc.cli.main import app
 from tttc.errors import BackendRefusal, ShapeError
 from tttc.export import package, scan_operator
 from tttc.library import GLA, TTTMLP, GatedDeltaNet, Moneta, TTTLinear
 
-
-class OneByOne(tttc.Variant):
-    """Exact online gradients of a learner that is not linear: the rows of a chunk one after the other."""
-
-    mini_batch, anchor = 4, "token"
-    W = tttc.state("D", "D", init=tttc.normal(0.5))
-
-    def learner(self, x):
-        return tttc.tanh(x @ self.W)
-
-    def loss(self, k, v):
-        return 0.1 * tttc.sum((self.learner(k) - v) ** 2)
-
-    update = tttc.sgd(lr=0.1, momentum=0.5)  # the program then counts its tokens
-
-
-class Renewed(OneByOne):
-    """The same with mini-batches whose end is seen: it runs token by token, and every third token ends one."""
-
-    mini_batch = 3
-    update = tttc.sgd(lr=tttc.gate("lr"), momentum=tttc.gate("m"), at_end=(tttc.weight_norm(),))
-
-
+COUNTING = tttc.sgd(lr=0.1, momentum=0.5)  # the program then counts its tokens
 LAYERS = {  # a kind of program each
     "a chunk is a mini-batch, with a memory that begins as the weights": (Moneta, {}),
     "a mini-batch is longer than a chunk": (TTTLinear.replace(mini_batch=6), {"chunk": 4}),
-    "rows by substitution": (OneByOne, {"chunk": 2}),
-    "mini-batches of several chunks": (Renewed, {}),
+    "rows by substitution": (OneByOne.replace(update=COUNTING), {"chunk": 2}),
+    "mini-batches of several chunks": (Renewed.replace(mini_batch=3), {}),
     "one mini-batch in tiles": (TTTMLP.replace(mini_batch="all"), {"chunk": 4}),
     "one mini-batch in one step": (TTTLinear.replace(mini_batch="all", read="end"), {}),
     "windows": (LEARNERS["CausalConvolution"], {}),

@@ -42,12 +42,6 @@ TOKENS = 37  # two mini-batches of 16 and a tail of 5
 HEAVY = {"GatedThreeLayer", "LaCT", "Moneta", "TTTMLP", "Titans", "Yaad"}  # a quarter of a minute and more to compile
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    """Kernels of earlier runs are none of these tests' business."""
-    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def compiled(variant, dims, dtype=torch.float64, **settings):
     return tttc.compile(variant, dims, dtype, backend="tvm", **settings)
 

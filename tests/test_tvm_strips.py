@@ -26,9 +26,8 @@ WIDE = 8 * LANES  # four strips of two vectors
 
 
 @pytest.fixture(autouse=True)
-def small_calls_too(monkeypatch, tmp_path_factory):
-    """Kernels of earlier runs are none of these tests' business, what pays neither; and sums are taken in parts."""
-    monkeypatch.setenv("TTTC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+def small_calls_too(monkeypatch):
+    """What pays is none of these tests' business; and sums are taken in parts."""
     strips = importlib.import_module("tttc.backends.tvm_cpu.tiled")
     monkeypatch.setattr(strips, "MIN_WORK_TO_WAKE", 1)
     monkeypatch.setattr(strips, "MIN_THREADS_PER_HEAD", 2)

@@ -39,6 +39,8 @@ class CompiledScan(ABC):
 
     accepts_16bit = False
     """Whether sequences may be float16 or bfloat16: read and written as they are, arithmetic is float32."""
+    pull: CompiledScan | None = None
+    """Its backward as a scan that has a backward in turn: results and cotangents in, cotangents out."""
 
     def __init__(self, scan: Scan, program: AdjointProgram) -> None:
         self.scan, self.program = scan, program

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from tttc.ir import build as b
 from tttc.ir.differentiate import collected, lower_composites, vjp
 from tttc.ir.expr import Expr, const, depends_on, leaf, leaves, postorder, substitute
-from tttc.ir.names import differential, spelled, suffixed
+from tttc.ir.names import differential, differentiated, prefixed, spelled, suffixed
 from tttc.ir.program import (
     SEQUENCE,
     AdjointProgram,
@@ -28,6 +28,7 @@ from tttc.ir.program import (
     Save,
     Scan,
     ScanAdjoint,
+    ScanKind,
     ScanProgram,
     Statement,
     cotangent,
@@ -37,11 +38,18 @@ from tttc.ir.text import Namer, core
 
 
 def adjoint(program: ScanProgram) -> AdjointProgram:
-    """Differentiate every scan; the functions of the stage are the reverse sweeps."""
+    """Differentiate every scan; the functions of the stage are the reverse sweeps. Of a scan that reads weights which
+    stay, the backward is one more scan, and is differentiated too.
+    """
     names = dict(program.names)
-    adjoints = tuple(scan_adjoint(scan, program, names) for scan in program.scans if scan.differentiated)
+    adjoints = [scan_adjoint(scan, program, names) for scan in program.scans if scan.differentiated]
+    pulls = [pull_scan(a) for a in adjoints if a.scan.kind is ScanKind.READ]
+    adjoints += [scan_adjoint(scan, program, names) for scan in pulls]
     functions = tuple(adjoint_function(a) for a in adjoints)
-    return AdjointProgram.of(program, "adjoint", functions=functions, names=names, adjoints=adjoints)
+    scans = (*program.scans, *pulls)
+    return AdjointProgram.of(
+        program, "adjoint", functions=functions, names=names, scans=scans, adjoints=tuple(adjoints)
+    )
 
 
 def scan_adjoint(scan: Scan, program: Program, names: dict[Expr, str]) -> ScanAdjoint:
@@ -133,6 +141,25 @@ def backward_block(a: ScanAdjoint) -> list[Assign]:
             stand_in[e] = b.rename(found.value, dict(zip(found.target.axes, e.axes, strict=True)))
     replaced = substitute([x.value for x in a.backward.assigns], stand_in)
     return [Assign(x.target, v) for x, v in zip(a.backward.assigns, replaced, strict=True)]
+
+
+def pull_scan(a: ScanAdjoint) -> Scan:
+    """The backward of a scan that carries nothing as a scan of its own: it carries the cotangents of what stays."""
+    given = {e: _renamed(e, "U") for e in a.cotangents}  # its own cotangents have the names that these had
+    made = {x.target: _renamed(x.target, "G") for x in a.backward.assigns}
+    block = backward_block(a)
+    values = substitute([x.value for x in block], given | made)
+    assigns = [Assign(made[x.target], v) for x, v in zip(block, values, strict=True)]
+    stores, sums = (tuple(x for x in assigns if bool(x.leaf.at) is along) for along in (True, False))
+    carry, sequence = tuple(made[e] for e in a.accumulated), (*a.scan.sequence, *given.values())
+    doc = "The cotangents of every token, and those of the weights, summed."
+    name = f"{a.scan.name}_pull"
+    return Scan(name, ScanKind.PULL, a.scan.fixed, carry, sequence, stores, sums, a.scan.chunk, doc=doc)
+
+
+def _renamed(e: Expr, prefix: str) -> Expr:
+    """dW -> G_W."""
+    return leaf(prefixed(prefix, differentiated(e.name)), e.role, e.axes, e.at)
 
 
 def adjoint_function(a: ScanAdjoint) -> Function:

@@ -195,7 +195,7 @@ class Plan:
 
 
 class ScanKind(Enum):
-    """What a scan of a program is for; ir/schedule.py says what each reads and makes."""
+    """What a scan of a program is for; ir/schedule.py says what each reads and makes, ir/frozen.py of the last two."""
 
     WHOLE = "whole"
     OPEN = "open"
@@ -204,6 +204,8 @@ class ScanKind(Enum):
     ROWS = "rows"
     TOKEN = "token"
     BEGIN = "begin"
+    READ = "read"
+    PULL = "pull"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ class CopiedScan(CompiledScan):
         self.inner = inner
 
     @property
+    def pull(self) -> CompiledScan | None:  # type: ignore[override]
+        return self.inner.pull
+
+    @property
     def differentiable(self) -> TorchScan:
         return self.inner
 
@@ -46,7 +50,7 @@ class CopiedScan(CompiledScan):
     ) -> tuple[torch.Tensor, ...]:
         every = checkpoint or 1
         if self.scan.loops:
-            groups = saved[0].shape[2]
+            groups = self.groups(inputs, every)
             kept: Tensors = [x[:, :, i].flatten(0, 1) for i in range(groups) for x in saved]
         else:
             _, kept = self.inner.forward(inputs, every)

@@ -174,8 +174,8 @@ def _loop(a: ScanAdjoint) -> str:
         "            kept.append(saved)",
         "        else:",
         "            if i % every == 0:",
-        f"                kept.append(({', '.join(carry)},))",
-        *_wrap(f"            {made} = {marked(function(step))}(", passed, ")"),
+        f"                kept.append({_tuple(carry)})",
+        *_wrap(f"            {made}{',' * (len(scan.results) == 1)} = {marked(function(step))}(", passed, ")"),
         *(f"        {o}.append({_chunk(o)})" for o in outputs),
         f"    return ({', '.join([*(f'torch.cat({o}, 1)' for o in outputs), *carry])},), kept",
         "",
@@ -210,7 +210,7 @@ def _adjoint_loop(a: ScanAdjoint) -> str:
         "    for start in reversed(range(0, len(chunks), size)):",
         "        group, saves = chunks[start : start + size], kept",
         "        if every:",
-        f"            ({', '.join(carry)},), saves = kept[start // size], []",
+        f"            {_tuple(carry)}, saves = kept[start // size], []",
         f"            for {each} in group:",
         *_wrap(f"                {recomputed}, saved = {marked(function(f'{scan.name}_step_saving'))}(", passed, ")"),
         "                saves.append(saved)",
@@ -221,6 +221,10 @@ def _adjoint_loop(a: ScanAdjoint) -> str:
     ]
     results = [*d_carry, *accumulated, *(f"torch.cat({s}[::-1], 1)" for s in stores)]
     return "\n".join([*lines, *_wrap("    return (", results, ")"), ""])
+
+
+def _tuple(names: Sequence[str]) -> str:
+    return f"({', '.join(names)}{',' * bool(names)})"
 
 
 def _chunks(names: Sequence[str]) -> list[str]:

@@ -101,6 +101,12 @@ class TorchScan(CompiledScan):
                 found = self.function("_step_adjoint")(saved, *inputs, *cotangents, *zeros)
             return tuple(x.unflatten(0, leading) for x in found)
 
+    def at_once(self, inputs: Tensors) -> tuple[torch.Tensor, ...]:
+        """The results of a chunk of all tokens as plain operations, for autograd to differentiate."""
+        with _exact(inputs):
+            leading, inputs = _flat(inputs)
+            return tuple(x.unflatten(0, leading) for x in self.function("_step")(*inputs))
+
     def function(self, suffix: str) -> Callable[..., Any]:
         """One of the functions of the generated module that are this scan's, by what its name ends with."""
         return getattr(self.module, self.called[function(f"{self.scan.name}{suffix}")])

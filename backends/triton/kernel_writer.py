@@ -273,8 +273,9 @@ class KernelWriter:
             self.line(f"for chunk in range(0, tl.cdiv(T, {self.chunk})):")
             self.depth += 1
             self.chunk_begins(f"chunk * {self.chunk}")
-            with self.indented("if chunk % every == 0 and groups > 0:"):
-                self.stores(scan.carry, Holds.KEPT, ("groups", "chunk // every"))
+            if scan.carry:
+                with self.indented("if chunk % every == 0 and groups > 0:"):
+                    self.stores(scan.carry, Holds.KEPT, ("groups", "chunk // every"))
             self.loads(scan.sequence)
         self.body(forward(self.spec), {a.leaf.name: self.tensors[a.leaf.name, Holds.VALUE] for a in scan.outputs})
         self.depth = 1
@@ -303,15 +304,8 @@ class KernelWriter:
         with self.indented("for back in range(0, groups):"):
             self.line("group = groups - 1 - back")
             self.line(f"count = tl.minimum(every, tl.cdiv(T, {self.chunk}) - group * every)")
-            self.loads(scan.carry, Holds.KEPT, ("groups", "group"))
-            with self.indented("for j in range(0, count):  # the carry before every chunk of the group"):
-                self.stores(scan.carry, Holds.WORK, ("every", "j"))
-                self.chunk_begins(f"(group * every + j) * {self.chunk}")
-                updates = [a for a in forward(self.spec) if a.leaf.at is None]
-                read = {e.name for e in leaves(a.value for a in updates)}
-                self.loads(p for p in scan.sequence if p.name in read)
-                self.body(updates, {})
-            self.line("tl.debug_barrier()  # what one thread has stored, others load")
+            if scan.carry:
+                self._carries_of_group()
             with self.indented("for j_back in range(0, count):"):
                 self.line("j = count - 1 - j_back")
                 self.chunk_begins(f"(group * every + j) * {self.chunk}")
@@ -321,3 +315,16 @@ class KernelWriter:
                 self.loads((*scan.sequence, *_d_outputs(scan)))
                 self.body(block, written)
             self.line("tl.debug_barrier()")
+
+    def _carries_of_group(self) -> None:
+        """The carry before every chunk of a group, from that before the first."""
+        scan = self.scan
+        self.loads(scan.carry, Holds.KEPT, ("groups", "group"))
+        with self.indented("for j in range(0, count):  # the carry before every chunk of the group"):
+            self.stores(scan.carry, Holds.WORK, ("every", "j"))
+            self.chunk_begins(f"(group * every + j) * {self.chunk}")
+            updates = [a for a in forward(self.spec) if a.leaf.at is None]
+            read = {e.name for e in leaves(a.value for a in updates)}
+            self.loads(p for p in scan.sequence if p.name in read)
+            self.body(updates, {})
+        self.line("tl.debug_barrier()  # what one thread has stored, others load")

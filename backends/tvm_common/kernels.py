@@ -211,7 +211,7 @@ class Kernel(ABC):
 
     def save_kept(self, chunk: Any) -> None:
         """The carry where a group begins; nothing, where there is no room for any."""
-        if self.scan.loops:
+        if self.scan.loops and self.scan.carry:
             with self.uniform_region(T.And(self.groups > 0, T.EQ(T.truncmod(chunk, self.every), 0))):
                 self.save(self.scan.carry, "kept", T.truncdiv(chunk, self.every))
 
@@ -242,9 +242,18 @@ class Kernel(ABC):
 
     @contextmanager
     def reversed_chunks(self) -> Iterator[None]:
-        """Group by group from the last one; in each, first the carry before every chunk, then the chunks backwards."""
+        """Group by group from the last one; in each, first the carry before every chunk, then the chunks backwards.
+        Where nothing is carried, the chunks alone.
+        """
         size, carry = self.chunk, self.scan.carry
         self.syncthreads()
+        if not carry:
+            with T.serial(self.count) as back:
+                first = (self.count - 1 - back) * size
+                self._begin_chunk(first, T.min(self.T - first, size))
+                yield
+                self.syncthreads()
+            return
         with T.serial(self.groups) as i:
             group = self.groups - 1 - i
             first = self._named("first_of_group", group * self.every)

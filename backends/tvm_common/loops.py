@@ -122,7 +122,7 @@ def _same_rows(s: Statement, together: set[str]) -> bool:
 def heads_per_task(scan: Scan, dims: Mapping[str, int], lanes: int) -> bool:
     """Whether a forward kernel does a chunk for some heads before the next: their weights stay in the new carry."""
     whole = all(p.axes and dims[p.axes[-1].size] % lanes == 0 for p in scan.carry)
-    return scan.loops and whole and {a.target for a in scan.updates} == set(scan.carry)
+    return scan.loops and whole and bool(scan.carry) and {a.target for a in scan.updates} == set(scan.carry)
 
 
 def listing(program: AdjointProgram) -> str:

@@ -13,6 +13,7 @@ from tttc.attention import AttentionLayer, NonParametric, compile_attention
 from tttc.backends import registry
 from tttc.backends.interface import Backend, EmittedProgram, Placement, Source
 from tttc.backends.registry import Unit
+from tttc.backends.scan import CompiledScan
 from tttc.compiler.fallback import warn_of_fallback
 from tttc.compiler.kernel_check import check_kernels
 from tttc.compiler.pipeline import History, HistoryEntry, Options, advance
@@ -27,6 +28,7 @@ from tttc.runtime.layer import Layer
 from tttc.runtime.standby import with_standby
 from tttc.tuning.lookup import Lookup
 
+CHUNK_OF_KERNELS = 64  # tokens at weights that stay, which are read once for each; in torch all tokens are one product
 SUPPORTED_DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -115,6 +117,22 @@ def compile_program(program: TokenProgram, declared: Signature, settings: Settin
 
 def _made(request: Request) -> Layer:
     """The layer that was asked for."""
+    taken, stages, scans = made_of(request)
+    return Layer(
+        request.declared,
+        stages,
+        scans,
+        stages.of(EmittedProgram).source,
+        request.settings,
+        backend=taken.unit.name,
+        why=taken.why,
+        tuning=taken.lookup.tuning,
+        recompile=compiled_again,
+    )
+
+
+def made_of(request: Request) -> tuple[Taken, History, Mapping[str, CompiledScan]]:
+    """What a request gets: its backend, the stages to the last one, and the kernels."""
     taken = _choose(request, runs=True)
     config = _checked_config(taken)
     stages = _emitted(taken, config)
@@ -124,17 +142,7 @@ def _made(request: Request) -> Layer:
         check_kernels(taken.program, scans, request.place.device)
     if not taken.asked:
         scans = with_standby(scans, request.declared.name, taken.unit.name)
-    return Layer(
-        request.declared,
-        stages,
-        scans,
-        source,
-        request.settings,
-        backend=taken.unit.name,
-        why=taken.why,
-        tuning=taken.lookup.tuning,
-        recompile=compiled_again,
-    )
+    return taken, stages, scans
 
 
 def compiled_again(declared: PickledVariant, settings: Mapping[str, Any]) -> Layer:
@@ -187,6 +195,8 @@ class Request:
     settings: Settings
     begun: tuple[HistoryEntry, ...] = ()
     """The stages that are already there."""
+    frozen: bool = False
+    """Whether only the output is asked for, at weights that stay."""
 
     @property
     def place(self) -> Placement:
@@ -197,7 +207,11 @@ def _checked(variant: type[Variant], given: Settings) -> Request:
     """The request with sizes, numbers and the device as such; raises what `compile` does."""
     if given.config is not None and not isinstance(given.config, Mapping):
         raise ShapeError(f"config is {given.config!r}; it must be a dict of settings of the backend's kernels")
-    declared = checked_signature(variant, given.dims)
+    return checked_request(checked_signature(variant, given.dims), given)
+
+
+def checked_request(declared: Signature, given: Settings) -> Request:
+    """The same, of a declaration that is right."""
     sizes = checked_dims(declared, given.dims)
     if given.dtype not in SUPPORTED_DTYPES:
         raise DeclarationError(
@@ -255,7 +269,7 @@ def _choose(request: Request, runs: bool) -> Taken:
     refused: dict[str, str] = {}
     absent: dict[str, str] = {}
     numbers = "f64" if given.dtype == torch.float64 else "f32"
-    options = Options(given.dims, numbers, given.chunk, given.telemetry, place=request.place)
+    options = Options(given.dims, numbers, given.chunk, given.telemetry, place=request.place, frozen=request.frozen)
     common = advance(History(request.declared, request.begun), options, "dualize")
     for unit in candidates:  # the last one runs, or is refused
         if not asked and (gone := unit.missing()):
@@ -264,6 +278,8 @@ def _choose(request: Request, runs: bool) -> Taken:
         backend = unit.backend
         lookup = Lookup(unit, given)
         options = replace(options, tuned=lookup.chosen_chunk, backend=backend)
+        if request.frozen and given.chunk is None:
+            options = replace(options, chunk=None if unit.of_torch else CHUNK_OF_KERNELS)
         stages = advance(common, options, "adjoint")
         reasons = [*(unit.unavailable(device) if runs else unit.unwritten()), *backend.refusals(stages.program)]
         if not reasons:

@@ -25,8 +25,10 @@ from tttc.errors import NotDifferentiable, PassChangedMeaning, SourceLine, probl
 from tttc.ir.adjoint import adjoint
 from tttc.ir.differentiate import NoGradient, differentiate
 from tttc.ir.dualize import dualize
+from tttc.ir.frozen import frozen
 from tttc.ir.primal import token_loop
 from tttc.ir.program import (
+    SEQUENCE,
     AdjointProgram,
     DualProgram,
     GradientProgram,
@@ -56,6 +58,8 @@ class Options:
     """Who makes the kernels; what it prefers is asked where nothing else has chosen a free chunk."""
     settings: Settings | None = None
     place: Placement = HOST
+    frozen: bool = False
+    """Whether only the output is asked for, at weights that stay."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def scheduled(program: DualProgram, options: Options) -> ScanProgram:
     """The program as scans of chunks: the chunk as given or tuned, or as the backend would have a free one. What the
     backend has no row for is spelled out.
     """
-    made = _in_chunks(program, options)
+    made = frozen(program, options.chunk or SEQUENCE) if options.frozen else _in_chunks(program, options)
     return made if options.backend is None else spelled_out(made, options.backend.ROWS)
 
 

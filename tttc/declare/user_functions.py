@@ -82,6 +82,14 @@ def _traced_functions(declared: Signature) -> tuple[TracedFunctions | None, list
     return TracedFunctions(known, loss, output, names, places), []
 
 
+def traced_output(declared: Signature) -> tuple[Traced | None, list[Problem]]:
+    """The output alone, whatever the loss is; or every problem met on the way."""
+    problems: list[Problem] = []
+    with captured_places() as places:
+        output = _run(declared, declared_leaves(declared), "output", ("q",), places, problems)
+    return output, problems
+
+
 def _held(value: Any) -> Expr | None:
     return value.expr if isinstance(value, Traced) else None
 

@@ -40,7 +40,7 @@ def run(scan: CompiledScan, results: int, checkpoint: int, inputs: Tensors) -> t
     """The results of a scan, to be differentiated or mapped over in any way."""
     if carries_tangents(inputs):
         return scan.differentiable.forward([_widened(x) for x in inputs], 0)[0]
-    if transforming():
+    if transforming() and scan.pull is None:
         scan = scan.custom_op  # it keeps a list of tensors [B, H, ...], none in the memory of another
     return Run.apply(scan, checkpoint, results, *inputs)[:results]
 
@@ -82,7 +82,10 @@ class Run(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], scan: Any, checkpoint: int, results: int, *inputs: Any) -> Any:
         flat = folded(inputs, in_dims[3:], info.batch_size)
-        return unfolded(Run.apply(scan, checkpoint, results, *flat), info.batch_size)
+        made = Run.apply(scan, checkpoint, results, *flat)
+        if scan.pull is not None:  # nobody reads what is kept: a backward under a transform is that scan
+            made = made[:results]
+        return unfolded(made, info.batch_size)
 
 
 def _pulled(
@@ -92,6 +95,8 @@ def _pulled(
     if carries_tangents([*inputs, *cotangents]):
         return _recorded_backward(scan, inputs, cotangents)
     in_batches = any(map(torch._C._functorch.is_legacy_batchedtensor, cotangents))
+    if scan.pull is not None and not in_batches and (torch.is_grad_enabled() or transforming()):
+        return _pulled_by_scan(scan.pull, checkpoint, inputs, cotangents)
     if (in_batches or transforming()) and scan.custom_op is not scan:  # the forward was not transformed
         scan = scan.custom_op
         _, kept = scan.forward(inputs, checkpoint)
@@ -100,6 +105,17 @@ def _pulled(
     if not torch.is_grad_enabled() and not transforming():
         return scan.backward(inputs, kept, checkpoint, cotangents)
     return Pull.apply(scan, checkpoint, (len(inputs), len(kept)), *inputs, *kept, *cotangents)
+
+
+def _pulled_by_scan(
+    pull: CompiledScan, checkpoint: int, inputs: Tensors, cotangents: Tensors
+) -> tuple[torch.Tensor, ...]:
+    """The same where the backward is a scan: its carry begins at zero, and its results come as it makes them."""
+    fixed = len(pull.scan.fixed)
+    zeros = [torch.zeros_like(x) for x in inputs[:fixed]]
+    made = run(pull, len(pull.scan.results), checkpoint, [*zeros, *inputs, *cotangents])
+    stores = len(pull.scan.outputs)
+    return (*made[stores:], *made[:stores])
 
 
 class Pull(torch.autograd.Function):

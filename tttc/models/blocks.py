@@ -98,11 +98,11 @@ class Attention(nn.Module):
 class WindowBlock(nn.Module):
     """From and to x [B, t, width], with keys and values of the last `window` tokens handed in and on.
 
-    With `prime`, a number of hidden units, the block has an MLP between attention and feed-forward, whose three
-    matrices are meant as fast weights. `twice`: it can be differentiated twice, and mapped over.
+    `prime` is an MLP between attention and feed-forward, whose weights are meant to be fast. `twice`: the block can be
+    differentiated twice, and mapped over.
     """
 
-    def __init__(self, shape: Shape, prime: int | None = None, twice: bool = False, **made: Any) -> None:
+    def __init__(self, shape: Shape, prime: nn.Module | None = None, twice: bool = False, **made: Any) -> None:
         super().__init__()
         self.window = shape.window
 
@@ -116,7 +116,7 @@ class WindowBlock(nn.Module):
         self.attention = Attention(shape, twice, **made)
         if prime is not None:
             self.prime_norm, self.prime_post = pre(), post()
-        self.prime = None if prime is None else GatedMLP(shape.width, prime, **made)
+        self.prime = prime
         self.ffn_norm, self.ffn_post = pre(), post()
         self.ffn = GatedMLP(shape.width, shape.ffn, **made)
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tttc.declare.update_rules import clip_norm, sgd
 from tttc.errors import ShapeError
-from tttc.models.blocks import KeysValues, Linear, Norm, Shape, WindowBlock, joined, last, owned
+from tttc.models.blocks import GatedMLP, KeysValues, Linear, Norm, Shape, WindowBlock, joined, last, owned
 from tttc.models.window import rotation
 from tttc.networks.end_to_end import EndToEnd
 
@@ -107,19 +107,26 @@ def small(**changes: Any) -> Config:
     return Config(**{**sizes, "window": 32, "chunk": 32, "theta": 10_000.0, **changes})
 
 
-def build(config: Config, learn: bool = True, **options: Any) -> EndToEnd:
+def build(
+    config: Config, learn: bool = True, prime: Callable[[int, int], nn.Module] | None = None, **options: Any
+) -> EndToEnd:
     """The model, with values drawn from torch's default generator.
 
     Args:
         learn: False: the same network without learning, a baseline: fast weights are weights as any other.
-        options: `backward`, `keep` and `check` of `tttc.nn.EndToEnd`; `device` and `dtype` of the parameters.
+        prime: makes another MLP that learns, of a width and a number of hidden units, in the place of SwiGLU; it draws
+            its own values, is mapped over, and differentiated twice:
+            `lambda width, hidden: tttc.nn.Learner(MyVariant, dims={"D": width, "F": hidden})`.
+        options: `device` and `dtype` of the parameters, and those of `tttc.nn.EndToEnd`: `fast`, if not all of prime
+            learns, `update` in the place of what `config` says, `backward`, `keep`, `check`.
     """
     made = {n: options.pop(n) for n in ("device", "dtype") if n in options}
     prefix = Prefix(config, **made)
-    suffix = Suffix(config, prefix.embedding, twice=learn, **made)
+    suffix = Suffix(config, prefix.embedding, twice=learn, prime=prime, **made)
     stages = () if config.clip is None else (clip_norm(config.clip, scope="all"),)
-    update = sgd(lr=config.lr, momentum=config.momentum, at_end=stages) if learn else None
-    return EndToEnd(prefix, suffix, fast="*.prime.*", chunk=config.chunk, update=update, **options)
+    update = sgd(lr=config.lr, momentum=config.momentum, at_end=stages)
+    options = {"fast": "*.prime.*", "chunk": config.chunk, "update": update, **options}
+    return EndToEnd(prefix, suffix, **(options if learn else options | {"update": None}))
 
 
 class Prefix(nn.Module):
@@ -168,15 +175,23 @@ class Prefix(nn.Module):
 
 class Suffix(nn.Module):
     """h [B, t, width], caches -> logits [B, t, vocab], caches: the blocks that learn, the last norm, and the output
-    matrix, which is the embedding.
+    matrix, which is the embedding. `prime`: as for `build`.
     """
 
-    def __init__(self, config: Config, embedding: nn.Embedding, twice: bool = True, **made: Any) -> None:
+    def __init__(
+        self,
+        config: Config,
+        embedding: nn.Embedding,
+        twice: bool = True,
+        prime: Callable[[int, int], nn.Module] | None = None,
+        **made: Any,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(
-            WindowBlock(config.shape, config.prime, twice, **made) for _ in range(config.suffix)
-        )
+        self.blocks = nn.ModuleList()
+        for _ in range(config.suffix):
+            mlp = (GatedMLP if prime is None else prime)(config.width, config.prime).to(**made)
+            self.blocks.append(WindowBlock(config.shape, mlp, twice, **made))
         _draw(self.blocks, config)
         self.norm = Norm(config.width, config.eps, config.compute, **made)
         self.head = Linear(config.width, config.vocab, device="meta")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tttc
 from tttc.errors import ShapeError
 from tttc.models import e2e, window
 from tttc.networks.cross_entropy import nll
@@ -171,6 +172,34 @@ def test_what_learns_are_the_three_matrices_of_the_second_mlp():
     baseline = built(e2e.small(blocks=3, suffix=2), learn=False)
     assert baseline.update is None
     assert [n for n, _ in baseline.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+class Gated(tttc.Variant):
+    """The SwiGLU MLP of the model, declared."""
+
+    W1, W3 = tttc.state("D", "F", init=tttc.normal(0.1)), tttc.state("D", "F", init=tttc.normal(0.1))
+    W2 = tttc.state("F", "D", init=tttc.normal(0.1))
+
+    def learner(self, x):
+        return (tttc.silu(x @ self.W1) * (x @ self.W3)) @ self.W2
+
+
+def test_a_declared_learner_takes_the_place_of_the_mlp_that_learns():
+    tokens = tokens_of(TINY, 14)
+    own = built()
+    other = built(prime=lambda width, hidden: tttc.nn.Learner(Gated, dims={"D": width, "F": hidden}))
+    other.load_state_dict(own.state_dict(), strict=False)
+    pairs = {"W1": "gate", "W3": "up", "W2": "down"}
+    with torch.no_grad():
+        for name, matrix in pairs.items():
+            getattr(other.suffix.blocks[0].prime, name).copy_(getattr(own.suffix.blocks[0].prime, matrix).weight.T)
+    for model in (own, other):
+        model(tokens).loss.backward()
+    torch.testing.assert_close(other(tokens).nll, own(tokens).nll, rtol=0, atol=1e-12)
+    torch.testing.assert_close(other.prefix.embedding.weight.grad, own.prefix.embedding.weight.grad)
+    for name, matrix in pairs.items():
+        found = getattr(other.suffix.blocks[0].prime, name).grad
+        torch.testing.assert_close(found, getattr(own.suffix.blocks[0].prime, matrix).weight.grad.T)
 
 
 def kept_by(function):

@@ -28,6 +28,7 @@ from tttc.networks.cross_entropy import summed_in
 
 _CPU_ROWS = 64  # queries of a piece: what a few heads make of it stays in the cache of a core
 _MOST_ROWS = 256  # on a processor, where PyTorch's kernel walks over the keys itself
+_MOST_SCORES = 2**27  # of all heads of a piece, elsewhere
 _SHORT = 128 * 128  # scores of a head under which the operations of autograd are sooner done than Python's functions
 
 
@@ -108,10 +109,11 @@ class _Piece(NamedTuple):
 
 def _pieces(q: Tensor, k: Tensor, window: int, cpu_rows: int) -> Iterator[_Piece]:
     """The band, some queries at a time: so many on a processor; on other devices, where few large kernels do better,
-    as many as a window has.
+    as many as a window has, if their scores are not too many to hold.
     """
     t, before = q.shape[-2], k.shape[-2] - q.shape[-2]
-    size = cpu_rows if q.device.type == "cpu" else max(_MOST_ROWS, window)
+    fitting = min(window, _MOST_SCORES // (q.shape[:-2].numel() * window))
+    size = cpu_rows if q.device.type == "cpu" else max(_MOST_ROWS, fitting)
     for begin in range(0, t, size):
         end = min(begin + size, t)
         first = max(0, before + begin - window + 1)

@@ -112,7 +112,7 @@ def _pieces(q: Tensor, k: Tensor, window: int, cpu_rows: int) -> Iterator[_Piece
     as many as a window has, if their scores are not too many to hold.
     """
     t, before = q.shape[-2], k.shape[-2] - q.shape[-2]
-    fitting = min(window, _MOST_SCORES // (q.shape[:-2].numel() * window))
+    fitting = min(window, _MOST_SCORES // (max(q.shape[:-2].numel(), 1) * window))
     size = cpu_rows if q.device.type == "cpu" else max(_MOST_ROWS, fitting)
     for begin in range(0, t, size):
         end = min(begin + size, t)

@@ -1,8 +1,10 @@
 """TTT-E2E (arXiv:2512.23675): a transformer with windowed attention whose last blocks learn from what they read.
 
-    config = tttc.models.e2e.small(vocab=256)        # or PAPER_125M, or Config(...)
-    model = tttc.models.e2e.build(config)            # a tttc.nn.EndToEnd
-    model(tokens).loss.backward()
+    from tttc.models import e2e
+
+    model = e2e.build(e2e.small(vocab=256))     # or PAPER_125M, or Config(...); a tttc.nn.EndToEnd
+    model(tokens).loss.backward()               # tokens [B, T + 1]
+    text = model.generate(tokens, 100)
 
 Blocks are those of `tttc.models.blocks`: pre and post RMSNorm, QK-RMSNorm, interleaved RoPE, SwiGLU, no biases. The
 last `suffix` of them have a second SwiGLU MLP, `prime`, between attention and feed-forward; its three matrices are the

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tttc
+from benchmarks import learner
 from tests.networks import WIDTH, modules
 from tttc.declare.variant import bind
 from tttc.errors import DeclarationError, ShapeError
@@ -126,17 +127,17 @@ class Checked:
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("variant", [SwiGLU, TTTMLP, GatedThreeLayer, Named])
 def test_its_derivatives_are_those_of_the_class(variant, backend):
-    learner = Checked(variant, backend)
-    learner.one_by_one()
-    learner.mapped()
-    learner.transformed()
+    checked = Checked(variant, backend)
+    checked.one_by_one()
+    checked.mapped()
+    checked.transformed()
 
 
 @pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
 def test_kernels_for_this_cpu_differentiate_it_twice_chunk_by_chunk():
-    learner = Checked(Layer, "tvm", tokens=70)
-    learner.one_by_one()
-    learner.mapped()
+    checked = Checked(Layer, "tvm", tokens=70)
+    checked.one_by_one()
+    checked.mapped()
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton for this platform")
@@ -200,3 +201,10 @@ def test_what_is_no_learner_is_refused(make, error, said):
     with pytest.raises(error) as raised:
         make()
     assert all(part in str(raised.value) for part in said), raised.value
+
+
+def test_what_is_timed_is_the_same():
+    steps = learner.Steps({"B": 2, "T": 3, "D": 4, "F": 5})
+    for step in (steps.forward, steps.gradient, steps.gradient_of_gradient):
+        for found, true in zip(step(learner.of_backend("torch", {"D": 4, "F": 5})), step(learner.eager), strict=True):
+            assert torch.allclose(found, true, rtol=1e-4, atol=1e-5)

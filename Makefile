@@ -42,12 +42,13 @@ lint: $(STAMP) ## Check style, format and types, and print the size of each fold
 	$(BIN)/mypy -p tttc
 	$(BIN)/python -m tests.house
 
-bench: $(STAMP) ## Measure on this CPU: every variant, the torch backend, chunks, context, ONNX Runtime
+bench: $(STAMP) ## Measure on this CPU: every variant, the torch backend, chunks, context, ONNX Runtime, networks
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.torch_backend
 	$(BIN)/python -m benchmarks.chunks
 	$(BIN)/python -m benchmarks.context
 	$(BIN)/python -m benchmarks.onnx
+	$(BIN)/python -m benchmarks.end_to_end
 
 clean: ## Remove what builds and tests leave behind (.venv stays)
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -23,8 +23,7 @@ from tttc.examples.networks.curves import LEARNING, PLAIN
 from tttc.examples.networks.cycles import UNIFORM, VOCABULARY, cycles, floor
 from tttc.examples.networks.training import Recipe, Trainer, outer_rate
 from tttc.examples.networks.wikipedia import plain, read_text
-from tttc.models import e2e
-from tttc.models.schedule import inner_rate
+from tttc.models import e2e, inner_rate
 
 # ---- random cycles ----
 

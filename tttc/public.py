@@ -1,6 +1,6 @@
 """All that `import tttc` gives, by the names that it has there."""
 
-from tttc import export, library, nn
+from tttc import export, library, models, nn
 from tttc.attention import NonParametric, SoftmaxAttention
 from tttc.compiler.driver import compile
 from tttc.compiler.pipeline import PIPELINE
@@ -84,6 +84,7 @@ __all__ = [
     "library",
     "log",
     "mean",
+    "models",
     "muon",
     "nn",
     "normal",

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tttc import terminal
 from tttc.examples.networks.cycles import cycles
 from tttc.examples.networks.wikipedia import read_text
-from tttc.models.schedule import inner_rate
+from tttc.models import inner_rate
 from tttc.networks.end_to_end import EndToEnd
 
 LONGER = 4  # times the training length: where memory is measured

@@ -19,11 +19,12 @@ from benchmarks import end_to_end as benchmark
 from benchmarks.contenders import Disagreement
 from tttc.examples import end_to_end
 from tttc.examples.networks import samples, training, wikipedia
-from tttc.examples.networks.curves import LEARNING, PLAIN
+from tttc.examples.networks.curves import LEARNING, PLAIN, Curves, eighths, in_characters, verdicts
 from tttc.examples.networks.cycles import UNIFORM, VOCABULARY, cycles, floor
 from tttc.examples.networks.training import Recipe, Trainer, outer_rate
 from tttc.examples.networks.wikipedia import plain, read_text
 from tttc.models import e2e, inner_rate
+from tttc.terminal import plain as plain_text
 
 # ---- random cycles ----
 
@@ -188,6 +189,38 @@ def test_the_rates_rise_and_one_of_them_falls() -> None:
     assert max(outer) == outer[9] == pytest.approx(0.98, abs=0.01)
     assert outer[0] == pytest.approx(0.1)
     assert outer[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_trainer_hands_the_rates_on() -> None:
+    trainer = Trainer(e2e.build(TINY), training.random_cycles(), replace(RECIPE, steps=100), seed=0)
+    called, seen = trainer.called, []
+    trainer.called = lambda tokens, rate: seen.append((tuple(tokens.shape), rate)) or called(tokens, rate=rate)
+    trainer.step(5)
+    assert seen == [((4, 21), inner_rate(5, 100))]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 * outer_rate(5, 100))
+
+
+def test_what_is_said_of_losses_by_position() -> None:
+    """Of two seeds that lose 2 and 4, without learning one more, and 10 more inside the window."""
+    curves = Curves("walks", "nats", window=4, trained=8)
+    for more in (0.0, 2.0):
+        for name, base in ((LEARNING, 2.0), (PLAIN, 3.0)):
+            loss = torch.full((16,), base + more)
+            loss[:4] += 10.0
+            curves.add(name, {8: loss[:8], 16: loss})
+    assert curves.beyond(16, LEARNING) == [2.0, 4.0]
+    assert verdicts(curves) == [
+        "walks, 16 tokens, 2 times the training length, nats:",
+        "  seed 0, beyond the window of 4: learns 2.0000, without learning 3.0000",
+        "  seed 1, beyond the window of 4: learns 4.0000, without learning 5.0000",
+        "  seed 0, in the last eighth: learns 2.0000, without learning 3.0000",
+        "  seed 1, in the last eighth: learns 4.0000, without learning 5.0000",
+    ]
+    row = plain_text(eighths(curves)).splitlines()[3]
+    assert row.split() == ["16", "learns", *["13.000"] * 2, *["3.000"] * 6]
+    drawn = in_characters(curves, rows=4, width=12).splitlines()
+    assert drawn[0] == "● learns and ○ without learning, nats, from 3.000 to 14.000"
+    assert drawn[1:3] == ["     0–3                ●○  13.000  14.000", "     4–7      ●○            3.000  4.000"]
 
 
 # ---- two processes ----

@@ -44,9 +44,6 @@ class Curves:
         """[length], over the seeds."""
         return torch.stack(list(self.losses[length][name])).mean(0)
 
-    def last_eighth(self, length: int, name: str) -> float:
-        return float(_pieces(self.mean(length, name))[-1])
-
     def beyond(self, length: int, name: str) -> list[float]:
         """Of each seed, the mean at positions that the window does not reach back from to the beginning."""
         return [float(x[self.window :].mean()) for x in self.losses[length][name]]

@@ -55,13 +55,15 @@ clean: ## Remove what builds and tests leave behind (.venv stays)
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch goes first and by its exact version: asked for by a range, pip would take the newest release, whose default
-# Linux build brings several gigabytes of CUDA packages.
+# Linux build brings several gigabytes of CUDA packages. What pip compiles to bytecode on one core takes as long as all
+# else; some files of torch are for later Pythons, which pip does not mind either.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "tttc needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is not one: try make PYTHON=python3.11" >&2; exit 1; }
 	@echo "Installing tttc[$(EXTRAS)] with $(TORCH) into $(VENV), which takes a minute or two ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --upgrade pip
-	@$(PIP) install -c constraints.txt "$(TORCH)"
-	@$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@$(PIP) install --no-compile -c constraints.txt "$(TORCH)"
+	@$(PIP) install --no-compile -c constraints.txt -e ".[$(EXTRAS)]"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@

@@ -54,7 +54,11 @@ def folder(tmp_path_factory):
 
 def emulated(variant, dims, device, launch, dtype=torch.float32, **settings):
     """A layer whose kernels are those for a GPU, run by `launch`."""
-    layer = tttc.compile(variant, dims, dtype, **settings)
+    return launched(tttc.compile(variant, dims, dtype, **settings), device, launch)
+
+
+def launched(layer, device, launch):
+    """The layer with such kernels instead of those it has."""
     program = layer.stages.program
     layer._scans = {scan.name: CudaScan(scan, program, device, launch) for scan in program.scans}
     layer.accepts_16bit = all(s.accepts_16bit for s in layer._scans.values())
@@ -63,11 +67,8 @@ def emulated(variant, dims, device, launch, dtype=torch.float32, **settings):
 
 def both_orders(variant, dims, device, folder, inputs, run, **settings):
     """The result with the threads in order; it must have the bits of that with the threads in reverse."""
-    found = []
-    for reverse in (False, True):
-        layer = emulated(variant, dims, device, Emulator(folder, reverse=reverse), **settings)
-        found.append(run(layer, inputs))
-    return found
+    layer = tttc.compile(variant, dims, torch.float32, **settings)
+    return [run(launched(layer, device, Emulator(folder, reverse=r)), inputs) for r in (False, True)]
 
 
 def forward(layer, inputs):

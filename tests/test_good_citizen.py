@@ -26,6 +26,7 @@ from tests.helpers import LIBRARY, dims_of
 from tttc.nn.layer import TTT
 from tttc.verification.comparison import random_inputs, relative_error
 
+pytestmark = pytest.mark.usefixtures("plain_kernels")  # what calls them is tested
 F64 = torch.float64
 NATIVE = pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is not installed"))
 every_backend = pytest.mark.parametrize("backend", ["torch", NATIVE])

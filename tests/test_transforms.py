@@ -23,6 +23,7 @@ from tttc.ir.scalars import SCALARS
 from tttc.reference import reference
 from tttc.verification.comparison import random_inputs, relative_error
 
+pytestmark = pytest.mark.usefixtures("plain_kernels")  # what calls them is tested
 F64 = torch.float64
 NATIVE = pytest.param("tvm", marks=pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is not installed"))
 BACKENDS = ["torch", NATIVE]

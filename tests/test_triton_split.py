@@ -55,9 +55,10 @@ def compared(layer, inputs):
 @pytest.mark.parametrize("checkpoint", [0, 1, 2, None])
 @pytest.mark.parametrize("variant", [TTTLinear, TTTMLP])
 def test_outputs_states_and_gradients_are_those_of_the_oracle(launched, variant, checkpoint):
-    """Four chunks and a tail, in a batch of several heads; some carries or all of them kept for the backward."""
+    """Four chunks and a tail; some carries or all of them kept for the backward; and the cheaper in a batch."""
     layer = compiled(variant, dims_of(variant, 16), checkpoint=checkpoint)
-    assert not compared(layer, converted(inputs_for(layer, 69, batch=2, heads=3), torch.float32, DEVICE))
+    batch, heads = (2, 3) if variant is TTTLinear else (1, 2)
+    assert not compared(layer, converted(inputs_for(layer, 69, batch=batch, heads=heads), torch.float32, DEVICE))
     assert launched[:2] == [f"{layer._name}_states", f"{layer._name}_outputs"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -192,6 +194,15 @@ def test_half_precision_weights_learn_in_float32() -> None:
     out = model(tokens(2, 9))
     out.loss.backward()
     assert out.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_whole_network_is_copied_and_pickled(name: str) -> None:
+    model, given = network(update=RULES[name]), tokens(2, 12)
+    wanted = model(given).nll
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(given).nll, wanted)
+        assert str(copied) == str(model)
 
 
 def test_learns_in_inference_mode() -> None:

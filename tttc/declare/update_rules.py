@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tttc.declare.functions as ops
@@ -52,10 +52,22 @@ class AtEnd:
     joint: bool = False
     label: str = "at_end"
     where: SourceLine | None = field(default=None, compare=False)
+    made_by: tuple[Any, ...] | None = field(default=None, compare=False, repr=False)
+    """The function here that made it, and its arguments: what a pickle has of it, for what it made has no name."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.made_by is None:
+            return super().__reduce_ex__(protocol)
+        factory, *arguments = self.made_by
+        return _made_again, (factory, tuple(arguments), self.where)
 
     def of(self, states: Iterable[str]) -> tuple[str, ...]:
         """The states that it acts on."""
         return tuple(n for n in states if self.states is None or n in self.states)
+
+
+def _made_again(factory: Callable[..., AtEnd], arguments: tuple[Any, ...], where: SourceLine | None) -> AtEnd:
+    return replace(factory(*arguments), where=where)
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ def muon(
     """
     steps = _checked("muon(steps=)", steps, (whole(steps) or 0) >= 1, "It is a positive int.")
     eps = _positive("muon(eps=)", eps)
-    table = tuple(coefficients or MUON_COEFFICIENTS)
+    table, names = tuple(coefficients or MUON_COEFFICIENTS), _names(states)
     rows = [table[min(i, len(table) - 1)] for i in range(steps)]
 
     def orthogonalised(U: Any) -> Any:
@@ -178,11 +190,14 @@ def muon(
             X = a * X + (polynomial @ X if wide else X @ polynomial)
         return X
 
-    return AtEnd(orthogonalised, "update", states=_names(states), label=f"muon({steps})", where=declared_at())
+    made_by = muon, steps, table, eps, names
+    label = f"muon({steps})"
+    return AtEnd(orthogonalised, "update", None, names, label=label, where=declared_at(), made_by=made_by)
 
 
 def weight_norm(axis: int = 0, eps: float = 1e-5, states: Iterable[str] | None = None) -> AtEnd:
     """Give the vectors of W along `axis` the norms that they began with: W / (|W| + eps) * |W_0| (arXiv:2505.23884)."""
+    names = _names(states)
     axis = _checked("weight_norm(axis=)", axis, whole(axis) is not None, "It is the number of an axis.")
 
     def norms(W: Any) -> Any:
@@ -191,12 +206,15 @@ def weight_norm(axis: int = 0, eps: float = 1e-5, states: Iterable[str] | None =
     def renormalised(W: Any, initial: Any) -> Any:
         return ops.along(W, ops.div(initial, norms(W) + eps), axis=axis)
 
-    return AtEnd(renormalised, "weights", norms, _names(states), label=f"weight_norm(axis={axis})", where=declared_at())
+    made_by = weight_norm, axis, eps, names
+    label = f"weight_norm(axis={axis})"
+    return AtEnd(renormalised, "weights", norms, names, label=label, where=declared_at(), made_by=made_by)
 
 
 def clip_norm(max: float, scope: str = "state", states: Iterable[str] | None = None) -> AtEnd:
     """Scale the update down to the Frobenius norm `max`: that of each state, or with scope="all" of all together."""
     max = _positive("clip_norm(max)", max)
+    names = _names(states)
     scope = _checked("clip_norm(scope=)", scope, scope in ("state", "all"), 'It is "state" or "all".')
 
     def shrunk(U: Any, square: Any) -> Any:
@@ -216,31 +234,37 @@ def clip_norm(max: float, scope: str = "state", states: Iterable[str] | None = N
     return AtEnd(
         all_together if together else one,
         "update",
-        states=_names(states),
+        states=names,
         joint=together,
         label=f'clip_norm({max:g}, "{scope}")',
         where=declared_at(),
+        made_by=(clip_norm, max, scope, names),
     )
 
 
 def soft_clip(axis: int = 0, states: Iterable[str] | None = None) -> AtEnd:
     """U / (|U| + 1), the norm taken along `axis` (arXiv:2512.01643)."""
+    names = _names(states)
     axis = _checked("soft_clip(axis=)", axis, whole(axis) is not None, "It is the number of an axis.")
 
     def clipped(U: Any) -> Any:
         return ops.along(U, ops.div(1.0, ops.sqrt(ops.sum(U * U, axis=axis) + _TINY) + 1.0), axis=axis)
 
-    return AtEnd(clipped, "update", states=_names(states), label=f"soft_clip(axis={axis})", where=declared_at())
+    made_by = soft_clip, axis, names
+    label = f"soft_clip(axis={axis})"
+    return AtEnd(clipped, "update", None, names, label=label, where=declared_at(), made_by=made_by)
 
 
 def power_norm(q: float = 4.0, states: Iterable[str] | None = None) -> AtEnd:
     """The weights are A / |A|_q^(q - 2) of an accumulator A that the rule updates (arXiv:2504.13173)."""
+    names = _names(states)
     q = _positive("power_norm(q)", q)
 
     def normalised(A: Any) -> Any:
         return A * ops.sum(ops.abs(A) ** q) ** ((2.0 - q) / q)
 
-    return AtEnd(normalised, "view", states=_names(states), label=f"power_norm({q:g})", where=declared_at())
+    made_by, label = (power_norm, q, names), f"power_norm({q:g})"
+    return AtEnd(normalised, "view", None, names, label=label, where=declared_at(), made_by=made_by)
 
 
 def softmax_retention(states: Iterable[str] | None = None) -> AtEnd:

@@ -16,6 +16,7 @@ from tests.networks import WIDTH, modules
 from tttc.declare.variant import bind
 from tttc.errors import DeclarationError, ShapeError
 from tttc.library import TTTMLP, GatedThreeLayer
+from tttc.runtime import autograd
 
 N = 2  # sequences with weights of their own
 DIMS = {"D": 4, "F": 6, "E": 3, "P": 2}
@@ -116,6 +117,19 @@ class Checked:
         ):
             self.equal(found, true)
 
+    def thrice(self):
+        """The third derivative is one of operations of PyTorch; forward mode too."""
+        held, x = {n: w[0].detach() for n, w in self.weights.items()}, self.x[0].detach()
+
+        def of(f):
+            again = torch.func.grad(lambda w, x: sum((g**2).sum() for g in twice(f)(w, x).values()))
+            slope = torch.func.grad(lambda w, x: (f(w, x) ** 2).sum())
+            moved = torch.func.jvp(lambda w: slope(w, x), (held,), ({n: w.sin() for n, w in held.items()},))[1]
+            return [*again(held, x).values(), *moved.values()]
+
+        for found, true in zip(of(self.called), of(partial(by_definition, self.variant)), strict=True):
+            self.equal(found, true)
+
     def transformed(self):
         held, x = {n: w.detach() for n, w in self.weights.items()}, self.x.detach()
         found = torch.vmap(twice(self.called))(held, x)
@@ -124,6 +138,17 @@ class Checked:
             self.equal(found[n][0], g)
 
 
+@pytest.fixture
+def kernels_alone(monkeypatch):
+    """No backward in operations of PyTorch, which is what a second derivative otherwise is."""
+
+    def refused(*given):
+        raise AssertionError("a derived backward runs in operations of PyTorch")
+
+    monkeypatch.setattr(autograd, "_recorded_backward", refused)
+
+
+@pytest.mark.usefixtures("kernels_alone")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("variant", [SwiGLU, TTTMLP, GatedThreeLayer, Named])
 def test_its_derivatives_are_those_of_the_class(variant, backend):
@@ -134,15 +159,19 @@ def test_its_derivatives_are_those_of_the_class(variant, backend):
 
 
 @pytest.mark.skipif(find_spec("tvm") is None, reason="apache-tvm is an extra: pip install 'tttc[tvm]'")
-def test_kernels_for_this_cpu_differentiate_it_twice_chunk_by_chunk():
+def test_kernels_for_this_cpu_differentiate_it_twice_chunk_by_chunk(kernels_alone):
     checked = Checked(Layer, "tvm", tokens=70)
     checked.one_by_one()
     checked.mapped()
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no triton for this platform")
-def test_kernels_for_a_gpu_differentiate_it_twice():
+def test_kernels_for_a_gpu_differentiate_it_twice(kernels_alone):
     Checked(SwiGLU, "triton", tokens=70, dtype=torch.float32, tolerance=2e-5).mapped()
+
+
+def test_derivatives_beyond_those_of_kernels():
+    Checked(SwiGLU, "torch").thrice()
 
 
 def test_a_network_learns_by_whatever_learner_it_has():

@@ -170,6 +170,24 @@ def test_kernels_for_a_gpu_differentiate_it_twice(kernels_alone):
     Checked(SwiGLU, "triton", tokens=70, dtype=torch.float32, tolerance=2e-5).mapped()
 
 
+def test_tokens_come_as_they_like_and_derivatives_in_batches():
+    module = tttc.nn.Learner(SwiGLU, DIMS, backend="torch").double()
+    weights = dict(module.named_parameters())
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    z = by_definition(SwiGLU, weights, x.flatten(0, 1)).unflatten(0, (5, 3))
+    for cut in ((0, 0), (slice(0, 0),), (slice(None), slice(0, 0)), (slice(None), slice(None, None, 2))):
+        assert torch.allclose(module(x[cut]), z[cut], rtol=1e-12, atol=1e-12)
+    none = torch.autograd.grad(module(x[:0]).sum(), module.W1, create_graph=True)[0]
+    assert not none.any()
+    given = torch.eye(60, dtype=torch.float64).reshape(60, 5, 3, 4)
+    found, true = (torch.autograd.grad(y, module.W2, given, is_grads_batched=True)[0] for y in (module(x), z))
+    assert torch.allclose(found, true, rtol=1e-12, atol=1e-12)
+    pulled = torch.func.vjp(module, x[0])[1]  # called when the transform has ended
+    assert torch.allclose(
+        pulled(x[1])[0], torch.func.vjp(lambda x: by_definition(SwiGLU, weights, x), x[0])[1](x[1])[0]
+    )
+
+
 def test_derivatives_beyond_those_of_kernels():
     Checked(SwiGLU, "torch").thrice()
 

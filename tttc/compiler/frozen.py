@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from math import isqrt
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from tttc.backends.scan import CompiledScan
 from tttc.backends.torch.load import TorchScan
@@ -18,7 +20,7 @@ from tttc.compiler.pipeline import History
 from tttc.declare.frozen import frozen_signature
 from tttc.declare.variant import Signature, Variant
 from tttc.ir.names import as_declared
-from tttc.ir.program import ScanKind
+from tttc.ir.program import SEQUENCE, ScanKind
 from tttc.runtime import autograd
 from tttc.runtime.graphs import outside_graphs
 
@@ -49,9 +51,15 @@ class FrozenLearner:
 
     @outside_graphs('a graph does not hold the kernels of a learner: leave its backend at "auto".')
     def _by_kernels(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        if autograd.asked_for(inputs):
-            return autograd.run(self.read, 1, 0, inputs)[0]
-        return self.read.forward(inputs, None)[0][0]
+        tokens = inputs[-1].shape[2]
+        if not tokens:  # of which kernels have at least one
+            *weights, x = inputs
+            return self._by_kernels([*weights, pad(x, (x.dim() - 3) * (0, 0) + (0, 1))])[:, :, :0]
+        if not autograd.asked_for(inputs):
+            return self.read.forward(inputs, None)[0][0]
+        whole = self.read.scan.chunk is SEQUENCE
+        every = 0 if whole else isqrt(self.read.groups(inputs, 1))  # of the sums that the backward of `pull` finds
+        return autograd.run(self.read, 1, every, inputs)[0]
 
     def _input(self, given: Mapping[str, Any], name: str, along: bool) -> torch.Tensor:
         x = given[name] if along else given[as_declared(name)][None, None]

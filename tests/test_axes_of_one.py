@@ -136,6 +136,7 @@ KERNELS = [  # whole mini-batches where the kernels of an open one take long to 
 ]
 
 
+@pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize(("variant", "dims", "tokens"), KERNELS, ids=lambda x: getattr(x, "__name__", None))
 def test_native_kernels_with_axes_of_one(variant, dims, tokens):
     """Outputs, final states and every gradient."""

@@ -31,21 +31,33 @@ def gradients_of(module: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Te
     return {n.removeprefix("module."): p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
-def copy(rank: int, meeting: str, results: str) -> None:
-    """One of two processes, on one of the two sequences."""
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two processes found, which take longer to start than to work."""
+    folder = tmp_path_factory.mktemp("results")
+    mp.spawn(found_by, (folder,), nprocs=2)
+    return folder
+
+
+def found_by(rank: int, results: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    for work in (copy, part):
+        meeting = results / f"meeting of {work.__name__}"
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+        torch.save(work(rank), results / f"{work.__name__}{rank}")
+        dist.destroy_process_group()
+
+
+def copy(rank: int) -> dict[str, torch.Tensor]:
+    """One of two processes, on one of the two sequences."""
     module, x = module_and_input()
-    torch.save(gradients_of(DistributedDataParallel(module), x[rank : rank + 1]), f"{results}{rank}")
-    dist.destroy_process_group()
+    return gradients_of(DistributedDataParallel(module), x[rank : rank + 1])
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    meeting, results = str(tmp_path / "meeting"), str(tmp_path / "gradients")
-    mp.spawn(copy, (meeting, results), nprocs=2)
+def test_two_processes_have_the_gradients_of_one(results: Path) -> None:
     wanted = gradients_of(*module_and_input())
     for rank in range(2):
-        found = torch.load(f"{results}{rank}")
+        found = torch.load(results / f"copy{rank}")
         assert found.keys() == wanted.keys()
         for name, gradient in wanted.items():
             # the mean of two halves is that of the whole, but for the order in which float64 is added up
@@ -80,25 +92,20 @@ def call_of(parted: Callable[[torch.Tensor, int], torch.Tensor]) -> list[torch.T
     return [*outputs, *state.values(), *torch.autograd.grad(loss, given)]
 
 
-def part(rank: int, meeting: str, results: str) -> None:
+def part(rank: int) -> list[list[torch.Tensor]]:
     """One of two processes, with one of the two sequences, or of the two heads."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     by_batch = call_of(lambda x, heads: distribute_tensor(x, mesh, [Shard(0) if heads else Replicate()]))
     by_heads = call_of(lambda x, heads: distribute_tensor(x, mesh, [Shard(heads)]))
-    torch.save([[x.full_tensor() for x in found] for found in (by_batch, by_heads)], f"{results}{rank}")
     shown = [str(found[0].placements) for found in (by_batch, by_heads)]
     assert shown == ["(Shard(dim=0),)", "(Shard(dim=2),)"], shown
-    dist.destroy_process_group()
+    return [[x.full_tensor() for x in found] for found in (by_batch, by_heads)]
 
 
-def test_a_layer_on_tensors_in_parts(tmp_path: Path) -> None:
+def test_a_layer_on_tensors_in_parts(results: Path) -> None:
     """Each process runs what it has: some sequences, or some heads."""
-    meeting, results = str(tmp_path / "meeting"), str(tmp_path / "parts")
-    mp.spawn(part, (meeting, results), nprocs=2)
     wanted = call_of(lambda x, heads: x)
     for rank in range(2):
-        for found in torch.load(f"{results}{rank}"):
+        for found in torch.load(results / f"part{rank}"):
             for x, y in zip(found, wanted, strict=True):
                 assert relative_error(x, y) <= 1e-12

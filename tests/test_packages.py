@@ -58,7 +58,7 @@ class Model(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first = tttc.nn.TTT(TTTMLP, 8, 2, dims={"F": 8}, backend="torch")
+        self.first = tttc.nn.TTT(TTTLinear, 8, 2, backend="torch")
         self.second = tttc.nn.TTT(LEARNERS["LowRank"], 8, 2, dims={"R": 2}, rope=False, backend="torch")
 
     def forward(self, x):

@@ -68,6 +68,7 @@ def test_outputs_states_and_gradients_are_those_of_the_oracle(threads, batch, he
     assert strips_of(layer) == {strips}
 
 
+@pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize(
     "name", ["DeltaNet", "KDA", pytest.param("MomentumDeltaNet", marks=pytest.mark.slow), "RetNet", "ViTTT"]
 )
@@ -80,6 +81,7 @@ def test_every_kind_of_scan(threads, name):
     assert strips_of(layer) == {2}
 
 
+@pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 2)])
 def test_rows_of_the_weights(threads, batch, heads):
     threads(2 * batch * heads)

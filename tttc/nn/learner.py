@@ -34,6 +34,7 @@ class Learner(nn.Module):
     >>> prime = tttc.nn.Learner(SwiGLU, dims={"D": 64, "F": 128})
     >>> y = prime(x)                                                    # [..., 64] -> [..., 64]
     >>> y = torch.vmap(lambda w, x: torch.func.functional_call(prime, w, (x,)))(weights_of_sequences, x)
+    >>> print(prime.compiled(x.device, x.dtype).stages["adjoint"])      # both derivatives, as they are derived
 
     It can be differentiated as often as one likes, mapped over with weights of each sequence, and called under
     `torch.compile`. A pattern of fast weights that is to leave the params slow names the states: `fast="*.prime.W*"`.

@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     gc.disable()  # until all is imported
     os.environ["TTTC_BACKEND"] = "torch"
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # what the processor says of its vectors is true
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -58,6 +58,7 @@ def _types_once(interpreter: Any, core: Any) -> None:
     found = interpreter._get_np_dtype
     dtypes: dict[tuple[type, str], Any] = {}
     shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    blocks: dict[tuple[Any, ...], tuple[Any, Any, str]] = {}
 
     def get_np_dtype(dtype: Any) -> Any:
         key = type(dtype), dtype.name
@@ -66,14 +67,19 @@ def _types_once(interpreter: Any, core: Any) -> None:
         return dtypes[key]
 
     def tensor(self: Any, handle: Any, type: Any, make: Any = core.tensor.__init__) -> None:
-        shape = type.shape if type.is_block() else ()
+        shape = tuple(type.shape) if type.is_block() else ()
         if shape not in shapes:
             make(self, handle, type)
             shapes[shape] = self.shape, self.numel
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.shape, self.numel = shapes[shape]
 
-    def unwrap_shape(shape: Any) -> list[Any]:
-        return [s.value if isinstance(s, core.constexpr) else s for s in shape]
+    def block(self: Any, element_ty: Any, shape: Any, make: Any = core.block_type.__init__) -> None:
+        key = element_ty.name, *(s.value if isinstance(s, core.constexpr) else s for s in shape)
+        if key not in blocks:
+            make(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
 
-    interpreter._get_np_dtype, core.tensor.__init__, core._unwrap_shape = get_np_dtype, tensor, unwrap_shape
+    interpreter._get_np_dtype, core.tensor.__init__, core.block_type.__init__ = get_np_dtype, tensor, block

@@ -70,7 +70,8 @@ class Model(torch.nn.Module):
 def test_a_process_with_torch_alone_runs_a_package(tmp_path):
     torch.manual_seed(0)
     model = Model()
-    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # for the sake of time
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+    with torch._inductor.config.patch(quick):
         path = tttc.export.save(model, tmp_path / "model.pt2", (torch.randn(1, 4, 8),), inlined=True)
     given = [torch.randn(batch, tokens, 8) for batch, tokens in ((1, 1), (2, 15), (1, 16), (3, 17), (2, 70))]
     torch.save([(x, model(x)) for x in given], tmp_path / "calls")

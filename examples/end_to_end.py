@@ -22,8 +22,8 @@ from tttc.examples.networks.training import Recipe
 from tttc.models import e2e
 from tttc.terminal import console
 
-CYCLES = e2e.small(), Recipe(steps=400, length=256, batch=16)
-TEXT = e2e.small(vocab=256, ffn=128), Recipe(steps=400, length=512, batch=8)
+CYCLES = e2e.small(), Recipe(steps=600, length=256, batch=16)
+TEXT = e2e.small(vocab=256, ffn=128), Recipe(steps=300, length=512, batch=8)
 app = typer.Typer(add_completion=False)
 
 

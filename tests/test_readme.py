@@ -317,6 +317,7 @@ def test_the_speedups_are_those_of_the_table() -> None:
 SHORTER = {"--budget 60s": "--budget 2s --dim D=8 --tokens 64 --heads 2 --backend torch"}
 SLOW = ("tttc tune", "python -m benchmarks", "python -m tests.soak")
 ELSEWHERE = {
+    "python -m examples.end_to_end": "tests/test_end_to_end_example.py, which takes minutes",
     "python -m examples.train_bytes": "tests/test_train_bytes.py, which takes minutes",
     "python -m examples.tune_for_absent_gpu": "tests/test_examples.py, where there is a compiler for GPUs",
 }

@@ -172,7 +172,7 @@ def test_a_tail_that_is_dropped(monkeypatch):
 class Dropped:
     """A scan of the open mini-batch that leaves what it carries as it was."""
 
-    accepts_16bit = False
+    accepts_16bit, pull = False, None
 
     def __init__(self, scan):
         self.scan = scan

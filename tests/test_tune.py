@@ -285,7 +285,7 @@ def registered(monkeypatch, backend):
 class Faulty:
     """A scan whose forward or backward is off by a thousandth, or fails."""
 
-    accepts_16bit = False
+    accepts_16bit, pull = False, None
 
     def __init__(self, scan, fault):
         self.scan, self.fault, self.differentiable = scan, fault, scan

@@ -187,6 +187,19 @@ def test_the_sweep_finds_what_surrounded_a_chunk(cast: bool) -> None:
     assert_close(found["sweep"], found["graph"], 1e-2 if cast else 1e-5)
 
 
+def test_a_backward_inside_autocast_is_of_the_forward_outside() -> None:
+    """A chunk is recorded as it was run: without autocast, though it is on where the backward is asked for."""
+    torch.manual_seed(0)
+    prefix = networks.Prefix(5)
+    model, given = EndToEnd(prefix, networks.Suffix(5, prefix.table), chunk=4), tokens(2, 12)
+    wanted = gradients(model, model(given).loss)
+    loss = model(given).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, loss)
+    own = [n for n in wanted if n.startswith("suffix.")]  # the prefix is differentiated by autograd, in bfloat16 there
+    assert_close({n: found[n] for n in own}, {n: wanted[n] for n in own}, 1e-6)
+
+
 def test_half_precision_weights_learn_in_float32() -> None:
     model = network().bfloat16()
     state = model.prefill(tokens(2, 9))

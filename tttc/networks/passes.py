@@ -13,7 +13,7 @@ them, which is reverse mode over the reverse mode of the inner gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +53,7 @@ class Learning:
             loss.sum(), list(weights.values()), create_graph=recorded, allow_unused=True, materialize_grads=True
         )
         gradient = dict(zip(weights, found, strict=True))
-        kind = loss.device.type
-        exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-        with exact, nullcontext() if recorded else torch.no_grad():
+        with _without_autocast(loss.device), nullcontext() if recorded else torch.no_grad():
             return self.update.step(fast, gradient, self.rate, self.learned)
 
     def advanced(
@@ -143,7 +141,8 @@ class Sweep(torch.autograd.Function):
             with ctx.surroundings.of(i):
                 results = _recorded(learning, start, parts[i], last=handed_on is None)
             seeds = [of_losses[:, i], of_tokens[:, begin:end], *(handed_on or ())]
-            found = _pulled(results, seeds, [*_numbers(start), *shared])
+            with _without_autocast(hidden.device):
+                found = _pulled(results, seeds, [*_numbers(start), *shared])
             del results
             *handed_on, of_part = found[: len(found) - len(shared)]
             if of_part is not None:
@@ -198,6 +197,11 @@ def _pulled(results: Sequence[Tensor], seeds: Sequence[Tensor | None], inputs: S
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def _leaf(x: Tensor, asked: bool = True) -> Tensor:
     """The same numbers, to be differentiated for if that is asked; what has no derivative as it is."""
     return x.detach().requires_grad_(asked and x.is_floating_point())
@@ -225,7 +229,8 @@ class _Surroundings:
         kind = device.type
         self.device = device
         self.drawn: list[tuple[Tensor, ...]] = []
-        self.cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.casts = torch.amp.is_autocast_available(kind)
+        self.cast = self.casts and torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if self.cast else None
 
     def remember(self) -> None:
@@ -238,7 +243,7 @@ class _Surroundings:
         now = _generators(self.device)
         _set_generators(self.device, self.drawn[i])
         try:
-            with torch.autocast(self.device.type, self.dtype) if self.cast else nullcontext():
+            with torch.autocast(self.device.type, self.dtype, self.cast) if self.casts else nullcontext():
                 yield
         finally:
             _set_generators(self.device, now)
